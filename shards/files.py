@@ -1,0 +1,126 @@
+"""Publishing files so that nothing visible is ever half a file.
+
+A file is written under a temporary name in its own folder, flushed to the device, renamed, and
+then the folder itself is flushed: after a power cut the name is either absent or whole. Without
+the last flush the rename may be lost although the caller was told that it is done.
+
+A temporary is locked (flock) while its writer lives, and the kernel lets go when the writer dies,
+however it dies. So whoever can lock one knows that nobody will finish it. (The pid in the name is
+for people: pids come back, in containers within seconds.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+_TEMPORARY = re.compile(r"^\..+\.tmp-[\w.]*-\d+-\d+$")
+_count = itertools.count()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether the name is one under which files are written before they are published."""
+    return _TEMPORARY.match(path.name) is not None
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename inside it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def publish(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears as `path`, whole and durable, once the block has ended well."""
+    with _temporary(path) as (file, temporary):
+        yield file
+        _flush_to_device(file)
+        temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+def publish_bytes(path: Path, data: bytes) -> None:
+    """Publish `data` as `path`."""
+    with publish(path) as file:
+        file.write(data)
+
+
+def json_bytes(value: object) -> bytes:
+    """The one way the house spells JSON: UTF-8, keys in the given order, one final newline."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def publish_json(path: Path, value: object) -> None:
+    """Publish `value` as JSON."""
+    publish_bytes(path, json_bytes(value))
+
+
+def create_exclusively(path: Path, data: bytes) -> bool:
+    """True if this call published `data` as `path`, False if `path` was there already.
+
+    The first of several writers wins, and the others never see half of what it wrote: the name is
+    given by link(2), which refuses an existing one, to a temporary that is already whole.
+    """
+    with _temporary(path) as (file, temporary):
+        file.write(data)
+        _flush_to_device(file)
+        try:
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            return False
+    fsync_folder(path.parent)
+    return True
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, lower-case hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_stale_temporaries(folder: Path) -> int:
+    """The number of temporaries removed: those whose writers are gone."""
+    removed = 0
+    for path in filter(is_temporary, list(folder.iterdir())):
+        with contextlib.suppress(OSError), path.open("rb") as file:  # renamed meanwhile, or locked
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            removed += 1
+    return removed
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """A new locked file beside `path` and its name, which is gone when the block ends."""
+    host = re.sub(r"[^\w.]", "_", socket.gethostname())
+    while True:
+        temporary = path.with_name(f".{path.name}.tmp-{host}-{os.getpid()}-{next(_count)}")
+        with temporary.open("wb") as file:
+            with contextlib.suppress(
+                OSError
+            ):  # a file system without locks: nothing is removed there
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not temporary.exists():  # someone tidied up between the open and the lock
+                continue
+            try:
+                yield file, temporary
+            finally:
+                temporary.unlink(missing_ok=True)
+            return
+
+
+def _flush_to_device(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,246 @@
+"""The words of the format: record types, manifest, receipt, and the digests that bind them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from shards.errors import ShardError
+
+FORMAT: Final = "summerlm-shards/1"
+MANIFEST: Final = "manifest.json"
+PLAN: Final = "units.json"
+TOKENIZER: Final = "tokenizer.model"
+
+Split = Literal["train", "val"]
+Packing = Literal["concat", "concat+mask"]
+Tokens = npt.NDArray[np.unsignedinteger[Any]]  # [n, seq_len], uint16 or uint32
+Masks = npt.NDArray[np.uint8]  # [n, seq_len / 8], bitorder "little", 1 = a target
+
+ROW_RECORD: Final = np.dtype([("xxh3", "<u8"), ("part", "<u4"), ("record", "<u4")])
+"""One row's sidecar entry: its digest, and the part and record its first token comes from."""
+
+T = TypeVar("T")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The little-endian type of ids: uint16 while all fit (up to 65,536 entries), else uint32."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def row_digests(rows: Tokens, masks: Masks | None = None) -> npt.NDArray[np.uint64]:
+    """XXH3-64 of each row's bytes, then of its mask's bytes if there are masks. [n]"""
+    rows = np.ascontiguousarray(rows)
+    if masks is not None:
+        masks = np.ascontiguousarray(masks)
+        joined = (row.tobytes() + mask.tobytes() for row, mask in zip(rows, masks, strict=True))
+        return np.fromiter(map(xxhash.xxh3_64_intdigest, joined), np.uint64, len(rows))
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, rows), np.uint64, len(rows))
+
+
+def unit_name(position: int) -> str:
+    """A unit's name is its position in the plan's order."""
+    return f"{position:05d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInfo:
+    """Which tokenizer made the ids. `sha256` is that of the SentencePiece model file."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A slice [first, last) of an input file.
+
+    Row groups of a parquet file, bytes of a plain text or jsonl file; a compressed file is one
+    part, [0, its size).
+    """
+
+    file: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One shard. `n_tokens` leaves out padding; `n_documents` counts those that begin in it."""
+
+    file: str
+    split: Split
+    n_rows: int
+    n_tokens: int
+    n_documents: int
+    bytes: int
+    rows_sha256: str
+
+    @property
+    def stem(self) -> str:
+        """The file's name without `.npy`: the sidecars' names begin with it."""
+        return self.file.removesuffix(".npy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What one unit became. Its presence is the commit: without it the unit is done again."""
+
+    unit: str
+    plan_sha256: str
+    shards: tuple[ShardInfo, ...]
+    rejected: Mapping[str, int]
+    rejected_sha256: str | None
+
+    def to_json(self) -> dict[str, object]:
+        """The receipt as it stands in `<unit>.json`."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Receipt:
+        """The receipt that a JSON object spells; ShardError if it spells none."""
+        value = _known_format(value, "the receipt")
+        shards = tuple(_build(ShardInfo, shard) for shard in value.get("shards", ()))
+        return _build(cls, {**value, "shards": shards})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is fixed before the first row is written: source, shape of rows, tokenizer."""
+
+    source: str
+    dataset: str
+    revision: str
+    licence: str
+    seq_len: int
+    dtype: str
+    packing: Packing
+    val_fraction: float
+    tokenizer: TokenizerInfo
+
+    @property
+    def masked(self) -> bool:
+        """Whether rows carry a loss mask."""
+        return self.packing == "concat+mask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A finished source. Counts are over both splits; `n_val_rows` of the rows are held out."""
+
+    facts: Facts
+    n_rows: int
+    n_tokens: int
+    n_documents: int
+    n_val_rows: int
+    rejected: Mapping[str, int]
+    parts: tuple[Part, ...]
+    shards: tuple[ShardInfo, ...]
+    root: str
+
+    def split(self, name: Split) -> tuple[ShardInfo, ...]:
+        """The shards of one split, in the order in which their rows are numbered."""
+        return tuple(shard for shard in self.shards if shard.split == name)
+
+    def to_json(self) -> dict[str, object]:
+        """The manifest as it stands in manifest.json."""
+        facts = asdict(self.facts)
+        tokenizer = facts.pop("tokenizer")
+        return {
+            "format": FORMAT,
+            **facts,
+            "tokenizer": tokenizer,
+            "n_rows": self.n_rows,
+            "n_tokens": self.n_tokens,
+            "n_documents": self.n_documents,
+            "n_val_rows": self.n_val_rows,
+            "rejected": dict(self.rejected),
+            "parts": [asdict(part) for part in self.parts],
+            "shards": [asdict(shard) for shard in self.shards],
+            "root": self.root,
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> Manifest:
+        """The manifest that a JSON object spells; ShardError if none, or if `root` differs."""
+        value = _known_format(value, "the manifest")
+        tokenizer = _build(TokenizerInfo, value.get("tokenizer"))
+        facts = _build(Facts, {**value, "tokenizer": tokenizer})
+        parts = tuple(_build(Part, part) for part in value.get("parts", ()))
+        shards = tuple(_build(ShardInfo, shard) for shard in value.get("shards", ()))
+        manifest = _build(cls, {**value, "facts": facts, "parts": parts, "shards": shards})
+        if manifest != summarise(facts, parts, shards, manifest.rejected):
+            raise ShardError(
+                "its counts or root do not fit what it lists: it was edited or damaged"
+            )
+        return manifest
+
+
+def summarise(
+    facts: Facts,
+    parts: Iterable[Part],
+    shards: Iterable[ShardInfo],
+    rejected: Mapping[str, int],
+) -> Manifest:
+    """The manifest of these shards: counts added up, `root` computed."""
+    shards = tuple(shards)
+    return Manifest(
+        facts=facts,
+        n_rows=sum(shard.n_rows for shard in shards),
+        n_tokens=sum(shard.n_tokens for shard in shards),
+        n_documents=sum(shard.n_documents for shard in shards),
+        n_val_rows=sum(shard.n_rows for shard in shards if shard.split == "val"),
+        rejected=dict(rejected),
+        parts=tuple(parts),
+        shards=shards,
+        root=compute_root(facts, shards),
+    )
+
+
+def compute_root(facts: Facts, shards: Iterable[ShardInfo]) -> str:
+    """SHA-256 that names the data by content: everything a training run could see depends on it."""
+    tokenizer = facts.tokenizer
+    lines = [
+        FORMAT,
+        f"{facts.dtype} {facts.seq_len} {facts.packing} {facts.val_fraction}",
+        tokenizer.sha256,
+        f"{tokenizer.bos_id} {tokenizer.eos_id} {tokenizer.pad_id}",
+        *(f"{shard.split} {shard.n_rows} {shard.rows_sha256}" for shard in shards),
+    ]
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON value, or ShardError."""
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise ShardError(f"it is no JSON ({error})") from error
+
+
+def _known_format(value: Any, what: str) -> dict[str, Any]:
+    found = value.get("format") if isinstance(value, dict) else None
+    if found != FORMAT:
+        raise ShardError(f"{what} is of format {found!r}, this version reads {FORMAT!r}")
+    return dict(value)
+
+
+def _build(cls: type[T], value: Any) -> T:
+    """A dataclass from the fields of the same names in a JSON object; other keys are left alone."""
+    if not isinstance(value, dict):
+        raise ShardError(f"{value!r} stands where a {cls.__name__} should")
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    if absent := [name for name in names if name not in value]:
+        raise ShardError(f"{cls.__name__} lacks {', '.join(absent)}")
+    return cls(**{name: value[name] for name in names})

@@ -1,0 +1,219 @@
+"""Manifest -> rows, each one checked against its digest before anyone sees it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import weakref
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.errors import ShardError
+from shards.format import (
+    MANIFEST,
+    PLAN,
+    ROW_RECORD,
+    Manifest,
+    Masks,
+    Receipt,
+    ShardInfo,
+    Split,
+    Tokens,
+    parse_json,
+    row_digests,
+)
+
+_OPEN_SHARDS: Final = 128
+"""Files held open by one reader: thousands of mappings would meet the limits of a process."""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared source; ShardError says what is wrong and what mends it."""
+    path = folder / MANIFEST
+    try:
+        return Manifest.from_json(parse_json(path.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
+        if (folder / PLAN).exists():
+            raise ShardError(
+                f"{folder}: preparation has not finished (no {MANIFEST}): run the same "
+                "`summer-prep tokenize` again, it goes on where it stopped"
+            ) from None
+        raise ShardError(
+            f"{folder}: no {MANIFEST} there: it is no prepared source "
+            "(`summer-prep tokenize --source NAME --out ...` makes one)"
+        ) from None
+    except (ShardError, TypeError) as error:
+        raise ShardError(
+            f"{path}: {error}; delete it and run the same `summer-prep tokenize` again: "
+            "it is written anew from the receipts"
+        ) from error
+
+
+def read_receipt(path: Path) -> Receipt:
+    """The receipt in a file; ShardError names the file and the mend if it is none."""
+    try:
+        return Receipt.from_json(parse_json(path.read_bytes()))
+    except (ShardError, TypeError) as error:
+        raise ShardError(f"{path}: {error}; delete it and prepare the source again") from error
+
+
+def find_sources(root: Path) -> dict[str, Manifest]:
+    """The finished sources in a folder of shards, by folder name, in order of name.
+
+    ShardError when there are none; it names those whose preparation has not finished.
+    """
+    folders = sorted(path for path in root.glob("*") if path.is_dir()) if root.is_dir() else []
+    found = {path.name: read_manifest(path) for path in folders if (path / MANIFEST).exists()}
+    if found:
+        return found
+    unfinished = [path.name for path in folders if (path / PLAN).exists()]
+    if (root / MANIFEST).exists():
+        raise ShardError(
+            f"{root} is one source itself: name the folder that holds it, {root.parent}"
+        )
+    hint = (
+        f"unfinished: {', '.join(unfinished)}; run their `summer-prep tokenize` again"
+        if unfinished
+        else "prepare one with `summer-prep tokenize --source NAME --out " + f"{root}`"
+    )
+    raise ShardError(f"{root}: no prepared source in this folder; {hint}")
+
+
+class ShardReader:
+    """Rows of one source and split, numbered 0 .. n_rows-1 in the manifest's order.
+
+    Files are opened when they are first needed, so a reader can be sent to worker processes.
+    Rows are fetched with pread(2), not through a mapping: a file that shrinks under a mapping ends
+    the process with SIGBUS, where a short read is an error that names the row (and costs the same:
+    2 us for 8 KiB).
+    """
+
+    def __init__(
+        self, folder: Path, split: Split = "train", manifest: Manifest | None = None
+    ) -> None:
+        self.folder, self.split = folder, split
+        self.manifest = manifest or read_manifest(folder)
+        self._shards = self.manifest.split(split)
+        self._ends = np.cumsum([shard.n_rows for shard in self._shards], dtype=np.int64)
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in this split."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens a row."""
+        return self.manifest.facts.seq_len
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> tuple[Tokens, Masks | None]:
+        """Rows [n, seq_len] and, where the source has them, packed loss masks [n, seq_len / 8].
+
+        Every row is compared with its digest. ShardError names source, file and row.
+        """
+        facts = self.manifest.facts
+        rows = np.empty((len(indices), facts.seq_len), np.dtype(facts.dtype).newbyteorder("<"))
+        masks = np.empty((len(indices), facts.seq_len // 8), np.uint8) if facts.masked else None
+        for place, index in enumerate(indices):
+            shard, row = self._find(int(index))
+            shard.read(
+                row, rows[place : place + 1], None if masks is None else masks[place : place + 1]
+            )
+        return rows, masks
+
+    def origin(self, index: int) -> tuple[str, int, int]:
+        """Input file, part and record that the row's first token comes from."""
+        shard, row = self._find(index)
+        part, record = int(shard.records["part"][row]), int(shard.records["record"][row])
+        return self.manifest.parts[part].file, part, record
+
+    def _find(self, index: int) -> tuple[_OpenShard, int]:
+        if not 0 <= index < self.n_rows:
+            raise IndexError(f"row {index} of {self.n_rows}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._open.get(number)
+        if shard is None:
+            shard = self._open[number] = _OpenShard(
+                self.folder, self.manifest, self._shards[number]
+            )
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return shard, index - int(self._ends[number]) + self._shards[number].n_rows
+
+
+class _OpenShard:
+    """A shard, its mask and its sidecar, opened and found to be what the manifest says."""
+
+    def __init__(self, folder: Path, manifest: Manifest, info: ShardInfo) -> None:
+        facts = manifest.facts
+        self._name = f"{facts.source}: {folder / info.file}"
+        self._mend = f"`summer-prep repair {folder}` makes it anew"
+        dtype = np.dtype(facts.dtype).newbyteorder("<")
+        self._data = self._array(folder / info.file, (info.n_rows, facts.seq_len), dtype)
+        self._mask = None
+        if facts.masked:
+            mask = folder / f"{info.stem}.mask.npy"
+            self._mask = self._array(mask, (info.n_rows, facts.seq_len // 8), np.dtype(np.uint8))
+        self.records = self._sidecar(folder / f"{info.stem}.rows.npy", info)
+
+    def read(self, row: int, tokens: Tokens, mask: Masks | None) -> None:
+        """Fill tokens [1, seq_len] and mask [1, seq_len / 8]; ShardError if damaged."""
+        whole = self._data.read_into(row, tokens)
+        if self._mask is not None and mask is not None:
+            whole = self._mask.read_into(row, mask) and whole
+        if not whole or row_digests(tokens, mask)[0] != self.records["xxh3"][row]:
+            raise ShardError(
+                f"{self._name} row {row} is damaged (its digest differs); {self._mend}"
+            )
+
+    def _array(self, path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> _RowFile:
+        try:
+            return _RowFile(path, shape, dtype)
+        except FileNotFoundError:
+            raise ShardError(f"{self._name}: {path.name} is missing; {self._mend}") from None
+        except (ValueError, EOFError) as error:
+            raise ShardError(
+                f"{self._name}: {path.name} is damaged ({error}); {self._mend}"
+            ) from error
+
+    def _sidecar(self, path: Path, info: ShardInfo) -> npt.NDArray[np.void]:
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise ShardError(f"{self._name}: {path.name} is missing; {self._mend}") from None
+        if hashlib.sha256(data).hexdigest() != info.rows_sha256:
+            raise ShardError(f"{self._name}: {path.name} is damaged; {self._mend}")
+        records: npt.NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
+        if records.dtype != ROW_RECORD or len(records) != info.n_rows:
+            raise ShardError(f"{self._name}: {path.name} does not list {info.n_rows} rows")
+        return records
+
+
+class _RowFile:
+    """A two-dimensional .npy file of a known shape, read a row at a time."""
+
+    def __init__(self, path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(f"it holds {array.shape} {array.dtype}, not {shape} {dtype}")
+        self._start, self._row_bytes = array.offset, shape[1] * dtype.itemsize
+        self._handle = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._handle)
+        size, expected = os.fstat(self._handle).st_size, self._start + shape[0] * self._row_bytes
+        if size != expected:
+            raise ValueError(f"{size} bytes, {expected} expected")
+
+    def read_into(self, row: int, out: npt.NDArray[np.generic]) -> bool:
+        """Fill `out` with the row's bytes; whether there were enough of them."""
+        at = self._start + row * self._row_bytes
+        return os.preadv(self._handle, [out.view(np.uint8).data], at) == self._row_bytes

@@ -1,0 +1,16 @@
+"""What all tests share: the folder of real text, which only some checkouts have beside them."""
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The data folder beside the checkout: real rows in the schemas of the real data sets."""
+    data = REPOSITORY.parent / "shared" / "data"
+    if not data.is_dir():
+        pytest.skip("no real text beside this checkout")
+    return data

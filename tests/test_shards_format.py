@@ -1,0 +1,86 @@
+"""The words of the format: what a stranger with hashlib, numpy and json would compute."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards.errors import ShardError
+from shards.format import Manifest, row_digests, token_dtype
+from shards.reader import read_manifest
+from shards_samples import make_source
+
+
+def root_by_hand(folder: Path) -> str:
+    """The root, a second time, from the files alone."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    tokenizer = manifest["tokenizer"]
+    lines = "summerlm-shards/1\n"
+    lines += f"{manifest['dtype']} {manifest['seq_len']} "
+    lines += f"{manifest['packing']} {manifest['val_fraction']}\n"
+    lines += f"{tokenizer['sha256']}\n"
+    lines += f"{tokenizer['bos_id']} {tokenizer['eos_id']} {tokenizer['pad_id']}\n"
+    for shard in manifest["shards"]:
+        sidecar = (folder / shard["file"].replace(".npy", ".rows.npy")).read_bytes()
+        lines += f"{shard['split']} {shard['n_rows']} {hashlib.sha256(sidecar).hexdigest()}\n"
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_root_from_the_files_alone(tmp_path: Path, masked: bool) -> None:
+    manifest = make_source(tmp_path / "s", masked=masked)
+    assert manifest.root == root_by_hand(tmp_path / "s")
+
+
+def test_row_digest_is_xxh3_of_row_then_mask() -> None:
+    rows = np.arange(32, dtype="<u2").reshape(2, 16)
+    masks = np.array([[1, 2], [3, 4]], np.uint8)
+    assert row_digests(rows)[1] == xxhash.xxh3_64(rows[1].tobytes()).intdigest()
+    joined = rows[1].tobytes() + masks[1].tobytes()
+    assert row_digests(rows, masks)[1] == xxhash.xxh3_64(joined).intdigest()
+
+
+@given(st.integers(1, 1 << 20))
+def test_dtype_is_the_smallest_that_holds_every_id(vocab_size: int) -> None:
+    dtype = token_dtype(vocab_size)
+    assert vocab_size - 1 <= np.iinfo(dtype).max
+    assert (dtype.itemsize == 2) == (vocab_size <= 65_536)
+
+
+def test_manifest_survives_json(tmp_path: Path) -> None:
+    manifest = make_source(tmp_path / "s")
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+    assert read_manifest(tmp_path / "s") == manifest
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"format": "summerlm-shards/2"},
+        {"n_tokens": 7},
+        {"seq_len": 8},
+        {"root": "0" * 64},
+        {"tokenizer": None},
+        {"shards": []},
+        {"shards": [3]},
+        {"val_fraction": "many"},
+    ],
+)
+def test_edited_manifest_is_refused(tmp_path: Path, edit: dict[str, object]) -> None:
+    make_source(tmp_path / "s")
+    path = tmp_path / "s" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **edit}))
+    with pytest.raises(ShardError, match=r"manifest\.json.*again"):
+        read_manifest(tmp_path / "s")
+
+
+def test_nothing_published_names_hosts_times_or_places(tmp_path: Path) -> None:
+    make_source(tmp_path / "a" / "s")
+    make_source(tmp_path / "b" / "s")
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / x / "s").iterdir()} for x in "ab")
+    assert first == second

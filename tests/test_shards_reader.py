@@ -1,0 +1,187 @@
+"""What was written comes back; what was damaged does not."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards import writer as writer_module
+from shards.errors import ShardError
+from shards.reader import ShardReader, find_sources, read_manifest
+from shards.writer import ShardWriter, write_manifest
+from shards_samples import make_source, sample_facts
+
+
+def all_rows(folder: Path, split: str = "train") -> np.ndarray:
+    reader = ShardReader(folder, split)  # type: ignore[arg-type]
+    return reader.rows(np.arange(reader.n_rows))[0]
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_rows_come_back_however_they_were_given(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Any cutting into `add` calls, any shard size: the same rows, masks, parts and records."""
+    folder = tmp_path_factory.mktemp("s")
+    masked = data.draw(st.booleans())
+    vocab_size = data.draw(st.sampled_from([512, 70_000]))
+    n = data.draw(st.integers(1, 30))
+    facts = sample_facts("s", 8, vocab_size, masked)
+    generator = np.random.default_rng(data.draw(st.integers(0, 99)))
+    rows = generator.integers(0, vocab_size, (n, 8)).astype(facts.dtype)
+    masks = generator.integers(0, 256, (n, 1), np.uint8) if masked else None
+    records = generator.integers(0, 1 << 32, n, np.uint32)
+    cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=5)))
+    shard_bytes = data.draw(st.sampled_from([1, 64, 160, 1 << 20]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer_module, "SHARD_BYTES", shard_bytes)
+        writer = ShardWriter(folder, "00000", facts)
+        for a, b in zip([0, *cuts], [*cuts, n], strict=True):
+            mask = None if masks is None else masks[a:b]
+            writer.add("train", rows[a:b], np.zeros(b - a, np.uint32), records[a:b], mask)
+        writer.finish([], "0" * 64)
+    write_manifest(folder, facts, [], 1)
+    reader = ShardReader(folder)
+    order = generator.permutation(n)
+    found, found_masks = reader.rows(order)
+    np.testing.assert_array_equal(found, rows[order])
+    assert (found_masks is None) == (masks is None)
+    if masks is not None and found_masks is not None:
+        np.testing.assert_array_equal(found_masks, masks[order])
+
+
+def test_numpy_alone_opens_a_shard(tmp_path: Path) -> None:
+    manifest = make_source(tmp_path / "s")
+    mapped = [np.load(tmp_path / "s" / x.file, mmap_mode="r") for x in manifest.split("train")]
+    np.testing.assert_array_equal(np.concatenate(mapped), all_rows(tmp_path / "s"))
+
+
+def test_counts(tmp_path: Path) -> None:
+    manifest = make_source(tmp_path / "s", n_rows=20, n_val_rows=4)
+    assert (manifest.n_rows, manifest.n_val_rows) == (24, 4)
+    assert manifest.n_documents == 24
+    assert manifest.n_tokens == 24 * 16
+    assert ShardReader(tmp_path / "s", "val").n_rows == 4
+
+
+def test_origin_names_file_part_and_record(tmp_path: Path) -> None:
+    make_source(tmp_path / "s", n_rows=20)
+    assert ShardReader(tmp_path / "s").origin(13) == ("1.txt", 1, 3)
+
+
+def test_reader_travels_to_other_processes(tmp_path: Path) -> None:
+    make_source(tmp_path / "s")
+    reader = ShardReader(tmp_path / "s")
+    before = reader.rows(np.array([3, 11]))[0]
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(reader)).rows(np.array([3, 11]))[0], before
+    )
+
+
+def test_no_more_files_are_held_open_than_stated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.reader._OPEN_SHARDS", 3)
+    make_source(tmp_path / "s", n_rows=20, n_units=10)
+    reader = ShardReader(tmp_path / "s")
+    before = len(os.listdir("/proc/self/fd"))
+    reader.rows(np.arange(20))
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_flipped_bit_of_the_data_is_found(tmp_path: Path, masked: bool) -> None:
+    make_source(tmp_path / "s", n_rows=4, n_val_rows=0, n_units=1, masked=masked)
+    names = ["00000-000.npy"] + ["00000-000.mask.npy"] * masked
+    for name in names:
+        path = tmp_path / "s" / name
+        start = np.load(path, mmap_mode="r").offset
+        for at in range(start, path.stat().st_size):
+            flip(path, at)
+            with pytest.raises(ShardError, match=r"s: .*00000-000\.npy row \d.*summer-prep repair"):
+                all_rows(tmp_path / "s")
+            flip(path, at)
+    all_rows(tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["00000-000.npy", "00000-000.rows.npy"])
+@pytest.mark.parametrize("damage", ["truncate", "extend", "empty", "remove", "swap"])
+def test_damaged_files_are_refused(tmp_path: Path, name: str, damage: str) -> None:
+    make_source(tmp_path / "s")
+    path = tmp_path / "s" / name
+    data = path.read_bytes()
+    if damage == "truncate":
+        path.write_bytes(data[:-1])
+    elif damage == "extend":
+        path.write_bytes(data + b"\0")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "remove":
+        path.unlink()
+    else:
+        other = path.with_name(name.replace("00000-", "00001-"))
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(data)
+    with pytest.raises(ShardError, match=r"s: .*00000-000.*summer-prep repair"):
+        all_rows(tmp_path / "s")
+
+
+def test_shard_that_shrinks_while_open_is_an_error_not_a_signal(tmp_path: Path) -> None:
+    make_source(tmp_path / "s", n_rows=8, n_units=1)
+    reader = ShardReader(tmp_path / "s")
+    reader.rows(np.array([0]))
+    os.truncate(tmp_path / "s" / "00000-000.npy", 200)
+    with pytest.raises(ShardError, match="row 7 is damaged"):
+        reader.rows(np.array([7]))
+
+
+def test_sources_are_found_and_unfinished_ones_named(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="summer-prep tokenize"):
+        find_sources(tmp_path / "absent")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "units.json").write_text("{}")
+    with pytest.raises(ShardError, match="unfinished: half"):
+        find_sources(tmp_path)
+    with pytest.raises(ShardError, match="has not finished"):
+        read_manifest(tmp_path / "half")
+    make_source(tmp_path / "b")
+    make_source(tmp_path / "a")
+    assert list(find_sources(tmp_path)) == ["a", "b"]
+    with pytest.raises(ShardError, match="name the folder that holds it"):
+        find_sources(tmp_path / "a")
+
+
+def test_manifest_waits_for_every_receipt(tmp_path: Path) -> None:
+    make_source(tmp_path / "s", n_units=2)
+    (tmp_path / "s" / "manifest.json").unlink()
+    shutil.move(tmp_path / "s" / "00001.json", tmp_path / "away")
+    assert write_manifest(tmp_path / "s", sample_facts(), [], 2) is None
+    assert not (tmp_path / "s" / "manifest.json").exists()
+    (tmp_path / "s" / "00001.json").write_text("{")
+    with pytest.raises(ShardError, match=r"00001\.json.*delete it"):
+        write_manifest(tmp_path / "s", sample_facts(), [], 2)
+
+
+def test_rejected_records_are_listed_and_counted(tmp_path: Path) -> None:
+    facts = sample_facts()
+    writer = ShardWriter(tmp_path, "00000", facts)
+    rejected = [{"reason": "empty", "file": "a", "record": i} for i in (3, 5)]
+    receipt = writer.finish(rejected, "0" * 64)
+    assert receipt.rejected == {"empty": 2} and receipt.shards == ()
+    lines = (tmp_path / "00000.rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rejected
+    manifest = write_manifest(tmp_path, facts, [], 1)
+    assert manifest is not None and manifest.rejected == {"empty": 2}
