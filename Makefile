@@ -1,0 +1,34 @@
+# make demo    text -> shards -> a small model -> its score, in a few minutes on a CPU
+# make test    the whole test suite
+# make check   ruff and mypy
+#
+# The environment lives in .venv; PYTHON names the interpreter that makes it (3.11 or later).
+# A torch >= 2.9 that this interpreter already has is kept, never replaced.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+INPUTS = pyproject.toml constraints.txt tools/environment.py
+
+.PHONY: demo test check clean
+demo: $(VENV)/.demo
+	$(RUN) -m tools.demo
+
+test: $(VENV)/.dev
+	$(RUN) -m pytest
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) demo
+
+$(VENV)/.demo: $(INPUTS)
+	@$(PYTHON) tools/environment.py $(VENV) report
+	@touch $@
+
+$(VENV)/.dev: $(INPUTS)
+	@$(PYTHON) tools/environment.py $(VENV) dev
+	@touch $@ $(VENV)/.demo
