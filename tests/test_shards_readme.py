@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import REPOSITORY
-from shards_samples import make_source
 
+from conftest import REPOSITORY
 from shards.format import FORMAT, summarise
 from shards.reader import read_manifest
+from shards_samples import make_source
 
 
 def run_example(folder: Path, tmp_path: Path) -> list[str]:
