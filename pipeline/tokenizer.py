@@ -1,0 +1,266 @@
+"""The vocabulary: Mistral's, extended; loading one, training one; ids <-> text.
+
+    Tokenizer.default()                     the extended base, 32,768 entries
+    Tokenizer.load(Path("tokenizer.model")) any SentencePiece model with byte fallback
+    extend(model, ["[MINE]"])               the model's bytes with further control pieces
+    train(lines, 2000)                      the bytes of a model of one's own
+
+Text never becomes a control piece: `</s>` in a document is four ordinary characters, so that a web
+page cannot forge the end of a document. Control pieces are put in by id alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.errors import TokenizerError
+from shards.format import TokenizerInfo
+
+BASE_PACKAGE: Final = "mistral_common"
+BASE_FILE: Final = "data/mistral_instruct_tokenizer_240323.model.v3"
+DEFAULT_NAME: Final = "mistral-v3-extended"
+
+EXTENSION: Final = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]", "[/THINK]")
+"""Control pieces that ours adds to the base, in its spare slots.
+
+The base has markers for chat, tools and fill-in-the-middle. These four are what later
+chat models of the same family added; reserving them now lets a model be fine-tuned on system turns
+and on reasoning without a change of vocabulary.
+"""
+
+CHAT_PIECES: Final = ("[INST]", "[/INST]")
+
+
+class Tokenizer:
+    """A SentencePiece model and its facts. `encode` adds no BOS, no EOS."""
+
+    def __init__(self, model: bytes, name: str) -> None:
+        self.model, self.name = model, name
+        self.proto = _parse(model, name)
+        self._processor = processor(model)
+        vocabulary, sp = self.proto.pieces, self._processor
+        self.info = TokenizerInfo(
+            name=name,
+            sha256=hashlib.sha256(model).hexdigest(),
+            vocab_size=len(vocabulary),
+            bos_id=sp.bos_id(),
+            eos_id=sp.eos_id(),
+            pad_id=sp.unk_id(),
+        )
+        _refuse_unfit(self.proto, self.info)
+
+    @classmethod
+    def load(cls, path: Path, name: str | None = None) -> Tokenizer:
+        """The tokenizer in a `.model` file; TokenizerError if there is none."""
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            raise TokenizerError(
+                f"{path}: {error.strerror}; name a SentencePiece .model file, or leave --tokenizer "
+                "out for the default"
+            ) from error
+        return cls(model, name or path.name.removesuffix(".model"))
+
+    @classmethod
+    def default(cls) -> Tokenizer:
+        """The extended base vocabulary, `mistral-v3-extended`."""
+        return cls(default_model(), DEFAULT_NAME)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, str]]:
+        return Tokenizer, (self.model, self.name)
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary, control and byte pieces included."""
+        return self.info.vocab_size
+
+    @property
+    def bos_id(self) -> int:
+        """The id that begins a document."""
+        return self.info.bos_id
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a document."""
+        return self.info.eos_id
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills a unit's last row: `<unk>`, which byte fallback never emits."""
+        return self.info.pad_id
+
+    def encode(self, text: str) -> list[int]:
+        """The text's ids, as sentencepiece gives them, without BOS and EOS."""
+        return list(self._processor.encode(text))
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, on one core."""
+        return list(self._processor.encode(texts, num_threads=1))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; control pieces have none. Inverse of `encode`."""
+        ids = [int(i) for i in ids]
+        if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise TokenizerError(
+                f"id {wrong[0]} is outside the {self.vocab_size} entries of {self.name}: it was "
+                "made with another tokenizer"
+            )
+        return str(self._processor.decode(ids))
+
+    def id_of(self, piece: str) -> int:
+        """The id of a control piece; TokenizerError if the vocabulary has none of that name."""
+        number = int(self._processor.piece_to_id(piece))
+        if not self._processor.is_control(number):
+            raise TokenizerError(
+                f"{self.name} has no control piece {piece}: use the default tokenizer, or add it "
+                f"with `summer-prep tokenizer --extend FILE --piece {piece} --out FILE`"
+            )
+        return number
+
+
+def processor(model: bytes) -> Any:
+    """A SentencePieceProcessor of the model's bytes."""
+    import sentencepiece
+
+    loaded = sentencepiece.SentencePieceProcessor()
+    loaded.LoadFromSerializedProto(model)
+    return loaded
+
+
+@functools.cache
+def default_model() -> bytes:
+    """The base vocabulary with our control pieces, the bytes of a .model file."""
+    return extend(base_model(), EXTENSION)
+
+
+def base_model() -> bytes:
+    """Mistral-7B-Instruct's v3 vocabulary as the package mistral-common ships it, untouched."""
+    spec = importlib.util.find_spec(BASE_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise TokenizerError(
+            "the base vocabulary comes with the package mistral-common, which is not installed: "
+            "`pip install mistral-common`, or name a file with --tokenizer"
+        )
+    path = Path(spec.origin).parent / BASE_FILE
+    if not path.is_file():
+        raise TokenizerError(
+            f"this release of mistral-common ships no {Path(BASE_FILE).name}: "
+            "`pip install 'mistral-common>=1.8'`, or name a file with --tokenizer"
+        )
+    return path.read_bytes()
+
+
+def extend(model: bytes, pieces: Sequence[str]) -> bytes:
+    """The model with each of `pieces` as a control piece, and no user-defined symbols left.
+
+    Spare slots (`[control_7]`) are renamed first, which leaves every id and the size of the
+    vocabulary alone; what does not fit is appended. User-defined symbols match in text, so they
+    become control pieces: otherwise a document could spell one and be given a special id.
+    """
+    proto = _parse(model, "the model to extend")
+    kinds = proto.SentencePiece
+    names = {entry.piece for entry in proto.pieces}
+    spare = [e for e in proto.pieces if e.type == kinds.CONTROL and _is_spare(e.piece)]
+    for entry in proto.pieces:
+        if entry.type == kinds.USER_DEFINED:
+            entry.type = kinds.CONTROL
+    for piece in pieces:
+        if not piece or piece in names:
+            raise TokenizerError(
+                f"the vocabulary already has the piece {piece!r}: choose another spelling"
+            )
+        names.add(piece)
+        if spare:
+            spare.pop(0).piece = piece
+        else:
+            proto.pieces.add(piece=piece, score=0.0, type=kinds.CONTROL)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def train(lines: Iterable[str], vocab_size: int) -> bytes:
+    """A SentencePiece BPE of `vocab_size` entries learnt from the lines; equal bytes each time.
+
+    Byte fallback, no normalisation, spaces kept, digits apart: any text comes back from its ids
+    unchanged, and the fast encoder is exact on it. `<unk>` is 0, BOS 1, EOS 2, then [INST], [/INST].
+    """
+    import sentencepiece
+
+    out = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=out,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            control_symbols=list(CHAT_PIECES),
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            shuffle_input_sentence=False,
+            max_sentence_length=1 << 24,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise TokenizerError(
+            f"no vocabulary of {vocab_size} entries can be learnt from this text ({error}): "
+            "give more text or another --vocab-size"
+        ) from error
+    return out.getvalue()
+
+
+def _is_spare(piece: str) -> bool:
+    return piece.startswith("[control_") and piece[9:-1].isdigit() and piece.endswith("]")
+
+
+def _parse(model: bytes, name: str) -> Any:
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(model)
+    except DecodeError:
+        proto.Clear()
+    if not proto.pieces:
+        raise TokenizerError(
+            f"{name} is no SentencePiece model: name a .model file (a Hugging Face tokenizer.json "
+            "is of another kind)"
+        )
+    return proto
+
+
+def _refuse_unfit(proto: Any, info: TokenizerInfo) -> None:
+    """TokenizerError unless the ids can be told apart from BOS, EOS and padding."""
+    kinds = proto.SentencePiece
+    if min(info.bos_id, info.eos_id) < 0:
+        raise TokenizerError(
+            f"{info.name} has no BOS or no EOS (ids {info.bos_id}, {info.eos_id}): documents "
+            "could not be told apart; train it with bos_id and eos_id"
+        )
+    if sum(entry.type == kinds.BYTE for entry in proto.pieces) < 256:
+        raise TokenizerError(
+            f"{info.name} has no byte fallback: some text would become <unk>, which fills unused "
+            "places of a row; train it with byte_fallback (`summer-prep tokenizer --train` does)"
+        )
+    if symbols := [e.piece for e in proto.pieces if e.type == kinds.USER_DEFINED]:
+        raise TokenizerError(
+            f"{info.name} gives text the special id of {symbols[0]!r} ({len(symbols)} "
+            "user-defined symbols): `summer-prep tokenizer --extend FILE --out FILE` makes them "
+            "control pieces"
+        )
