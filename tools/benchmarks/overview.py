@@ -1,0 +1,148 @@
+"""The whole way once, as a user walks it: preparation, training and start-up, in one table.
+
+    python tools/benchmarks/overview.py            # about four minutes on two cores
+
+Every figure comes from a command run as a process of its own. Repeated ones are given as
+median (lowest .. highest). Nothing is asserted here: RESULTS.md keeps what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+COMMANDS = ("pipeline.cli", "trainer.cli", "tools.evaluate", "tools.generate")
+
+
+def main() -> None:
+    """Print the machine and the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args()
+    print(machine(), end="\n\n")
+    print("| what | figure | how |\n|---|---|---|")
+    for row in start_up(options.repeats):
+        print("|", " | ".join(row), "|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for row in [
+            *preparation(Path(folder), options.repeats),
+            *training(Path(folder), options.steps),
+        ]:
+            print("|", " | ".join(row), "|", flush=True)
+
+
+def machine() -> str:
+    """One line that tells what this was measured on."""
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {memory_gb:.0f} GB; Python {platform.python_version()}, "
+        f"torch {version('torch')}, sentencepiece {version('sentencepiece')}, "
+        f"pyarrow {version('pyarrow')}"
+    )
+
+
+def start_up(repeats: int) -> list[tuple[str, str, str]]:
+    """CPU seconds of each command's --help."""
+    rows = []
+    for command in COMMANDS:
+        seconds = [run([command, "--help"]).cpu_s for _ in range(repeats)]
+        rows.append((f"`{command} --help`", spread(seconds, "s of CPU"), f"{repeats} processes"))
+    return rows
+
+
+def preparation(folder: Path, repeats: int) -> list[tuple[str, str, str]]:
+    """MB of text a second through `summer-prep tokenize`, start-up included."""
+    rates, peaks = [], []
+    text_bytes = sum(path.stat().st_size for path in Path(os.__file__).parent.glob("*.py"))
+    for attempt in range(repeats):
+        out = folder / f"shards-{attempt}"
+        done = run(
+            ["pipeline.cli", "tokenize", "--source", "python-code", "--seq-len", "256",
+             "--workers", "1", "--out", str(out)]
+        )  # fmt: skip
+        rates.append(text_bytes / done.wall_s / 1e6)
+        peaks.append(done.peak_mb)
+    how = f"{text_bytes / 1e6:.1f} MB of Python, one worker, whole command, {repeats} runs"
+    return [
+        ("`summer-prep tokenize`", spread(rates, "MB/s"), how),
+        ("its peak memory", spread(peaks, "MB"), "largest process"),
+    ]
+
+
+def training(folder: Path, steps: int) -> list[tuple[str, str, str]]:
+    """tokens/s of `tiny` once it is warm, time to its first step, and peak memory."""
+    rows = []
+    arguments = [
+        "trainer.cli", "--shards", str(folder / "shards-0"), "--preset", "tiny",
+        "--set", f"max_steps={steps}",
+    ]  # fmt: skip
+    for name in ("cold", "warm"):
+        out = folder / name
+        done = run([*arguments, "--out", str(out)], TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        rates = [line["tokens_per_s"] for line in lines[len(lines) // 4 :]]
+        first_step_s = done.wall_s - sum(
+            line["tokens"] / line["tokens_per_s"] for line in lines[1:]
+        )
+        rows.append(
+            (f"first step of `tiny`, {name}", f"{first_step_s:.1f} s", f"{name} compile cache")
+        )
+    rows.append(("training `tiny`", spread(rates, "tokens/s"), f"{steps} steps, bf16, compiled"))
+    rows.append(("its peak memory", f"{done.peak_mb:.0f} MB", "largest process"))
+    return rows
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a finished process cost; the memory is that of its largest single process."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
+
+
+def run(arguments: Sequence[str], **environment: str) -> Done:
+    """Run a module as a process, measured by a small parent that has no other child."""
+    code = (
+        "import json, resource, subprocess, sys, time; start = time.perf_counter(); "
+        "done = subprocess.run(sys.argv[1:], capture_output=True, text=True); "
+        "use = resource.getrusage(resource.RUSAGE_CHILDREN); "
+        "done.returncode and sys.exit(done.stderr[-2000:] or done.stdout[-2000:]); "
+        "wall_s, cpu_s = time.perf_counter() - start, use.ru_utime + use.ru_stime; "
+        "print(json.dumps([wall_s, cpu_s, use.ru_maxrss]))"
+    )
+    command = [sys.executable, "-c", code, sys.executable, "-m", *arguments]
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+    wall_s, cpu_s, peak_kib = json.loads(done.stdout.splitlines()[-1])
+    return Done(wall_s, cpu_s, peak_kib / 1024)
+
+
+def spread(values: Sequence[float], unit: str) -> str:
+    """Median and range, in three digits."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.3g} ({low:.3g} .. {high:.3g}) {unit}"
+
+
+if __name__ == "__main__":
+    main()
