@@ -1,0 +1,84 @@
+"""The small parts: matrices that are born empty, derived buffers, RMSNorm, SwiGLU, rotation."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, left empty: `Transformer.init_weights` fills it, once."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the values to `Transformer.init_weights`."""
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors, left empty like `Linear`."""
+
+    def reset_parameters(self) -> None:
+        """Leave the values to `Transformer.init_weights`."""
+
+
+class DerivedBuffers(nn.Module):
+    """A module whose buffers follow from its configuration.
+
+    They are made anew whenever the module moves: out of the meta device, where they had no values,
+    or into another dtype, in which rounded values would be wrong.
+    """
+
+    def make_buffers(self, device: torch.device) -> None:
+        """Register every buffer, non-persistent, on `device`."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DerivedBuffers":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = next(self.buffers(), None)
+        if moved is not None:
+            self.make_buffers(moved.device)
+        return self
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (Zhang & Sennrich 2019), computed in fp32."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., C] over its root mean square, times the weight, in the weight's dtype."""
+        weight = self.weight
+        return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(weight.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020); gate and up are one matrix, gate first."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(d_model, 2 * d_ff)
+        self.down = Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_model] to [..., d_model]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` [B, T, H, head_dim] turned by its position's angles (RoPE), in the dtype of `x`.
+
+    Channel c turns with channel c + head_dim / 2, the two halves of a head, as in Hugging Face's
+    Llama; the paper's (and Meta's) interleaved pairs are the same up to a permutation.
+    """
+    cos, sin = cos[:, None, :], sin[:, None, :]  # [T, 1, head_dim / 2]
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
