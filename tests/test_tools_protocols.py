@@ -1,0 +1,272 @@
+"""Plans without a model: what is scored, after what, in windows of what size. Then closed forms."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tools.errors import EvaluationError
+from tools.protocols import (
+    IGNORED,
+    BosPolicy,
+    Plan,
+    Protocol,
+    ProtocolName,
+    Window,
+    document_windows,
+    make_plan,
+)
+from tools.scoring import Scorer, batches, score
+
+BOS = 1
+VOCAB = 50
+
+policies = st.sampled_from(["never", "start", "window"])
+
+
+def text_ids(n: int) -> np.ndarray:
+    """Ids that are all different, so that a target says which place of the text it is."""
+    return np.arange(1000, 1000 + n)
+
+
+def targets_of(windows: list[Window] | Plan) -> list[int]:
+    return [int(target) for w in windows for target in w.targets if target != IGNORED]
+
+
+def check_windows(windows: list[Window] | Plan, context: int) -> None:
+    """Each target is the id right after its input, and no window feeds more than the context."""
+    for window in windows:
+        assert 0 < len(window.inputs) == len(window.targets) <= context
+        for (_, following), target in zip(
+            pairwise([*window.inputs, None]), window.targets, strict=True
+        ):
+            if following is not None and target != IGNORED:
+                assert target == following
+
+
+@given(st.integers(2, 200), st.integers(2, 40), policies)
+def test_disjoint_scores_all_but_the_first_of_each_window(
+    n: int, context: int, bos: BosPolicy
+) -> None:
+    ids = text_ids(n)
+    protocol = Protocol(context=context, bos=bos, bos_id=BOS)
+    stream = [BOS, *ids] if bos == "start" else list(ids)
+    room = context - 1 if bos == "window" else context
+    if len(stream) < room:
+        with pytest.raises(EvaluationError, match="too few for one disjoint window"):
+            make_plan(ids, protocol)
+        return
+    plan = make_plan(ids, protocol)
+    check_windows(plan, context)
+    assert len(plan) == len(stream) // room
+    assert plan.tail_dropped == len(stream) % room
+    assert all(len(window.inputs) == context - 1 for window in plan)
+    expected = [
+        token
+        for place, token in enumerate(stream[: len(plan) * room])
+        if bos == "window" or place % room
+    ]
+    assert targets_of(plan) == expected
+    assert plan.n_scored == len(expected)
+
+
+@given(st.integers(2, 200), st.integers(2, 40), st.data(), policies)
+def test_stride_scores_each_id_once_and_never_the_first(
+    n: int, context: int, data: st.DataObject, bos: BosPolicy
+) -> None:
+    stride = data.draw(st.integers(1, context - 1))
+    ids = text_ids(n)
+    plan = make_plan(
+        ids, Protocol(name="stride", context=context, stride=stride, bos=bos, bos_id=BOS)
+    )
+    check_windows(plan, context)
+    assert targets_of(plan) == list(ids if bos == "start" else ids[1:])
+    assert plan.tail_dropped == 0
+    assert list(ids[plan.scored_places()]) == targets_of(plan)
+
+
+def test_stride_windows_are_those_of_the_hugging_face_guide() -> None:
+    n, context, stride = 1000, 128, 48
+    expected, previous_end = [], 0
+    for begin in range(0, n, stride):
+        end = min(begin + context, n)
+        expected.append((begin, end, end - previous_end - (begin == 0)))
+        previous_end = end
+        if end == n:
+            break
+    plan = make_plan(text_ids(n), Protocol(name="stride", context=context, stride=stride))
+    assert [(b, e, e - first) for b, e, first in plan.spans] == expected
+
+
+def test_the_worked_example_of_the_module() -> None:
+    ids = [ord(letter) for letter in "abcdefghij"]
+
+    def spelled(plan: Plan) -> list[tuple[str, str]]:
+        return [
+            ("".join(map(chr, w.inputs)), "".join(chr(t) for t in w.targets if t != IGNORED))
+            for w in plan
+        ]
+
+    assert spelled(make_plan(ids, Protocol(context=4))) == [("abc", "bcd"), ("efg", "fgh")]
+    strided = make_plan(ids, Protocol(name="stride", context=4, stride=2))
+    assert spelled(strided) == [("abc", "bcd"), ("cde", "ef"), ("efg", "gh"), ("ghi", "ij")]
+
+
+@given(st.integers(2, 120), st.integers(1, 30))
+def test_a_document_is_scored_whole_from_its_bos(n: int, context: int) -> None:
+    document = [BOS, *text_ids(n - 1)]
+    windows = document_windows(document, context)
+    check_windows(windows, context)
+    assert targets_of(windows) == document[1:]
+    assert [int(i) for w in windows for i in w.inputs] == document[:-1]
+
+
+def test_scored_places_name_the_text_whatever_stands_in_front() -> None:
+    ids = text_ids(21)
+    for bos in ("never", "start", "window"):
+        plan = make_plan(ids, Protocol(context=5, bos=bos, bos_id=BOS))
+        assert list(ids[plan.scored_places()]) == targets_of(plan)
+
+
+def test_limit_takes_the_first_windows() -> None:
+    plan = make_plan(text_ids(100), Protocol(context=10))[:3]
+    assert len(plan) == 3
+    assert plan.n_scored == 27
+    assert plan.tail_dropped == 70
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": "sliding"}, "protocol 'sliding'"),
+        ({"bos": "always"}, "bos 'always'"),
+        ({"context": 1}, "context 1"),
+        ({"bos": "start", "bos_id": None}, "has no BOS"),
+        ({"stride": 4}, "disjoint windows have none"),
+        ({"name": "stride", "stride": 8}, "stride 8: choose 1 to 7"),
+        ({"name": "stride", "stride": 0}, "stride 0"),
+    ],
+)
+def test_a_protocol_that_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(EvaluationError, match=words):
+        Protocol(**{"context": 8, "bos_id": BOS, **changes})
+
+
+# ---- closed forms: models whose scores are known without computing them
+
+
+def uniform(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(*tokens.shape, VOCAB)
+
+
+@pytest.mark.parametrize("name", ["disjoint", "stride"])
+def test_uniform_logits_have_perplexity_v(name: ProtocolName) -> None:
+    ids = np.random.default_rng(0).integers(0, VOCAB, 500)
+    plan = make_plan(ids, Protocol(name=name, context=64))
+    scores = score(Scorer.of_logits(uniform), plan)
+    assert scores.total_targets == plan.n_scored
+    assert math.exp(scores.total_nats / scores.total_targets) == pytest.approx(VOCAB, rel=1e-6)
+
+
+def test_a_bigram_table_gives_its_analytic_value() -> None:
+    """`stride` scores ids[1:], each after its predecessor: the sum over bigrams is known."""
+    generator = np.random.default_rng(1)
+    table = torch.from_numpy(generator.normal(size=(VOCAB, VOCAB))).float()
+    ids = generator.integers(0, VOCAB, 400)
+    log_probabilities = table.double().log_softmax(dim=1).numpy()
+    expected = -log_probabilities[ids[:-1], ids[1:]].sum()
+    for context, stride in ((16, 5), (64, 63), (400, 200)):
+        plan = make_plan(ids, Protocol(name="stride", context=context, stride=stride))
+        assert score(
+            Scorer.of_logits(lambda tokens: table[tokens]), plan
+        ).total_nats == pytest.approx(expected, rel=1e-6)
+
+
+def running_sum_model(tokens: torch.Tensor) -> torch.Tensor:
+    """Logits that depend on all ids so far (and on no later one)."""
+    state = torch.cumsum((tokens + 1).double() * 0.37, dim=1)
+    return torch.sin(state[..., None] * torch.arange(1, VOCAB + 1)).float()
+
+
+RUNNING_SUM = Scorer.of_logits(running_sum_model)
+
+
+def test_future_ids_change_no_scored_logit() -> None:
+    """Leak test: ids behind a window's scored target may change, the window's nats may not."""
+    ids = np.random.default_rng(2).integers(0, VOCAB, 300)
+    protocol = Protocol(name="stride", context=32, stride=8)
+    before = score(RUNNING_SUM, make_plan(ids, protocol))
+    for cut in (33, 150, 299):
+        changed = ids.copy()
+        changed[cut:] = (changed[cut:] + 7) % VOCAB
+        plan = make_plan(changed, protocol)
+        after = score(RUNNING_SUM, plan)
+        untouched = plan.spans[:, 1] <= cut
+        assert (before.nats[untouched] == after.nats[untouched]).all()
+        assert (before.nats[~untouched] != after.nats[~untouched]).all()
+
+
+def test_batch_size_and_padding_change_nothing() -> None:
+    ids = np.random.default_rng(3).integers(0, VOCAB, 333)
+    windows = [
+        *document_windows(ids, 50),
+        *document_windows(ids[:7], 50),
+        *document_windows(ids, 9),
+    ]
+    alone = score(RUNNING_SUM, windows, batch_tokens=1)
+    for batch_tokens in (100, 333, 10**6):
+        together = score(RUNNING_SUM, windows, batch_tokens=batch_tokens)
+        assert together.nats == pytest.approx(alone.nats, rel=1e-9)
+        assert (together.n_targets == alone.n_targets).all()
+
+
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 300))
+def test_batches_hold_every_window_once_and_keep_to_their_size(
+    lengths: list[int], batch_tokens: int
+) -> None:
+    made = list(batches(lengths, batch_tokens))
+    assert sorted(place for batch in made for place in batch) == list(range(len(lengths)))
+    for batch in made:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= batch_tokens
+
+
+def test_long_rows_go_through_the_vocabulary_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 40, VOCAB, generator=generator)
+    targets = torch.randint(0, VOCAB, (2, 40), generator=generator)
+    targets[0, :5] = targets[1, 17] = IGNORED
+    scorer = Scorer.of_logits(lambda _: logits)
+    whole = scorer.nats(targets, targets)
+    monkeypatch.setattr("tools.scoring._LOGITS_AT_ONCE", VOCAB * 7)
+    assert torch.equal(scorer.nats(targets, targets), whole)
+    assert (whole[0, :5] == 0).all()
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
+    )
+    assert torch.allclose(whole.flatten(), expected, atol=1e-6)
+
+
+def test_progress_reaches_the_end() -> None:
+    seen = []
+    windows = make_plan(text_ids(100) % VOCAB, Protocol(context=10))
+    score(
+        Scorer.of_logits(uniform),
+        windows,
+        batch_tokens=30,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[-1] == (10, 10)
+    assert seen == sorted(seen)
+
+
+def test_a_model_that_answers_nan_is_named() -> None:
+    def broken(tokens: torch.Tensor) -> torch.Tensor:
+        return torch.full((*tokens.shape, VOCAB), torch.nan)
+
+    with pytest.raises(EvaluationError, match=r"window 0.*damaged"):
+        score(Scorer.of_logits(broken), make_plan(text_ids(20) % VOCAB, Protocol(context=10)))

@@ -1,0 +1,69 @@
+"""Loss curves as pictures. Needs matplotlib, which comes with the extra `report`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from shards.files import publish_bytes
+from tools.errors import ReportError
+from tools.runlog import RunLog
+
+_POINTS: Final = 4000
+"""Points drawn of one curve; a screen shows no more."""
+
+_MARKED_EVENTS: Final = {"resume", "rollback", "skip"}
+
+
+def write_loss_curve(runs: Sequence[RunLog], path: Path) -> Path:
+    """The PNG file written: training loss by step, one curve a run."""
+    publish_bytes(path, loss_curve_png(runs))
+    return path
+
+
+def loss_curve_png(runs: Sequence[RunLog]) -> bytes:
+    """A PNG picture of the runs' training losses by step: each step faint, their average strong."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    for number, run in enumerate(runs):
+        steps, losses = run.series("loss")
+        stride = max(1, len(steps) // _POINTS)
+        colour = f"C{number}"
+        axes.plot(steps[::stride], losses[::stride], color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(
+            steps[::stride], smoothed(losses)[::stride], color=colour, linewidth=1.8, label=run.name
+        )
+        for event in run.events:
+            if "step" in event and event.get("event", event.get("kind")) in _MARKED_EVENTS:
+                axes.axvline(event["step"], color=colour, linestyle=":", linewidth=0.8)
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=144, metadata={"Software": None})
+    return picture.getvalue()
+
+
+def smoothed(values: Sequence[float], share: float = 0.02) -> list[float]:
+    """An exponential average over about `share` of the values, without the bias of its start."""
+    memory = 1 - 1 / max(1.0, share * len(values))
+    average, weight, result = 0.0, 0.0, []
+    for value in values:
+        average = memory * average + (1 - memory) * value
+        weight = memory * weight + (1 - memory)
+        result.append(average / weight)
+    return result
+
+
+def _figure() -> Any:
+    """An empty picture that belongs to no window system; ReportError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ReportError(
+            "drawing needs matplotlib, which is not installed: pip install 'summerlm[report]'"
+        ) from error
+    return Figure(figsize=(8, 4.5), layout="constrained")

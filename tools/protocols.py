@@ -1,0 +1,187 @@
+"""Perplexity protocols: which ids are scored, each after which context. Pure plans over ids.
+
+A plan turns the ids of a text into **windows**. A window holds the ids that the model is fed and,
+beside each, the id it must foresee there, or -100 where nothing is scored. No model is needed to
+make a plan, or to check one:
+
+    ids    a b c d e f g h i j        context 4, BOS `never`
+
+    disjoint     feed  a b c | e f g            floor(10 / 4) = 2 windows, the tail i j is dropped
+                 score   b c d |   f g h        3 = L - 1 a window
+
+    stride 2     feed  a b c | c d e | e f g | g h i
+                 score   b c d |     e f |     g h |     i j      each id once, never the first
+
+**BOS**: `never` feeds the text's ids alone; `start` puts BOS in front of the text, where it counts
+as the stream's first id; `window` puts it in front of every window, which then holds one id of
+text less. Whatever the policy, BOS is never scored and no window exceeds the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal, get_args, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from tools.errors import EvaluationError
+
+IGNORED: Final = -100
+"""Stands where no target is scored; torch's own convention."""
+
+Ids = npt.NDArray[np.int64]
+BosPolicy = Literal["never", "start", "window"]
+ProtocolName = Literal["disjoint", "stride"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a text is cut into windows. `context` counts the ids of a window, BOS included."""
+
+    name: ProtocolName = "disjoint"
+    context: int
+    stride: int | None = None
+    bos: BosPolicy = "never"
+    bos_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(ProtocolName):
+            raise EvaluationError(f"protocol {self.name!r}: choose one of {', '.join(PLANS)}")
+        if self.bos not in get_args(BosPolicy):
+            raise EvaluationError(
+                f"bos {self.bos!r}: choose one of {', '.join(get_args(BosPolicy))}"
+            )
+        if self.context < 2:
+            raise EvaluationError(f"context {self.context}: a window needs at least 2 ids")
+        if self.bos != "never" and self.bos_id is None:
+            raise EvaluationError(f"bos {self.bos!r}: this tokenizer has no BOS; choose never")
+        if self.name == "disjoint" and self.stride is not None:
+            raise EvaluationError(
+                f"stride {self.stride}: disjoint windows have none; leave it out or choose "
+                "the protocol stride"
+            )
+        if self.name == "stride" and not 1 <= self.resolved_stride < self.context:
+            raise EvaluationError(
+                f"stride {self.resolved_stride}: choose 1 to {self.context - 1} for a context of "
+                f"{self.context}; from there on ids would stand first in their window, unscored"
+            )
+
+    @property
+    def resolved_stride(self) -> int:
+        """Ids from one window's begin to the next one's (`stride`: half the context by default)."""
+        if self.name == "disjoint":
+            return self.room
+        return self.context // 2 if self.stride is None else self.stride
+
+    @property
+    def room(self) -> int:
+        """Ids of the stream that fit into a window."""
+        return self.context - (self.bos == "window")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Ids fed [n] and, at each place, the id to foresee there or -100 [n]."""
+
+    inputs: Ids
+    targets: Ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Sequence[Window]):
+    """Windows over one text, each made when it is asked for.
+
+    `spans` [n, 3] are places in the stream: a window's begin, its end, and its first scored id.
+    """
+
+    protocol: Protocol
+    stream: Ids
+    spans: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    @overload
+    def __getitem__(self, place: int) -> Window: ...
+    @overload
+    def __getitem__(self, place: slice) -> Plan: ...
+    def __getitem__(self, place: int | slice) -> Window | Plan:
+        """One window, or a plan of some of them."""
+        if isinstance(place, slice):
+            return replace(self, spans=self.spans[place])
+        begin, end, first_scored = self.spans[place]
+        content = self.stream[begin:end]
+        if self.protocol.bos == "window":
+            content = np.concatenate([[self.protocol.bos_id], content])
+        targets = content[1:].copy()
+        targets[: len(targets) - (end - first_scored)] = IGNORED
+        return Window(content[:-1], targets)
+
+    @property
+    def n_scored(self) -> int:
+        """Targets that are scored."""
+        return int((self.spans[:, 1] - self.spans[:, 2]).sum())
+
+    @property
+    def tail_dropped(self) -> int:
+        """Ids behind the last window, which no window holds."""
+        return len(self.stream) - int(self.spans[:, 1].max(initial=0))
+
+    def scored_places(self) -> npt.NDArray[np.int64]:
+        """Places in the text's own ids that are scored, in the windows' order. [n_scored]"""
+        shift = self.protocol.bos == "start"
+        ranges = [np.arange(first, end) for _, end, first in self.spans - shift]
+        return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
+
+
+def make_plan(ids: npt.ArrayLike, protocol: Protocol) -> Plan:
+    """The windows of a text under a protocol; EvaluationError where the text fills none."""
+    stream = np.asarray(ids, dtype=np.int64)
+    n_ids = len(stream)
+    if protocol.bos == "start":
+        stream = np.concatenate([[protocol.bos_id], stream])
+    spans = PLANS[protocol.name](len(stream), protocol)
+    if not len(spans):
+        raise EvaluationError(
+            f"the text has {n_ids} tokens, too few for one {protocol.name} window of "
+            f"{protocol.context}: choose a smaller --context"
+        )
+    return Plan(protocol=protocol, stream=stream, spans=spans)
+
+
+def disjoint_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
+    """Whole windows side by side; what is left over at the end belongs to none. [n, 3]"""
+    begins = np.arange(length // protocol.room, dtype=np.int64) * protocol.room
+    first_scored = begins + (protocol.bos != "window")
+    return np.stack([begins, begins + protocol.room, first_scored], axis=1)
+
+
+def stride_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
+    """Overlapping windows; each scores what no window before it did. The last may be short. [n, 3]
+
+    The windows of Hugging Face's guide to the perplexity of fixed-length models. Its average over
+    windows is not taken over: sums are divided by the exact number of scored ids.
+    """
+    room, stride = protocol.room, protocol.resolved_stride
+    n_windows = 1 + max(0, -(-(length - room) // stride)) if length > 1 else 0
+    begins = np.arange(n_windows, dtype=np.int64) * stride
+    ends = np.minimum(begins + room, length)
+    return np.stack([begins, ends, np.concatenate([[1], ends])[:n_windows]], axis=1)
+
+
+PLANS: Final[dict[str, Callable[[int, Protocol], npt.NDArray[np.int64]]]] = {
+    "disjoint": disjoint_spans,
+    "stride": stride_spans,
+}
+
+
+def document_windows(ids: npt.ArrayLike, context: int) -> list[Window]:
+    """A document that begins with BOS, in windows of `context` inputs: every later id scored once.
+
+    Each window's first input is the last id that the window before it scored.
+    """
+    stream = np.asarray(ids, dtype=np.int64)
+    ends = range(0, len(stream) - 1, context)
+    return [Window(stream[at:-1][:context], stream[at + 1 :][:context]) for at in ends]

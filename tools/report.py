@@ -1,0 +1,34 @@
+"""summer-report: what runs have done, on one page that can be mailed.
+
+    summer-report runs/tiny runs/tiny-2 --out report.html
+
+The page is a single file: the table of figures, the loss curves as an inline picture, the events
+and the configuration of each run. Without a run named it shows the newest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shards.errors import one_line_failures
+
+
+@click.command(epilog="Example: summer-report runs/tiny --out report.html")
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Page to write; report.html in the first run."
+)
+@one_line_failures()
+def main(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write one HTML page about RUNs (the newest under runs/ if none is named)."""
+    from tools.report_page import write_report
+    from tools.runlog import read_run
+
+    if not runs:
+        from trainer.runs import newest_run
+
+        runs = (newest_run(),)
+    logs = [read_run(run) for run in runs]
+    click.echo(f"wrote {write_report(logs, out or runs[0] / 'report.html')}")

@@ -1,0 +1,62 @@
+"""A tokenizer as evaluation and generation see it, whichever kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Ids <-> text. `encode` adds no BOS and no EOS.
+
+    `pieces` holds the UTF-8 bytes that each id stands for in a text; ids that are not text (BOS,
+    EOS, other control pieces, `<unk>`) stand for none.
+    """
+
+    name: str
+    encode: Callable[[str], Sequence[int]]
+    decode: Callable[[Iterable[int]], str]
+    pieces: tuple[bytes, ...]
+    bos_id: int | None
+    eos_id: int | None
+    sha256: str
+
+    @classmethod
+    def of_sentencepiece(cls, tokenizer: Tokenizer) -> Vocabulary:
+        """The vocabulary of a SentencePiece model."""
+        return cls(
+            name=tokenizer.name,
+            encode=tokenizer.encode,
+            decode=tokenizer.decode,
+            pieces=sentencepiece_bytes(tokenizer),
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            sha256=tokenizer.info.sha256,
+        )
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def n_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of text that each id stands for. [V]"""
+        return np.array([len(piece) for piece in self.pieces], np.int64)
+
+
+def sentencepiece_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:
+    """What each id stands for in a text, in bytes: U+2581 is a space, `<0x0A>` one byte."""
+    kinds = tokenizer.proto.SentencePiece
+    pieces = []
+    for entry in tokenizer.proto.pieces:
+        if entry.type == kinds.BYTE:
+            pieces.append(bytes([int(entry.piece[3:-1], 16)]))
+        elif entry.type == kinds.NORMAL:
+            pieces.append(entry.piece.replace("▁", " ").encode())
+        else:
+            pieces.append(b"")
+    return tuple(pieces)

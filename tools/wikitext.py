@@ -1,0 +1,63 @@
+r"""WikiText's raw text: what its rows are, and how they are joined for scoring.
+
+`wiki.test.raw` is lines that end in "\n", of which those between paragraphs hold a single space.
+The data set on the Hub is the same lines as rows: each keeps its "\n", and a blank line has become
+an empty string. The field's usual evaluation text is those rows joined by "\n\n"; so a paragraph
+is followed by three or more newlines and a blank line's space is gone. That text, 1,296,370 bytes
+for the test split, is what the `disjoint` and `stride` protocols cut into windows.
+
+Perplexity per word and per byte is always divided by the words and bytes of the **raw** text
+(241,211 and 1,290,590 for the test split), whatever was scored: it is the corpus that is being
+described, and joins and tokenizers then cancel out. Words are what white space separates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+JOIN: Final = "\n\n"
+_BLANK_LINE: Final = " \n"
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text to be scored: `raw` as it is counted and named, `joined` as the model reads it."""
+
+    raw: str
+    joined: str
+    join: str = JOIN
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of the raw text."""
+        return len(self.raw.encode())
+
+    @property
+    def n_words(self) -> int:
+        """Words of the raw text, split on white space."""
+        return len(self.raw.split())
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the raw text's UTF-8 bytes: a local file's own digest."""
+        return hashlib.sha256(self.raw.encode()).hexdigest()
+
+
+def from_raw(raw: str) -> EvaluationText:
+    """The evaluation text of a raw file's contents."""
+    lines = raw.split("\n")
+    rows = [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+    return EvaluationText(raw, JOIN.join(row if row.strip() else "" for row in rows))
+
+
+def from_rows(rows: Sequence[str]) -> EvaluationText:
+    """The evaluation text of a data set's rows; the raw file is rebuilt from them, byte for byte.
+
+    (Rows of another corpus, that do not end their line, get an end of line each in `raw`.)
+    """
+    lines = [row if row.endswith("\n") else row + "\n" for row in rows]
+    raw = "".join(_BLANK_LINE if line == "\n" else line for line in lines)
+    return EvaluationText(raw, JOIN.join(rows))
