@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
+
+from measure import machine, spread
 
 COMMANDS = ("pipeline.cli", "trainer.cli", "tools.evaluate", "tools.generate")
 
@@ -30,7 +29,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
-    print(machine(), end="\n\n")
+    print(machine("torch", "sentencepiece", "pyarrow"), end="\n\n")
     print("| what | figure | how |\n|---|---|---|")
     for row in start_up(options.repeats):
         print("|", " | ".join(row), "|", flush=True)
@@ -40,24 +39,6 @@ def main() -> None:
             *training(Path(folder), options.steps),
         ]:
             print("|", " | ".join(row), "|", flush=True)
-
-
-def machine() -> str:
-    """One line that tells what this was measured on."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return (
-        f"{cpu}, {os.cpu_count()} cores, {memory_gb:.0f} GB; Python {platform.python_version()}, "
-        f"torch {version('torch')}, sentencepiece {version('sentencepiece')}, "
-        f"pyarrow {version('pyarrow')}"
-    )
 
 
 def start_up(repeats: int) -> list[tuple[str, str, str]]:
@@ -136,12 +117,6 @@ def run(arguments: Sequence[str], **environment: str) -> Done:
     )
     wall_s, cpu_s, peak_kib = json.loads(done.stdout.splitlines()[-1])
     return Done(wall_s, cpu_s, peak_kib / 1024)
-
-
-def spread(values: Sequence[float], unit: str) -> str:
-    """Median and range, in three digits."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.3g} ({low:.3g} .. {high:.3g}) {unit}"
 
 
 if __name__ == "__main__":
