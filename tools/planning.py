@@ -1,0 +1,158 @@
+"""What a run would cost: memory, time, money and disk, by arithmetic alone.
+
+Rates come from the device's peak and an **assumed** share of it (MFU, counting causal attention);
+nothing is measured here. A device whose peak is not known gets no rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Final
+
+from model.config import count_params, flops_per_token
+from shards.format import ROW_RECORD, token_dtype
+from tools.errors import PlanError
+from trainer.config import RunConfig, configure
+from trainer.devices import ACCELERATORS, Accelerator, find_accelerator
+from trainer.memory import fits, largest_micro_batch, memory_by_part
+
+ASSUMED_MFU: Final = 0.32
+"""The share of the peak that the reference run's budget was made with."""
+
+_DAY_S: Final = 86_400
+_BYTES_A_PARAMETER: Final = 12
+"""In a checkpoint: the weight and two moments, fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is to be planned. `dollars_per_hour` is for one device; tokens or days, or neither."""
+
+    preset: str = "summer-4b"
+    device: str = "mi300x"
+    devices: int = 8
+    dollars_per_hour: float | None = None
+    tokens: int | None = None
+    days: float | None = None
+    mfu: float = ASSUMED_MFU
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.days is not None:
+            raise PlanError(f"--tokens {self.tokens} and --days {self.days}: give one of them")
+        if not 0 < self.mfu <= 1:
+            raise PlanError(f"mfu {self.mfu}: give a share of the peak, above 0 and up to 1")
+        for name in ("devices", "tokens", "days"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise PlanError(f"{name} {value}: give more than 0")
+        if self.dollars_per_hour is not None and not self.dollars_per_hour >= 0:
+            raise PlanError(f"dollars_per_hour {self.dollars_per_hour}: give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run on paper. Rates are None where the device's peak is not known."""
+
+    preset: str
+    device: str
+    devices: int
+    parameters: int
+    flops_per_token: float
+    micro_batch_size: int
+    memory_bytes: Mapping[str, int]
+    device_bytes: int | None
+    fits: bool | None
+    assumed_mfu: float
+    tokens: int
+    steps: int
+    tokens_per_s: float | None
+    days: float | None
+    dollars: float | None
+    shard_bytes: int
+    checkpoint_bytes: int
+    checkpoints_kept: int
+
+    def to_json(self) -> dict[str, object]:
+        """All figures under their names."""
+        return {**asdict(self), "mfu_is": "an assumption, not a measurement"}
+
+
+def make_plan(wish: Wish) -> Plan:
+    """The plan of a wish; PlanError where it does not add up."""
+    config = configure(preset=wish.preset).config
+    accelerator = find_accelerator(wish.device)
+    model = config.model
+    flops = flops_per_token(model, model.seq_len, causal=True)
+    rate = accelerator.bf16_tflops * 1e12 * wish.devices * wish.mfu / flops if accelerator else None
+    tokens = _tokens(wish, config, rate)
+    days = tokens / rate / _DAY_S if rate else None
+    micro_batch, parts = _memory(config, wish.devices, accelerator)
+    device_bytes = accelerator.memory_gb * 10**9 if accelerator else None
+    return Plan(
+        preset=wish.preset,
+        device=accelerator.name if accelerator else wish.device,
+        devices=wish.devices,
+        parameters=count_params(model),
+        flops_per_token=flops,
+        micro_batch_size=micro_batch,
+        memory_bytes=parts,
+        device_bytes=device_bytes,
+        fits=fits(parts, device_bytes) if device_bytes else None,
+        assumed_mfu=wish.mfu,
+        tokens=tokens,
+        steps=-(-tokens // config.global_batch_tokens),
+        tokens_per_s=rate,
+        days=days,
+        dollars=_dollars(wish, days),
+        shard_bytes=_shard_bytes(config, tokens),
+        checkpoint_bytes=_BYTES_A_PARAMETER * count_params(model),
+        checkpoints_kept=config.checkpoint.keep_last + 1,  # and the one being written
+    )
+
+
+def known_devices() -> str:
+    """The names of the devices whose peak is known."""
+    return ", ".join(accelerator.name for accelerator in ACCELERATORS)
+
+
+def _tokens(wish: Wish, config: RunConfig, rate: float | None) -> int:
+    """Tokens of the run: as wished, as the days allow, or as the preset says."""
+    if wish.tokens is not None:
+        return wish.tokens
+    if wish.days is None:
+        return config.max_steps * config.global_batch_tokens
+    if rate is None:
+        raise PlanError(
+            f"--days {wish.days}: the peak of {wish.device!r} is not known, so no rate can be "
+            f"assumed; give --tokens, or one of {known_devices()}"
+        )
+    return int(wish.days * _DAY_S * rate)
+
+
+def _memory(
+    config: RunConfig, devices: int, accelerator: Accelerator | None
+) -> tuple[int, dict[str, int]]:
+    """Rows per device per forward (the most that fit, else 1), and what each part then takes."""
+    rows, rest = divmod(config.global_batch_tokens // config.model.seq_len, devices)
+    if rest or not rows:
+        raise PlanError(
+            f"{devices} devices: a step of {config.global_batch_tokens:,} tokens has "
+            f"{config.global_batch_tokens // config.model.seq_len} rows, which they cannot share "
+            "equally; choose a number of devices that divides it"
+        )
+    limit = accelerator.memory_gb * 10**9 if accelerator else 0
+    size = config.micro_batch_size or largest_micro_batch(config, rows, "cuda", limit) or 1
+    return size, memory_by_part(config, size, "cuda")
+
+
+def _dollars(wish: Wish, days: float | None) -> float | None:
+    if days is None or wish.dollars_per_hour is None:
+        return None
+    return days * 24 * wish.devices * wish.dollars_per_hour
+
+
+def _shard_bytes(config: RunConfig, tokens: int) -> int:
+    """Disk for as many tokens as the run sees, each once, with the rows' digests."""
+    row_bytes = config.model.seq_len * token_dtype(config.model.vocab_size).itemsize
+    return -(-tokens // config.model.seq_len) * (row_bytes + ROW_RECORD.itemsize)
