@@ -1,0 +1,73 @@
+"""The documents and the commands say the same things."""
+
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import REPOSITORY
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+SCRIPTS: dict[str, str] = PROJECT["project"]["scripts"]
+README = (REPOSITORY / "README.md").read_text()
+
+SHOW_HELP = """
+import importlib, sys
+module, function = sys.argv[1].split(":")
+command = getattr(importlib.import_module(module), function)
+sys.argv = [sys.argv[2], *sys.argv[3:], "--help"]
+try:
+    command()
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"torch", "datasets", "pyarrow", "sentencepiece", "transformers", "matplotlib", "ray"}
+print("HEAVY", sorted(heavy & set(sys.modules)))
+"""
+
+
+def help_of(script: str, *subcommand: str) -> tuple[str, str]:
+    """The help text of a command, and which heavy packages were imported to show it."""
+    command = [sys.executable, "-c", SHOW_HELP, SCRIPTS[script], script, *subcommand]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text, _, heavy = done.stdout.rpartition("HEAVY ")
+    return text, heavy.strip()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_instant_and_shows_an_example(script: str) -> None:
+    text, heavy = help_of(script)
+    assert heavy == "[]", f"{script} --help imports {heavy}"
+    assert re.search(rf"{script} \w", text.split("Usage:", 1)[1].split("\n", 1)[1]), text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_readme_names_every_command(script: str) -> None:
+    assert f"`{script}" in README or f"    {script}" in README or f"\n{script}" in README
+
+
+def test_subcommands_have_help_with_an_example() -> None:
+    text, _ = help_of("summer-prep")
+    names = re.findall(r"^  (\w+)  ", text.split("Commands:", 1)[1], re.MULTILINE)
+    assert {"tokenize", "inspect", "sources", "tokenizer"} <= set(names)
+    for name in names:
+        assert f"summer-prep {name}" in help_of("summer-prep", name)[0].split("Usage:")[1][20:], (
+            name
+        )
+
+
+def test_readme_and_makefile_agree() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for target in set(re.findall(r"`?make (\w+)`?", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target} is no target"
+
+
+def test_paths_the_readme_names_exist() -> None:
+    for path in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (REPOSITORY / path).exists(), path
+
+
+def test_torch_is_pinned_as_promised() -> None:
+    assert "torch==2.13.0" in (REPOSITORY / "constraints.txt").read_text().splitlines()
+    assert "torch>=2.9" in PROJECT["project"]["dependencies"]
