@@ -6,6 +6,7 @@ import sys
 import tomllib
 
 import pytest
+
 from conftest import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
