@@ -113,6 +113,23 @@ class Tokenizer:
             )
         return str(self._processor.decode(ids))
 
+    @functools.cached_property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """The UTF-8 bytes that each id adds to a text: none for control pieces and `<unk>`.
+
+        The text of some ids is these bytes joined, without the first space (the dummy prefix).
+        """
+        kinds = self.proto.SentencePiece
+        spelled = []
+        for entry in self.proto.pieces:
+            if entry.type == kinds.BYTE:
+                spelled.append(bytes([int(entry.piece[3:-1], 16)]))
+            elif entry.type in (kinds.CONTROL, kinds.UNKNOWN):
+                spelled.append(b"")
+            else:
+                spelled.append(entry.piece.replace("\u2581", " ").encode())
+        return tuple(spelled)
+
     def id_of(self, piece: str) -> int:
         """The id of a control piece; TokenizerError if the vocabulary has none of that name."""
         number = int(self._processor.piece_to_id(piece))
@@ -188,7 +205,8 @@ def train(lines: Iterable[str], vocab_size: int) -> bytes:
     """A SentencePiece BPE of `vocab_size` entries learnt from the lines; equal bytes each time.
 
     Byte fallback, no normalisation, spaces kept, digits apart: any text comes back from its ids
-    unchanged, and the fast encoder is exact on it. `<unk>` is 0, BOS 1, EOS 2, then [INST], [/INST].
+    unchanged, and the fast encoder is exact on it. `<unk>` is 0, BOS 1, EOS 2, and [INST] and
+    [/INST] follow.
     """
     import sentencepiece
 
@@ -232,7 +250,8 @@ def _parse(model: bytes, name: str) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    schema: Any = sentencepiece_model_pb2  # generated code: its classes exist at run time only
+    proto = schema.ModelProto()
     try:
         proto.ParseFromString(model)
     except DecodeError:

@@ -1,0 +1,227 @@
+"""Records -> documents: texts as they are, pages joined from lines, or conversations.
+
+What is refused here (empty, not UTF-8, too large, no conversation) joins what reading refused: one
+line {reason, file, record} each. Whether a document is held out depends on its text alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from pipeline.chat import BadConversationError, render, spell
+from pipeline.reading import BAD_UTF8, MAX_RECORD_BYTES, MISSING, TOO_LARGE, Records
+from pipeline.sources import Source
+from shards.format import Part
+
+EMPTY: Final = "empty"
+PAGE_TITLE: Final = re.compile(r" = [^=].*[^=] = \n?")
+PAGE_BATCH: Final = 256
+
+Rejected = dict[str, str | int]
+Ordinals = npt.NDArray[np.uint32]
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Some documents of one part. `records` and `held` have one entry a document.
+
+    `texts` has one text a document; of conversations one a turn, `turns` saying how many each.
+    """
+
+    texts: pa.Array
+    records: Ordinals
+    held: Flags
+    turns: npt.NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def first(self, n: int) -> Documents:
+        """The first n of them."""
+        texts = n if self.turns is None else int(self.turns[:n].sum())
+        turns = None if self.turns is None else self.turns[:n]
+        return Documents(self.texts[:texts], self.records[:n], self.held[:n], turns)
+
+
+class DocumentMaker:
+    """Turns the records of one source into documents and keeps the list of what it refused."""
+
+    def __init__(self, source: Source, val_fraction: float) -> None:
+        self._source = source
+        self._held_below = round(val_fraction * (1 << 16))
+        self.rejected: list[Rejected] = []
+
+    def documents(self, part: Part, batches: Iterator[Records]) -> Iterator[Documents]:
+        """The documents of a part, in order."""
+        if self._source.shape == "lines":
+            yield from self._pages(part, batches)
+            return
+        make = self._conversations if self._source.shape == "chat" else self._texts
+        for records in batches:
+            yield make(part, records)
+
+    def _reject(self, part: Part, record: int, reason: str) -> None:
+        self.rejected.append({"reason": reason, "file": part.file, "record": record})
+
+    def _texts(self, part: Part, records: Records) -> Documents:
+        texts, reasons = valid_texts(records)
+        good = np.ones(len(texts), np.bool_)
+        for place, reason in sorted(reasons.items()):
+            good[place] = False
+            self._reject(part, records.first + place, reason)
+        if reasons:
+            texts = texts.filter(pa.array(good))
+        ordinals = (records.first + np.flatnonzero(good)).astype(np.uint32)
+        return Documents(texts, ordinals, held_out(texts, self._held_below))
+
+    def _pages(self, part: Part, batches: Iterator[Records]) -> Iterator[Documents]:
+        """Lines joined into pages; a page begins at its title, ` = Title = `.
+
+        The parquet files of such a data set keep an empty text for a blank line, which reads
+        ` \\n` in the raw file: it is put back, so that both give the same pages.
+        """
+        pages: list[tuple[int, str]] = []
+        lines: list[str] = []
+        begun, titled = 0, False
+        for number, line in self._lines(part, batches):
+            if PAGE_TITLE.fullmatch(line):
+                if titled:
+                    pages.append((begun, "".join(lines)))
+                    lines, begun = [], number
+                titled = True
+            lines.append(line or " \n")
+            if len(pages) >= PAGE_BATCH:
+                yield self._of(pages)
+                pages = []
+        if lines:
+            pages.append((begun, "".join(lines)))
+        if pages:
+            yield self._of(pages)
+
+    def _lines(self, part: Part, batches: Iterator[Records]) -> Iterator[tuple[int, str]]:
+        for records in batches:
+            texts, reasons = valid_texts(records)
+            for place, line in enumerate(texts.to_pylist()):
+                reason = reasons.get(place)
+                if reason is None or reason == EMPTY:
+                    yield records.first + place, line
+                else:
+                    self._reject(part, records.first + place, reason)
+
+    def _of(self, pages: list[tuple[int, str]]) -> Documents:
+        texts = pa.array([text for _, text in pages], pa.large_string())
+        ordinals = np.array([number for number, _ in pages], np.uint32)
+        return Documents(texts, ordinals, held_out(texts, self._held_below))
+
+    def _conversations(self, part: Part, records: Records) -> Documents:
+        texts: list[str] = []
+        ordinals, counts, whole = [], [], []
+        for place, value in enumerate(_as_list(records.values)):
+            reason = records.reasons.get(place, MISSING if value is None else "")
+            turns: list[str] = []
+            if not reason:
+                turns, reason = _rendered(value)
+            if reason:
+                self._reject(part, records.first + place, reason)
+                continue
+            texts += turns
+            ordinals.append(records.first + place)
+            counts.append(len(turns))
+            whole.append(spell(turns))
+        held = held_out(pa.array(whole, pa.large_string()), self._held_below)
+        return Documents(
+            pa.array(texts, pa.large_string()),
+            np.array(ordinals, np.uint32),
+            held,
+            np.array(counts, np.int64),
+        )
+
+
+def valid_texts(records: Records) -> tuple[pa.Array, dict[int, str]]:
+    """The records as strings, and the reason of each that is no text.
+
+    A refused record is null, or, if its reason is EMPTY, an empty string.
+    """
+    data = records.values
+    if isinstance(data, pa.ChunkedArray):
+        data = data.combine_chunks()
+    if pa.types.is_dictionary(data.type):
+        data = data.dictionary_decode()
+    data = data.cast(pa.large_binary())
+    reasons = dict(records.reasons)
+    for place in np.flatnonzero(np.asarray(data.is_null())).tolist():
+        reasons.setdefault(place, MISSING)
+    lengths = np.asarray(pc.fill_null(pc.binary_length(data), 1))
+    reasons |= dict.fromkeys(np.flatnonzero(lengths == 0).tolist(), EMPTY)
+    reasons |= dict.fromkeys(np.flatnonzero(lengths > MAX_RECORD_BYTES).tolist(), TOO_LARGE)
+    try:
+        return data.cast(pa.large_string()), reasons
+    except pa.ArrowInvalid:  # string columns of parquet files can hold any bytes
+        values = data.to_pylist()
+        for place, value in enumerate(values):
+            if value is not None and not _is_utf8(value):
+                values[place], reasons[place] = None, BAD_UTF8
+        return pa.array(values, pa.large_binary()).cast(pa.large_string()), reasons
+
+
+def held_out(texts: pa.Array, below: int) -> Flags:
+    """[n]: whether each text's XXH3-64, modulo 2^16, is less than `below`."""
+    if below in (0, 1 << 16) or not len(texts):
+        return np.full(len(texts), below > 0)
+    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset :][: len(texts) + 1].tolist()
+    data = memoryview(texts.buffers()[2] or b"")
+    digest = xxhash.xxh3_64_intdigest
+    hashes = [
+        digest(data[first:last]) for first, last in itertools.pairwise(offsets)
+    ]
+    return np.array(hashes, np.uint64) % np.uint64(1 << 16) < below
+
+
+def _as_list(values: Any) -> list[Any]:
+    """Python values of an Arrow array, None where a string in it is not UTF-8."""
+    if isinstance(values, list):
+        return values
+    try:
+        return list(values.to_pylist())
+    except UnicodeDecodeError:
+        return [_or_bytes(value) for value in values]
+
+
+def _or_bytes(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return b""
+
+
+def _rendered(value: object) -> tuple[list[str], str]:
+    """A conversation's turns and an empty reason, or none and the reason."""
+    if isinstance(value, bytes):
+        return [], BAD_UTF8
+    try:
+        turns = render(value)
+        size = sum(len(text.encode()) for text in turns)
+    except BadConversationError as error:
+        return [], str(error)
+    except UnicodeEncodeError:
+        return [], BAD_UTF8
+    return (turns, "") if size <= MAX_RECORD_BYTES else ([], TOO_LARGE)
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

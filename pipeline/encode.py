@@ -1,0 +1,106 @@
+"""Documents -> ids: the seam between what is read and how it is encoded.
+
+make_encoder(tokenizer)         the columnar encoder, or plain sentencepiece where it must be
+encoder.encode(texts)           an Arrow array of strings -> BOS doc EOS BOS doc EOS ...
+encode_documents(encoder, ...)  the same for documents, conversations among them
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.chat import Template
+from pipeline.columnar import ColumnarEncoder, Stream, unfit_reason
+from pipeline.documents import Documents
+from pipeline.errors import TokenizerError
+from pipeline.tokenizer import Tokenizer
+from shards.format import Tokens, token_dtype
+
+Flags = npt.NDArray[np.bool_]
+
+
+class Encoder(Protocol):
+    """Gives ids exactly as sentencepiece does."""
+
+    def encode(self, texts: pa.Array) -> Stream:
+        """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
+
+
+class PlainEncoder:
+    """sentencepiece itself, for vocabularies that the columnar encoder is not exact on."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
+
+    def encode(self, texts: pa.Array) -> Stream:
+        """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        documents = [
+            np.array([bos, *ids, eos], self._dtype)
+            for ids in self._tokenizer.encode_all(texts.to_pylist())
+        ]
+        ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
+        tokens = np.concatenate(documents) if documents else np.empty(0, self._dtype)
+        return Stream(tokens, np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(documents)])
+
+
+def make_encoder(tokenizer: Tokenizer) -> Encoder:
+    """The fastest encoder that is exact for this vocabulary."""
+    if unfit_reason(tokenizer) is None:
+        return ColumnarEncoder(tokenizer)
+    return PlainEncoder(tokenizer)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents as ids: the stream, where each document begins, and the targets, if they matter."""
+
+    tokens: Tokens
+    starts: npt.NDArray[np.int64]
+    targets: Flags | None = None
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Ids of each document, BOS and EOS included."""
+        return np.diff(self.starts, append=len(self.tokens))
+
+    def choose(self, chosen: Flags) -> Encoded:
+        """The documents for which chosen [n] is true."""
+        if chosen.all():
+            return self
+        lengths = self.lengths
+        kept = np.repeat(chosen, lengths)
+        starts = np.cumsum(lengths[chosen]) - lengths[chosen]
+        targets = None if self.targets is None else self.targets[kept]
+        return Encoded(self.tokens[kept], starts, targets)
+
+
+def encode_documents(
+    encoder: Encoder, documents: Documents, template: Template | None = None
+) -> Encoded:
+    """The documents' ids; of conversations, in the chat template."""
+    stream = encoder.encode(documents.texts)
+    if documents.turns is None or template is None:
+        return Encoded(stream.tokens, stream.starts)
+    return Encoded(*template.join(stream.tokens, stream.starts, documents.turns))
+
+
+def check_against_sentencepiece(
+    tokenizer: Tokenizer, texts: pa.Array, stream: Stream, chosen: list[int]
+) -> None:
+    """TokenizerError names the first chosen text for which sentencepiece gives other ids."""
+    ends: list[Any] = [*stream.starts[1:].tolist(), len(stream.tokens)]
+    for number in chosen:
+        ids = stream.tokens[stream.starts[number] + 1 : ends[number] - 1].tolist()
+        text = texts[number].as_py()
+        if ids != tokenizer.encode(text):
+            raise TokenizerError(
+                f"the fast encoder and sentencepiece differ on {text[:60]!r}...: please report "
+                "it with the tokenizer; nothing of this unit was written"
+            )
