@@ -61,12 +61,20 @@ def train_and_kill(arguments: Sequence[str], run: Path, step: int) -> int:
     return logged
 
 
+def train_and_terminate(arguments: Sequence[str], run: Path, step: int) -> tuple[int, int]:
+    """The last step that was logged, and the exit code, of a run told to stop after `step`."""
+    with _training(arguments, run) as process:
+        _wait_until(lambda: last_step(run) >= step, process, run)
+        process.terminate()
+        code = process.wait(GRACE_S)
+    return last_step(run), code
+
+
 def train_until_commit(arguments: Sequence[str], run: Path, step: int) -> None:
-    """Train until the commit of `step` is there, then ask the run to stop (SIGTERM)."""
+    """Train until the commit of `step` is there, then tell the run to stop."""
     with _training(arguments, run) as process:
         _wait_until(lambda: commit_of(run, step).exists(), process, run)
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
+        process.terminate()
         process.wait(GRACE_S)
 
 
@@ -128,5 +136,5 @@ def _digests(run: Path, step: int) -> dict[str, str]:
     path = commit_of(run, step)
     if not path.exists():
         raise RehearsalError(f"{run} has no commit of step {step}; was it asked to save there?")
-    files: dict[str, str] = json.loads(path.read_text())["files"]
-    return files
+    files = json.loads(path.read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items()}

@@ -1,0 +1,218 @@
+"""`make demo`: from text that every Python carries to a scored model, with a SIGKILL on the way.
+
+    python -m tools.demo            # about five minutes on two cores; everything goes to demo/
+
+1. learns a vocabulary of 2,048 entries from the standard library's sources and pydoc's topics;
+2. prepares both as sources: shards, with 2 % of the documents held out;
+3. trains a small model on their mixture, kills it with SIGKILL in the middle, starts it again;
+4. trains a twin that nobody disturbs up to a commit past the kill, and compares every file of the
+   two commits, weights and optimizer moments, by SHA-256;
+5. scores the model on the held-out documents, beside a unigram, gzip and xz;
+6. shows what it writes at the beginning, in the middle and at the end of training.
+
+A second call keeps what is there and says so; `rm -r demo` starts anew.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from shards.errors import one_line_failures
+from tools.interruption import (
+    Comparison,
+    commit_of,
+    compare_commits,
+    last_step,
+    train,
+    train_and_kill,
+    train_until_commit,
+)
+
+if TYPE_CHECKING:
+    from tools.heldout import HeldOut, SourceScore
+
+DEMO: Final = Path("demo")
+SHARDS: Final = DEMO / "shards"
+TOKENIZER: Final = DEMO / "tokenizer.model"
+RUN: Final = DEMO / "runs" / "main"
+TWIN: Final = DEMO / "runs" / "twin"
+RESULT: Final = DEMO / "result.json"
+
+SOURCES: Final = ("python-code", "python-docs")
+SEQ_LEN, VOCAB_SIZE, VAL_FRACTION = 256, 2048, 0.02
+STEPS, COMMIT_EVERY, KILL_AFTER = 240, 40, 65
+TWIN_STEPS = 80  # the twin's last commit: the first one past the kill
+SETTINGS: Final = {
+    "max_steps": STEPS,
+    "global_batch_tokens": 4096,
+    "model.dropout": 0.0,  # this little data is seen less than twice
+    "optim.warmup_steps": 30,
+    "mixture.python-code": 80,
+    "mixture.python-docs": 20,
+    "validation.interval": COMMIT_EVERY,
+    "checkpoint.interval_steps": COMMIT_EVERY,
+    "checkpoint.keep_every": COMMIT_EVERY,
+}
+PROMPT: Final = "def "
+
+
+@one_line_failures()
+def main() -> None:
+    """Run all of it and print what happened."""
+    started = time.monotonic()
+    DEMO.mkdir(exist_ok=True)
+    heading("1. A vocabulary, learnt from text that comes with Python")
+    make_vocabulary()
+    heading("2. Text -> shards")
+    for source in SOURCES:
+        prepare(source)
+    heading(f"3. Training {STEPS} steps, with kill -9 in the middle")
+    killed_at = train_with_a_kill()
+    heading("4. Was it harmed? An undisturbed twin says")
+    comparison = compare_with_twin(killed_at)
+    heading("5. The score, on documents that were held out whole")
+    score = evaluate()
+    heading("6. What it writes, as training goes on")
+    show_samples()
+    close(comparison, score, time.monotonic() - started)
+
+
+def heading(text: str) -> None:
+    """Print a section's title."""
+    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
+
+
+def command(module: str, *arguments: str) -> None:
+    """Run one of our commands as a user would, and end with it if it fails."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def make_vocabulary() -> None:
+    """demo/tokenizer.model."""
+    if TOKENIZER.exists():
+        print(f"{TOKENIZER} is there already: kept")
+        return
+    sources = [option for source in SOURCES for option in ("--source", source)]
+    command(
+        "pipeline.cli", "tokenizer", "--train", *sources,
+        "--vocab-size", str(VOCAB_SIZE), "--out", str(TOKENIZER),
+    )  # fmt: skip
+
+
+def prepare(source: str) -> None:
+    """demo/shards/<source>/. The command itself sees when there is nothing left to do."""
+    command(
+        "pipeline.cli", "tokenize", "--source", source, "--out", str(SHARDS),
+        "--tokenizer", str(TOKENIZER), "--seq-len", str(SEQ_LEN),
+        "--val-fraction", str(VAL_FRACTION),
+    )  # fmt: skip
+
+
+def training_arguments() -> list[str]:
+    """What `summer-train` is told, for the run and its twin alike."""
+    settings = [text for key, value in SETTINGS.items() for text in ("--set", f"{key}={value}")]
+    return ["--shards", str(SHARDS), "--preset", "tiny", *settings]
+
+
+def train_with_a_kill() -> int | None:
+    """Train the run; the step at which it was killed, None if it was there already."""
+    if commit_of(RUN, STEPS).exists():
+        print(f"{RUN} is trained already: kept")
+        return None
+    print(f"summer-train {' '.join(training_arguments())} --out {RUN}")
+    killed_at = None
+    if last_step(RUN) < KILL_AFTER:
+        killed_at = train_and_kill(training_arguments(), RUN, KILL_AFTER)
+        resumed_from = killed_at // COMMIT_EVERY * COMMIT_EVERY
+        print(f"killed with SIGKILL after step {killed_at}; the same command again goes on from")
+        print(f"the last commit, step {resumed_from}")
+    train(training_arguments(), RUN)
+    losses = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in losses]
+    print(f"trained: {len(steps)} steps in metrics.jsonl, each once: {steps == sorted(set(steps))}")
+    print(f"loss {losses[0]['loss']:.3f} -> {losses[-1]['loss']:.3f} nats a token")
+    return killed_at
+
+
+def compare_with_twin(killed_at: int | None) -> Comparison:
+    """Train the twin, if it is not there, and compare."""
+    if not commit_of(TWIN, TWIN_STEPS).exists():
+        train_until_commit(training_arguments(), TWIN, TWIN_STEPS)
+    comparison = compare_commits(RUN, TWIN, TWIN_STEPS)
+    for name, (here, there) in comparison.files.items():
+        print(f"  {name}: {(here or 'absent')[:16]} and {(there or 'absent')[:16]}")
+    verdict = "bit for bit the same" if comparison.identical else "DIFFERENT"
+    when = f"killed after step {killed_at}" if killed_at else "killed on the way"
+    print(f"the run ({when}) and its twin at step {comparison.step}: {verdict}")
+    return comparison
+
+
+def evaluate() -> HeldOut:
+    """The held-out score of the finished run, as a table."""
+    from tools.heldout import evaluate_heldout
+    from tools.loading import Choice, load
+
+    score = evaluate_heldout(load(Choice(run=RUN)), SHARDS)
+    print("bits per byte        model  unigram     gzip       xz   documents     bytes")
+    for source in (*score.sources, score.total):
+        print(score_line(source))
+    print(f"the model is {score.below_unigram:.0%} below the unigram; gzip and xz see")
+    print(f"{score.compressors_see}, the model one document at a time")
+    return score
+
+
+def score_line(source: SourceScore) -> str:
+    """One line of the table."""
+    coders = (source.model, source.unigram, source.gzip, source.xz)
+    figures = "".join(f"{value:9.3f}" for value in coders)
+    return f"  {source.source:<15}{figures}   {source.documents:9,} {source.bytes:9,}"
+
+
+def show_samples() -> None:
+    """Continuations of one prompt by the first, a middle and the last commit."""
+    from tools.generation import Generation, complete
+    from tools.loading import Choice, load
+    from tools.sampling import Sampling
+
+    for step in (COMMIT_EVERY, STEPS // 2, STEPS):
+        loaded = load(Choice(checkpoint=commit_of(RUN, step).parent))
+        options = Generation(max_tokens=60, sampling=Sampling(temperature=0.7, top_k=40, seed=1))
+        text = complete(loaded, PROMPT, options)
+        print(f"  step {step}:")
+        print("\n".join(f"    | {line}" for line in (PROMPT + text).splitlines()[:8]))
+
+
+def close(comparison: Comparison, score: HeldOut, time_s: float) -> None:
+    """The picture, the paths, and the way on; exit code 1 if a promise was not kept."""
+    from shards.files import publish_json
+    from tools.figures import write_loss_curve
+    from tools.runlog import read_run
+
+    picture = write_loss_curve([read_run(RUN), read_run(TWIN)], DEMO / "loss.png")
+    kept = comparison.identical and score.below_unigram >= 0.25
+    publish_json(RESULT, {"identical": comparison.identical, "heldout": score.to_json()})
+    heading(f"Done in {time_s:.0f} s. What was made:")
+    for path, what in (
+        (SHARDS, "the shards: `summer-prep inspect " + f"{SHARDS / SOURCES[0]}`"),
+        (RUN, "the run: `summer-report " + f"{RUN}`, `summer-generate --run {RUN}`"),
+        (picture, "the loss curve"),
+        (RESULT, "the figures above"),
+    ):
+        print(f"  {path!s:<22} {what}")
+    print("\nThe real thing is three commands:")
+    print("  summer-prep tokenize --source fineweb")
+    print("  summer-train --shards shards/")
+    print("  summer-eval wikitext2")
+    if not kept:
+        raise SystemExit("error: the demo did not keep its promises (see above)")
+
+
+if __name__ == "__main__":
+    main()
