@@ -34,28 +34,36 @@ class CounterDropout(DerivedBuffers):
         site = torch.tensor(self.number, dtype=torch.int32, device=device)
         self.register_buffer("site", site, persistent=False)
 
-    def forward(self, x: Tensor, key: Tensor | None) -> Tensor:
-        """`x` [B, T, C] with elements zeroed at `rate` and the rest scaled; `x` if key is None."""
-        if key is None or self.rate == 0.0:
+    def forward(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """`x` [B, T, C] with elements zeroed at `rate` and the rest scaled; `x` if rows is None."""
+        if rows is None or self.rate == 0.0:
             return x
-        keep = keep_mask(key, self.site, x.shape[1], x.shape[2], self.rate)
+        keep = keep_mask(rows, self.site, x.shape[-1], self.rate)
         return torch.where(keep, x * (1.0 / (1.0 - self.rate)), 0.0)
 
 
-def keep_mask(key: Tensor, site: Tensor, length: int, channels: int, rate: float) -> Tensor:
-    """[B, T, C] bool, True with probability 1 - rate, for `key` [B, 2] and `site` [], both int32.
+def row_state(key: Tensor, length: int) -> Tensor:
+    """[2, B, T] int32: what a sample's key [B, 2] int32 and a position contribute to the mask.
 
-    Key, site and position make 64 bits of state a row, and each channel costs one finaliser:
-    "lowbias32" of Chris Wellons (hash-prospector, 2018) with the second half of the state added
-    between its two multiplications. int32 arithmetic wraps, as on every device.
+    Made once a forward pass and shared by all sites: hashed again for every element it took
+    three times as long to compile.
     """
     position = torch.arange(length, dtype=torch.int32, device=key.device)
-    channel = torch.arange(channels, dtype=torch.int32, device=key.device)
-    first = _mix(key[:, 0] + site * GOLDEN)  # [B]
-    second = _mix(key[:, 1] ^ first)
-    first = _mix(first[:, None] + position * GOLDEN)  # [B, T]
-    second = _mix(second[:, None] ^ first)
-    bits = _mix(first[:, :, None] ^ (channel * GOLDEN), second[:, :, None])  # [B, T, C]
+    first = _mix(_mix(key[:, 0])[:, None] + position * GOLDEN)  # [B, T]
+    second = _mix(_mix(key[:, 1])[:, None] ^ first)
+    return torch.stack([first, second])
+
+
+def keep_mask(rows: Tensor, site: Tensor, channels: int, rate: float) -> Tensor:
+    """[B, T, C] bool, True with probability 1 - rate, for rows [2, B, T] and site [], both int32.
+
+    Site and channel count the row's elements (65,536 channels a site), and the row's 64 bits enter
+    before and in the middle of one finaliser, "lowbias32" (Wellons, hash-prospector, 2018). int32
+    arithmetic wraps, as on every device.
+    """
+    channel = torch.arange(channels, dtype=torch.int32, device=rows.device)
+    counter = (channel + (site << 16)) * GOLDEN  # [C]
+    bits = _mix(rows[0, :, :, None] ^ counter, rows[1, :, :, None])
     keep: Tensor = bits >= round(rate * 2**32) - 2**31
     return keep
 

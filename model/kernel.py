@@ -48,8 +48,10 @@ def attend(
     is_causal aligns the triangle to the upper left, which is right only while nothing is cached.
     """
     T, S = q.shape[2], k.shape[2]
-    mask = None
-    if start > 0 and T > 1:
+    mask, is_causal = None, False  # a single query sees every key
+    if start == 0:
+        is_causal = True
+    elif T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
     return F.scaled_dot_product_attention(
         q,
@@ -57,7 +59,7 @@ def attend(
         v,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=start == 0 and T > 1,
+        is_causal=is_causal,
         scale=config.head_dim**-0.5,
         enable_gqa=config.kv_heads != config.n_heads,
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.attention import Attention
 from model.config import ModelConfig
-from model.dropout import CounterDropout
+from model.dropout import CounterDropout, row_state
 from model.kv_cache import KVCache, LayerCache
 from model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from model.loss import linear_cross_entropy
@@ -44,16 +44,16 @@ class Block(nn.Module):
         self,
         x: Tensor,
         positions: Positions,
-        dropout_key: Tensor | None,
+        dropout_rows: Tensor | None,
         cache: LayerCache | None = None,
         start: int = 0,
     ) -> Tensor:
-        """`x` [B, T, d_model] fp32, to the same."""
-        dropout = 0.0 if dropout_key is None else self.attention_dropout
+        """`x` [B, T, d_model] fp32, to the same; nothing is dropped without `dropout_rows`."""
+        dropout = 0.0 if dropout_rows is None else self.attention_dropout
         branch = self.attention(self.attention_norm(x), positions, cache, start, dropout)
-        x = x + self.attention_drop(_scaled(branch, self.attention_scale), dropout_key)
+        x = x + self.attention_drop(_scaled(branch, self.attention_scale), dropout_rows)
         branch = self.ffn(self.ffn_norm(x))
-        out: Tensor = x + self.ffn_drop(_scaled(branch, self.ffn_scale), dropout_key)
+        out: Tensor = x + self.ffn_drop(_scaled(branch, self.ffn_scale), dropout_rows)
         return out
 
 
@@ -122,14 +122,15 @@ class Transformer(nn.Module):
         """
         start = 0 if cache is None else cache.reserve(tokens.shape[1])
         positions = self.positions(start, tokens.shape[1])
-        if not self.training:
-            dropout_key = None
-        x = self.embedding_drop(self.embedding(tokens).float(), dropout_key)
+        rows = None
+        if dropout_key is not None and self.training:
+            rows = row_state(dropout_key, tokens.shape[1])
+        x = self.embedding_drop(self.embedding(tokens).float(), rows)
         for layer, block in enumerate(self.blocks):
             if cache is None:
-                x = block(x, positions, dropout_key)
+                x = block(x, positions, rows)
             else:
-                x = block(x, positions, dropout_key, cache.layers[layer], start)
+                x = block(x, positions, rows, cache.layers[layer], start)
         out: Tensor = self.norm(x)
         return out
 
