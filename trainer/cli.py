@@ -1,0 +1,52 @@
+"""`summer-train`: the command line of training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shards.errors import one_line_failures
+
+
+@click.command()
+@click.option("--shards", default="shards", show_default=True, help="Folder of prepared sources.")
+@click.option("--preset", help="A preset by name; without it, the reference run summer-4b.")
+@click.option("--config", "file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="A TOML file of your own instead of a preset.")  # fmt: skip
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change one key.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder. [runs/PRESET]")
+@click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH",
+              help="Go on from --out's newest commit, from none, or this one.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Show the plan and the arithmetic; train nothing.")
+@click.option("--nproc", type=click.IntRange(1), help="Processes on this machine. [its devices]")
+@click.option("--nnodes", default="1", show_default=True, help="Machines.")
+@click.option("--node-rank", help="This machine's number.")
+@click.option("--rdzv-backend", help="How machines meet (as in torchrun).")
+@click.option("--rdzv-endpoint", help="Where machines meet, host:port.")
+@click.option("--rdzv-id", help="The name they meet under.")
+@click.option("--max-restarts", help="How often a job that lost a rank starts again.")
+@one_line_failures()
+def main(**options: Any) -> None:
+    """Train a model on prepared shards, on every device of this machine.
+
+    A run that was killed goes on where it was committed, with the same command. Keys of --set:
+    see the plan that --dry-run prints.
+
+    Example: summer-train --shards shards/ --preset tiny --set max_steps=40
+    """
+    from trainer.start import Request, start
+
+    flags = ("node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "max_restarts")
+    torchrun = {name: options.pop(name) for name in flags}
+    request = Request(
+        **options,
+        torchrun={name: value for name, value in torchrun.items() if value is not None},
+    )
+    sys.exit(start(request, sys.stdout))
+
+
+if __name__ == "__main__":
+    main()

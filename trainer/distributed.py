@@ -1,0 +1,118 @@
+"""Ranks: joining them, adding up over them, and deciding once for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from trainer.devices import pick_device
+from trainer.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among its peers. Alone, every collective is the identity."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank is the one that writes and speaks."""
+        return self.rank == 0
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of `tensor` over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]  # each None has been replaced
+
+    def on_main(self, act: Callable[[], T]) -> T:
+        """What `act` returns on the main rank, on every rank; what it raises, on every rank.
+
+        An error that only one rank sees leaves the others waiting for it in the next reduction.
+        """
+        outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+        if self.is_main:
+            try:
+                outcome = [(act(), None)]
+            except Exception as error:
+                outcome = [(None, error)]
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        value, failure = outcome[0]
+        if failure is not None:
+            raise failure
+        return value  # type: ignore[return-value]
+
+
+def launched_by_torchrun() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return "RANK" in os.environ and "LOCAL_RANK" in os.environ
+
+
+@contextlib.contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """This process as a rank: its device chosen, its threads set, the process group joined."""
+    rank, local_rank, world_size, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (
+            ("RANK", 0),
+            ("LOCAL_RANK", 0),
+            ("WORLD_SIZE", 1),
+            ("LOCAL_WORLD_SIZE", 1),
+        )
+    )
+    kind = pick_device(device)
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {rank} has no device: {torch.cuda.device_count()} are there for "
+                f"{local_world_size} processes; start as many with --nproc"
+            )
+        torch.cuda.set_device(local_rank)
+    elif world_size > 1:
+        # torchrun gives every process one thread, whatever the machine has
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+    place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if world_size > 1:
+        # objects and flags travel on gloo, so that they never queue behind gradients
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    try:
+        yield World(
+            rank=rank,
+            local_rank=local_rank,
+            world_size=world_size,
+            local_world_size=local_world_size,
+            device=place,
+        )
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Ask for kernels that give the same bits every time. On the CPU ours do so anyway."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,0 +1,80 @@
+"""One process for each device, through torchrun, in this process.
+
+In this process, because torchrun as a command turns every way to end into exit code 1, and a run
+that was asked to stop, and has committed, must be told from one that failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, get_args_parser
+
+from trainer.errors import TrainingError
+
+STOPPED: Final = 75  # EX_TEMPFAIL: asked to stop, committed; the same command goes on
+
+
+class Launch(NamedTuple):
+    """How many processes, where, and where they meet; empty options are left to torchrun."""
+
+    nproc: int
+    nnodes: str = "1"
+    options: tuple[str, ...] = ()  # further flags of torchrun, each `--name=value`
+
+
+def torchrun_arguments(launch: Launch, arguments: Sequence[str]) -> list[str]:
+    """What follows `torchrun` on a command line that trains with these arguments."""
+    meeting = ["--standalone"] if launch.nnodes == "1" and not launch.options else []
+    return [
+        *meeting,
+        f"--nnodes={launch.nnodes}",
+        f"--nproc-per-node={launch.nproc}",
+        *launch.options,
+        "-m",
+        "trainer.cli",
+        *arguments,
+    ]
+
+
+def launch_line(launch: Launch, arguments: Sequence[str]) -> str:
+    """The command that does by hand what `run_on_all` does."""
+    return shlex.join(["torchrun", *torchrun_arguments(launch, arguments)])
+
+
+def run_on_all(launch: Launch, arguments: Sequence[str]) -> int:
+    """The exit code of the job: 0, or 75 if it was asked to stop.
+
+    TrainingError if a rank failed.
+    """
+    # what torchrun would set to 1, with a warning; each rank sets its own number later anyway
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.nproc)))
+    args = get_args_parser().parse_args(torchrun_arguments(launch, arguments))
+    if args.standalone:
+        args.rdzv_backend, args.rdzv_endpoint = "c10d", "localhost:0"
+    config, entrypoint, entry_args = config_from_args(args)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    try:
+        elastic_launch(config=config, entrypoint=entrypoint)(*entry_args)
+    except SignalException:
+        return STOPPED
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if set(codes.values()) == {STOPPED}:
+            return STOPPED
+        rank, first = error.get_first_failure()
+        raise TrainingError(
+            f"rank {rank} ended with exit code {first.exitcode}; what it said stands above, "
+            "and the last commit stands: run the same command again"
+        ) from error
+    finally:
+        sys.stdout.flush()
+    return 0

@@ -1,0 +1,193 @@
+"""Rows -> micro-batches on the device, read ahead by worker processes.
+
+Worker w of K builds micro-batches w, w+K, w+2K, ... of its rank, and torch hands them out in turn:
+the sequence is the same for any number of workers. Each is gathered, checked against its rows'
+digests and stacked in one go; it travels as the uint16 of the shards (a quarter of int64) from one
+pinned buffer, and is widened on the device.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from model.loss import IGNORED
+from shards.errors import ShardError, SummerError
+from shards.reader import ShardReader
+from trainer.errors import TrainingError, at_least
+from trainer.mixture import BatchShape, DataOrder, Indices, dropout_keys, micro_batch_indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """Reading rows: worker processes of each rank (0: in the training process), and how far ahead.
+
+    `prefetch` is in micro-batches a worker.
+    """
+
+    num_workers: int = 2
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        at_least("loader.", self, num_workers=0, prefetch=1)
+
+
+class MicroBatch(NamedTuple):
+    """What the model is fed: tokens and targets [B, T] int64, dropout_key [B, 2] int32."""
+
+    tokens: Tensor
+    targets: Tensor
+    dropout_key: Tensor
+
+
+class HostBatch(NamedTuple):
+    """A micro-batch before it is moved: tokens [B, T] as stored, is_target [B, T] bool or None."""
+
+    tokens: Tensor
+    is_target: Tensor | None
+    dropout_key: Tensor
+
+
+class Refused(NamedTuple):
+    """A worker's error. As an exception it would arrive with a traceback for a message."""
+
+    error: SummerError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """The steps that a loader serves: from `first_index` on, dealt out by `shape`, to one rank."""
+
+    first_index: int
+    n_steps: int
+    shape: BatchShape
+    rank: int
+
+    def indices(self, seed: int, number: int) -> Indices:
+        """[M]: the samples of the rank's micro-batch `number`, counted from the first step."""
+        step, micro_step = divmod(number, self.shape.grad_accum_steps)
+        start = self.first_index + step * self.shape.global_batch_size
+        return micro_batch_indices(seed, start, self.shape, micro_step, self.rank)
+
+
+class MicroBatches(IterableDataset[HostBatch | Refused]):
+    """The micro-batches of one rank, in order, shared out over the loader's workers."""
+
+    def __init__(
+        self, order: DataOrder, readers: Mapping[str, ShardReader], stretch: Stretch
+    ) -> None:
+        self._order, self._stretch = order, stretch
+        self._readers = [readers.get(name) for name in order.sources]
+        there = [reader for reader in self._readers if reader is not None]
+        self._seq_len = there[0].seq_len
+        self._dtype = np.dtype(there[0].manifest.facts.dtype)
+        self._masked = any(reader.manifest.facts.masked for reader in there)
+
+    def __iter__(self) -> Iterator[HostBatch | Refused]:
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        total = self._stretch.n_steps * self._stretch.shape.grad_accum_steps
+        for number in range(first, total, stride):
+            try:
+                yield self.gather(self._stretch.indices(self._order.seed, number))
+            except SummerError as error:
+                yield Refused(error)
+            except OSError as error:
+                yield Refused(ShardError(f"a shard cannot be read: {error}"))
+
+    def gather(self, indices: Indices) -> HostBatch:
+        """The rows of these samples, checked; ShardError for one that is damaged."""
+        located = self._order.locate(indices)
+        tokens = np.empty((len(indices), self._seq_len), self._dtype)
+        is_target = np.ones(tokens.shape, np.bool_) if self._masked else None
+        for number in np.unique(located.source):
+            places = np.flatnonzero(located.source == number)
+            reader = self._readers[number]
+            if reader is None:
+                raise ShardError(f"{self._order.sources[number]} was retired and is drawn again")
+            tokens[places], masks = reader.rows(located.row[places])
+            if masks is not None and is_target is not None:
+                is_target[places] = np.unpackbits(masks, axis=1, bitorder="little").astype(bool)
+        return HostBatch(
+            torch.from_numpy(tokens),
+            None if is_target is None else torch.from_numpy(is_target),
+            torch.from_numpy(dropout_keys(self._order.seed, indices)),
+        )
+
+
+class Loader:
+    """Hands out micro-batches on the device, and counts the time spent waiting for them."""
+
+    def __init__(
+        self, batches: MicroBatches, config: LoaderConfig, device: torch.device, pad_id: int
+    ) -> None:
+        self._device, self._pad_id = device, pad_id
+        self.waited_s = 0.0
+        many = config.num_workers > 0
+        fork = many and sys.platform == "linux"  # elsewhere each worker imports torch anew
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=config.num_workers,
+            prefetch_factor=config.prefetch if many else None,
+            pin_memory=device.type == "cuda",
+            multiprocessing_context="fork" if fork else None,
+            worker_init_fn=_leave_signals_to_the_parent if many else None,
+        )
+        with warnings.catch_warnings():  # 3.12 warns of any fork beside threads; ours run numpy
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._batches = iter(loader)
+
+    def next(self) -> MicroBatch:
+        """The next micro-batch. Raises what its rows were refused for."""
+        start = time.perf_counter()
+        try:
+            host = next(self._batches)
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            raise TrainingError(
+                f"a loader worker died ({str(error).splitlines()[0]}); the last commit stands: "
+                "run the same command again, with a smaller loader.num_workers if memory was short"
+            ) from error
+        finally:
+            self.waited_s += time.perf_counter() - start
+        if isinstance(host, Refused):
+            raise host.error
+        return to_device(host, self._device, self._pad_id)
+
+    def close(self) -> None:
+        """End the workers now, not when Python gets to it."""
+        shutdown = getattr(self._batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+
+def to_device(host: HostBatch, device: torch.device, pad_id: int) -> MicroBatch:
+    """The micro-batch on the device, with targets: the row shifted left.
+
+    Ignored (-100) are the last place, targets that are padding, and those the loss mask leaves out.
+    """
+    tokens = host.tokens.to(device, non_blocking=True).long()
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, :-1] = tokens[:, 1:].masked_fill(tokens[:, 1:] == pad_id, IGNORED)
+    if host.is_target is not None:
+        is_target = host.is_target.to(device, non_blocking=True)
+        targets[:, :-1].masked_fill_(~is_target[:, 1:], IGNORED)
+    return MicroBatch(tokens, targets, host.dropout_key.to(device, non_blocking=True))
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches the whole group; a worker must serve the steps before the commit."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,140 @@
+"""A step's numbers made into a line: rates, money, time left; for the journal and the screen."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from model.config import flops_per_token
+from trainer.metrics import Journal
+from trainer.plan import Plan
+from trainer.screen import Screen
+from trainer.state import State
+from trainer.tally import Late, Reading
+
+Arrived = tuple[int, Reading] | None
+"""A step and its numbers, once they are on the host."""
+
+
+class Stopwatch:
+    """Training time in laps; what is paused belongs to no lap."""
+
+    def __init__(self) -> None:
+        self._mark = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside is left out."""
+        start = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - start
+
+
+@dataclass(kw_only=True)
+class _Entry:
+    """A step whose numbers are under way."""
+
+    late: Late
+    step: int
+    next_index: int
+    lr: float
+    time_s: float
+    waited_s: float
+    val: dict[str, float]
+
+
+class Logbook:
+    """Takes in each step as it is sent off, and writes it down when its numbers have arrived."""
+
+    def __init__(self, plan: Plan, journal: Journal, screen: Screen, state: State) -> None:
+        self._plan, self._journal, self._screen = plan, journal, screen
+        self._under_way: _Entry | None = None
+        self._written = (state.step, state.time_s, 0.0)  # step, time_s, waited_s of the last line
+
+    def enter(self, late: Late, state: State, lr: float, waited_s: float) -> Arrived:
+        """Take in the step that `state` has just made; the one before, now written."""
+        before = self.settle()
+        self._under_way = _Entry(
+            late=late,
+            step=state.step,
+            next_index=state.next_index,
+            lr=lr,
+            time_s=state.time_s,
+            waited_s=waited_s,
+            val={},
+        )
+        return before
+
+    def add(self, losses: Mapping[str, float]) -> None:
+        """Say the held-out loss of each source at the step under way."""
+        if self._under_way is not None:
+            self._under_way.val.update(losses)
+
+    def settle(self) -> Arrived:
+        """The step under way and its numbers, written down; None if there is none."""
+        if self._under_way is None:
+            return None
+        entry, self._under_way = self._under_way, None
+        reading, config = entry.late.read(), self._plan.config
+        regular = entry.step % config.log_interval == 0 or entry.step == config.max_steps
+        if regular or entry.val or reading.refused:
+            self._write(reading, entry)
+        return entry.step, reading
+
+    def _write(self, reading: Reading, entry: _Entry) -> None:
+        step, time_s, waited_s = self._written
+        self._written = (entry.step, entry.time_s, entry.waited_s)
+        elapsed = max(1e-9, entry.time_s - time_s)
+        rate = (entry.step - step) * self._plan.step_tokens / elapsed
+        left_s = (self._plan.config.max_steps - entry.step) * self._plan.step_tokens / rate
+        line = {
+            "step": entry.step,
+            "loss": _finite(reading.loss),
+            "lr": entry.lr,
+            "grad_norm": _finite(reading.grad_norm),
+            "n_targets": reading.n_targets,
+            "next_index": entry.next_index,
+            "tokens": entry.next_index * self._plan.config.model.seq_len,
+            "tokens_per_s": round(rate, 1),
+            "time_s": round(entry.time_s, 3),
+            "data_wait": round(min(1.0, (entry.waited_s - waited_s) / elapsed), 5),
+            **self._derived(rate, entry.time_s, left_s),
+            **self._held_out(entry.val),
+        }
+        self._journal.metrics(line)
+        max_steps = self._plan.config.max_steps
+        self._screen.step({**line, "max_steps": max_steps, "eta_s": left_s})
+
+    def _held_out(self, losses: Mapping[str, float]) -> dict[str, Any]:
+        """The losses of sources, and their mean in the mixture's weights."""
+        if not losses:
+            return {}
+        weights = {name: self._plan.weights[name] for name in losses}
+        total = sum(losses[name] * weight for name, weight in weights.items())
+        return {"val_loss": total / sum(weights.values()), "val": dict(losses)}
+
+    def _derived(self, rate: float, time_s: float, left_s: float) -> dict[str, float]:
+        """MFU, by the causal count of FLOPs, and money, each only where it is known."""
+        derived = {}
+        config = self._plan.config
+        if self._plan.peak_flops is not None:
+            flops = flops_per_token(config.model, config.model.seq_len, causal=True)
+            derived["mfu"] = round(rate * flops / self._plan.peak_flops, 5)
+        if config.dollars_per_hour > 0:
+            derived["dollars"] = round(time_s / 3600 * config.dollars_per_hour, 4)
+            derived["dollars_left"] = round(left_s / 3600 * config.dollars_per_hour, 4)
+        return derived
+
+
+def _finite(value: float) -> float | None:
+    """The value; None, which JSON can spell, for one that is not finite."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,65 @@
+"""AdamW with every token weighted the same, and updates that skip themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import AdamW
+
+from trainer.schedule import OptimConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+    """Fused AdamW over the parameters, its moments allocated; only matrices decay.
+
+    Loshchilov & Hutter, Decoupled weight decay regularization (2019).
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]  # norms, LayerScale
+    optimizer = AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+    for parameter in parameters:  # now, so that a lack of memory shows before the first step
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def set_lr(optimizer: AdamW, lr: float) -> float:
+    """The learning rate, now that of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def finish_gradients(
+    optimizer: AdamW, expected: int, n_targets: Tensor, config: OptimConfig
+) -> Tensor:
+    """The global gradient norm, a tensor []; gradients end clipped and per true target.
+
+    They come in divided by `expected` = G T, the targets a step has when none is ignored;
+    `n_targets` [] says how many it had. Both factors are applied in one pass. A norm that is not
+    finite makes the optimizer refuse its update, on the device: nothing waits to find out.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in parameters if p.grad is not None]
+    correction = (expected / n_targets).float()
+    norm = get_total_norm(grads) * correction
+    factor = correction
+    if config.grad_clip > 0:
+        factor = correction * (config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, factor)
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    return norm

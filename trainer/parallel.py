@@ -1,0 +1,137 @@
+"""The model as it trains: on its device, its blocks compiled, recomputed and replicated."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import sysconfig
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from model.attention import self_test
+from model.config import ModelError
+from model.transformer import Transformer
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.errors import TrainingError
+from trainer.mixture import key_of
+
+
+class Network(NamedTuple):
+    """One model twice: `bare` holds the parameters, `model` is what is called in training."""
+
+    bare: Transformer
+    model: nn.Module
+    notes: tuple[str, ...]
+
+
+def build_network(config: RunConfig, world: World) -> Network:
+    """The model on this rank's device, initialised from the seed, tested and ready to be called."""
+    with torch.device("meta"):
+        bare = Transformer(config.model)
+    bare.to_empty(device=world.device)
+    bare.init_weights(config.seed)
+    notes = [_test_attention(config, world.device)]
+    if config.activation_checkpointing != "none":
+        _recompute_blocks(bare, config)
+    if config.compile and (lack := _lack_of_a_compiler(world.device)):
+        notes.append(f"not compiled, which is slower: {lack}")
+    elif config.compile:
+        # DDP's own graph splitter would cut even graphs of a single block
+        torch._dynamo.config.optimize_ddp = False
+        for block in bare.blocks:
+            block.compile(dynamic=False)
+    return Network(bare, _replicate(bare, world), tuple(notes))
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The context of forward passes: bf16 matrices over fp32 weights, or all in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def no_sync_unless_last(
+    model: nn.Module, micro_step: int, grad_accum_steps: int
+) -> contextlib.AbstractContextManager[None]:
+    """The context in which gradients stay on their rank, until the last micro-batch of a step."""
+    if isinstance(model, DistributedDataParallel) and micro_step < grad_accum_steps - 1:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def reseed_attention_dropout(config: RunConfig, step: int, micro_step: int, rank: int) -> None:
+    """Make the kernel's own dropout a function of the place in the run: nothing to restore."""
+    if config.model.attention_dropout > 0:
+        torch.manual_seed(key_of(config.seed, "attention", step, micro_step, rank) >> 1)
+
+
+def _replicate(bare: Transformer, world: World) -> nn.Module:
+    if world.world_size == 1:
+        return bare
+    block_mb = sum(p.numel() * p.element_size() for p in bare.blocks[0].parameters()) / 2**20
+    with (
+        warnings.catch_warnings()
+    ):  # torch 2.13 renames broadcast_buffers, 2.11 knows no other name
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            bare,
+            device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,  # tables and constants, the same everywhere
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=max(1, round(block_mb)),
+        )
+
+
+def _test_attention(config: RunConfig, device: torch.device) -> str:
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    try:
+        error = self_test(device, dtype, config.model)
+    except ModelError as failure:
+        raise TrainingError(str(failure)) from failure
+    return f"attention kernel: within {error:.1e} nats of fp32 math (limit 1e-3)"
+
+
+def _recompute_blocks(bare: Transformer, config: RunConfig) -> None:
+    """Let each block keep its input alone (full), or its matrix products too (selective)."""
+    options: dict[str, Any] = {"preserve_rng_state": config.model.attention_dropout > 0}
+    if config.activation_checkpointing == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
+    for block in bare.blocks:
+        block.forward = functools.partial(_recomputed, block.forward, options)
+
+
+def _recomputed(forward: Callable[..., Tensor], options: dict[str, Any], *args: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    out: Tensor = checkpoint(forward, *args, use_reentrant=False, **options)
+    return out
+
+
+def _keep(context: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    """Products are kept, pointwise work is done again."""
+    name = str(operator)
+    if name.startswith(("aten.mm", "aten.addmm", "aten._scaled_dot_product")):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _lack_of_a_compiler(device: torch.device) -> str:
+    """What torch.compile would miss on the CPU, or nothing."""
+    if device.type != "cpu":
+        return ""
+    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+        return "there is no C++ compiler (install g++, or --set compile=false)"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python.h is missing (install python3-dev, or --set compile=false)"
+    return ""

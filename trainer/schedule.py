@@ -1,0 +1,44 @@
+"""The learning rate, a pure function of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from trainer.errors import ConfigError, at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule. `min_lr` defaults to a tenth of `lr`; `grad_clip` 0 turns it off."""
+
+    lr: float = 3e-4
+    min_lr: float | None = None
+    warmup_steps: int = 2000
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError(f"optim.lr={self.lr}: must be above 0")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
+            raise ConfigError(f"optim.min_lr={self.min_lr}: must lie between 0 and lr={self.lr}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ConfigError(f"optim.beta1={self.beta1}, beta2={self.beta2}: must lie in [0, 1)")
+        at_least("optim.", self, warmup_steps=0, weight_decay=0, eps=0, grad_clip=0)
+
+
+def lr_at(step: int, optim: OptimConfig, max_steps: int) -> float:
+    """Learning rate of the update after `step` updates: linear warmup, then half a cosine.
+
+    The first update already moves (1/warmup of `lr`); the cosine would reach `min_lr` at
+    `max_steps`. Loshchilov & Hutter, SGDR (2017), without restarts.
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
+    done = min(1.0, (step - optim.warmup_steps) / max(1, max_steps - optim.warmup_steps))
+    return min_lr + (optim.lr - min_lr) * (1 + math.cos(math.pi * done)) / 2

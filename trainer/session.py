@@ -1,0 +1,211 @@
+"""What a process holds while it trains: opened, resumed, committed and closed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import AdamW
+
+from model.transformer import Transformer
+from shards.files import publish_bytes
+from shards.format import TOKENIZER
+from shards.reader import ShardReader
+from trainer import checkpoint
+from trainer.config import save_config
+from trainer.distributed import World, make_deterministic
+from trainer.errors import CheckpointError, ConfigError
+from trainer.loader import Loader, MicroBatches, Stretch
+from trainer.metrics import Journal
+from trainer.mixture import Phase
+from trainer.optimizer import make_optimizer
+from trainer.parallel import Network, build_network
+from trainer.plan import Plan
+from trainer.runs import newest_commit
+from trainer.screen import Screen
+from trainer.state import Found, State, find, state_from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One process's hold on a run."""
+
+    plan: Plan
+    run: Path
+    world: World
+    screen: Screen
+    journal: Journal
+    network: Network
+    optimizer: AdamW
+
+    def tell(self, text: str, event: str, **facts: Any) -> None:
+        """Show a line and write the event down."""
+        self.screen.say(text)
+        self.journal.event(event, **facts)
+
+
+@contextlib.contextmanager
+def claim(run: Path, world: World) -> Iterator[None]:
+    """The run's folder, made and held by this job alone until it ends, however it ends."""
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            run.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((run / ".lock").open("w"))
+            try:
+                # of the process: a lock of the file handle would be inherited by loader workers
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"{run} is being trained by another process: wait for it, stop it, "
+                    "or give another --out"
+                ) from None
+
+        world.on_main(lock)
+        yield
+
+
+@contextlib.contextmanager
+def begin(
+    plan: Plan, run: Path, resume: str, world: World, screen: Screen
+) -> Iterator[tuple[Session, State]]:
+    """The session and the state to go on from: that of a commit, or of the very beginning."""
+    config = plan.config
+    found = find(run, resume, world)
+    state = State(phases=(Phase(0, plan.weights),), data=dict(plan.sources))
+    notes: list[str] = []
+    if found is not None:
+        state, notes = state_from(found.record, plan)
+    if config.deterministic:
+        make_deterministic(world.device)
+    network = build_network(config, world)
+    optimizer = make_optimizer(network.bare, config.optim)
+    if found is not None:
+        checkpoint.restore(found.commit, network.bare, optimizer, world)
+    elif config.init_from:
+        _start_from(Path(config.init_from), network.bare)
+    world.on_main(lambda: _introduce(plan, run))
+    session = Session(
+        plan=plan,
+        run=run,
+        world=world,
+        screen=screen,
+        journal=Journal(run, state.step, writes=world.is_main, tensorboard=config.tensorboard),
+        network=network,
+        optimizer=optimizer,
+    )
+    _announce(session, state, found, [*network.notes, *notes])
+    yield session, state
+
+
+@contextlib.contextmanager
+def open_loader(session: Session, state: State) -> Iterator[Loader]:
+    """The loader of the steps that are left, its workers ended with the block."""
+    plan = session.plan
+    stretch = Stretch(
+        first_index=state.next_index,
+        n_steps=max(0, plan.config.max_steps - state.step),
+        shape=plan.shape,
+        rank=session.world.rank,
+    )
+    readers = {name: ShardReader(folder) for name, folder in plan.folders.items()}
+    batches = MicroBatches(state.order(plan.config.seed), readers, stretch)
+    loader = Loader(batches, plan.config.loader, session.world.device, plan.pad_id)
+    with contextlib.closing(loader):
+        yield loader
+
+
+class Committer:
+    """Says when a commit is due, writes it, and keeps what must be kept."""
+
+    def __init__(self, session: Session, state: State) -> None:
+        self._session, self._state = session, state
+        self._config = session.plan.config.checkpoint
+        self._committed_at = time.monotonic()
+        self._committed_step = state.step if state.step else None
+
+    def clock_wishes(self) -> bool:
+        """Whether this rank, if it is the main one, finds that enough time has passed."""
+        minutes = (time.monotonic() - self._committed_at) / 60
+        interval = self._config.interval_minutes
+        return self._session.world.is_main and 0 < interval <= minutes
+
+    def due(self) -> bool:
+        """Whether a commit is due by the number of steps."""
+        interval = self._config.interval_steps
+        return interval > 0 and self._state.step % interval == 0
+
+    def commit(self, *, last: bool = False) -> None:
+        """Commit the state, unless it is. A failure is told; only that of the last is fatal."""
+        session, step = self._session, self._state.step
+        if step == self._committed_step:
+            return
+        started = time.monotonic()
+        self._committed_at = started  # a failure too: the next try is an interval away
+        tensors = checkpoint.tensors_of(session.network.bare, session.optimizer)
+        record = self._state.record(session.plan)
+        try:
+            folder = checkpoint.save(session.run, tensors, record, session.world)
+        except CheckpointError as error:
+            session.journal.event("commit refused", step=step, reason=str(error))
+            if last:
+                raise
+            session.screen.say(f"! {error}; TRAINING GOES ON")
+            return
+        self._committed_step = step
+        session.world.on_main(lambda: checkpoint.purge(session.run, self._config))
+        seconds = round(time.monotonic() - started, 3)
+        session.tell(f"committed {folder} in {seconds:.1f} s", "commit", step=step, took_s=seconds)
+
+
+def _start_from(source: Path, model: Transformer) -> None:
+    """Give the model the weights of another run's newest commit, or of one of its commits."""
+    commit = newest_commit(source)
+    weights = checkpoint.load_weights(commit)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            stored = weights.get(name)
+            if stored is None or stored.shape != parameter.shape:
+                raise ConfigError(
+                    f"init_from={source}: its {name} is "
+                    f"{'missing' if stored is None else tuple(stored.shape)}, this run's is "
+                    f"{tuple(parameter.shape)}: use shards of its tokenizer and no --set model."
+                )
+            parameter.copy_(stored)
+
+
+def _introduce(plan: Plan, run: Path) -> None:
+    """Write what makes the run explain itself."""
+    save_config(run, plan.config)
+    tokenizer = next(iter(plan.folders.values())) / TOKENIZER
+    if tokenizer.exists():
+        publish_bytes(run / TOKENIZER, tokenizer.read_bytes())
+
+
+def _announce(session: Session, state: State, found: Found | None, notes: list[str]) -> None:
+    say = session.screen.say
+    for note in notes:
+        say(note)
+    if found is None:
+        session.tell(f"{session.run}: starting at step 0", "start", step=0)
+        return
+    for complaint in found.complaints:
+        session.tell(
+            f"! {complaint}; GOING ON FROM {found.commit.name}", "fallback", reason=complaint
+        )
+    if state.phases[-1].first_index == state.next_index:
+        weights = dict(state.phases[-1].weights)
+        session.tell(f"the mixture is now {weights}", "mixture", step=state.step, weights=weights)
+    if state.step >= session.plan.config.max_steps:
+        say(f"{session.run}: already at step {state.step}; --set max_steps=N takes it further")
+    else:
+        commit = str(found.commit)
+        session.tell(
+            f"resumed {commit} at step {state.step}", "resume", step=state.step, commit=commit
+        )

@@ -1,0 +1,129 @@
+"""From a command line to a run: configure, plan, launch where there are several devices, train."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TextIO
+
+import torch
+
+from trainer.config import configure
+from trainer.devices import pick_device
+from trainer.distributed import launched_by_torchrun
+from trainer.errors import ConfigError
+from trainer.launch import STOPPED, Launch, launch_line, run_on_all
+from trainer.metrics import read_lines
+from trainer.plan import Plan, describe, make_plan
+from trainer.runs import METRICS, commits
+from trainer.screen import Screen, Silent, open_screen
+from trainer.train import train
+
+PLAN_SHOWN: Final = "SUMMER_PLAN_SHOWN"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked for on the command line."""
+
+    shards: str
+    preset: str | None = None
+    file: Path | None = None
+    sets: tuple[str, ...] = ()
+    out: Path | None = None
+    resume: str = "auto"
+    dry_run: bool = False
+    nproc: int | None = None
+    nnodes: str = "1"
+    torchrun: Mapping[str, str] = field(default_factory=dict)
+
+    def for_rank(self) -> list[str]:
+        """The command line of one rank. What torchrun is told is left out: it reads these too."""
+        options = {
+            "--shards": self.shards,
+            "--preset": self.preset,
+            "--config": self.file,
+            "--out": self.out,
+            "--resume": self.resume,
+        }
+        given = [text for k, v in options.items() if v is not None for text in (k, str(v))]
+        return given + [text for change in self.sets for text in ("--set", change)]
+
+
+def start(request: Request, stream: TextIO) -> int:
+    """The exit code: 0 when the run is complete, 75 when it was asked to stop and has committed."""
+    configured = configure(
+        preset=request.preset, file=request.file, sets=request.sets, shards=request.shards
+    )
+    run = request.out or _default_run(Path("runs") / configured.config.preset, request.resume)
+    if launched_by_torchrun():
+        plan = make_plan(configured, _count("WORLD_SIZE"), _count("LOCAL_WORLD_SIZE"))
+        screen = open_screen(stream) if _count("RANK") == 0 else Silent()
+        if PLAN_SHOWN not in os.environ:
+            _show(plan, run, screen)
+        return _train(plan, run, request, screen)
+    n_local = request.nproc or _device_count(configured.config.device)
+    plan = make_plan(configured, n_local * _count_nodes(request.nnodes), n_local)
+    screen = open_screen(stream)
+    with contextlib.closing(screen):
+        _show(plan, run, screen)
+        if request.dry_run:
+            return 0
+        if plan.shape.world_size == 1:
+            return _train(plan, run, request, screen)
+        launch = Launch(n_local, request.nnodes, _options(request.torchrun))
+        screen.say(launch_line(launch, request.for_rank()))
+        os.environ[PLAN_SHOWN] = "yes"  # the ranks inherit it
+    return run_on_all(launch, request.for_rank())
+
+
+def _show(plan: Plan, run: Path, screen: Screen) -> None:
+    for line in describe(plan, _measured_rate(run)):
+        screen.say(line)
+
+
+def _train(plan: Plan, run: Path, request: Request, screen: Screen) -> int:
+    with contextlib.closing(screen):
+        outcome = train(plan, run, resume=request.resume, screen=screen)
+        if outcome.stopped:
+            screen.say(f"stopped at step {outcome.step}, committed: the same command goes on")
+            return STOPPED
+        screen.say(f"done: {outcome.commit}")
+        return 0
+
+
+def _default_run(run: Path, resume: str) -> Path:
+    """runs/PRESET, or the next free runs/PRESET-N for a run that must not go on from another."""
+    number = 1
+    free = run
+    while resume == "never" and commits(free):
+        number += 1
+        free = run.with_name(f"{run.name}-{number}")
+    return free
+
+
+def _device_count(wish: str) -> int:
+    return torch.cuda.device_count() if pick_device(wish) == "cuda" else 1
+
+
+def _count_nodes(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"--nnodes {text}: give the number of machines")
+    return int(text)
+
+
+def _count(variable: str) -> int:
+    return int(os.environ[variable])
+
+
+def _options(torchrun: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"--{name.replace('_', '-')}={value}" for name, value in torchrun.items())
+
+
+def _measured_rate(run: Path) -> float | None:
+    """Tokens a second of this run's last logged step, if it has one."""
+    lines = read_lines(run / METRICS)
+    return float(lines[-1]["tokens_per_s"]) if lines else None

@@ -1,0 +1,139 @@
+"""What changes while a run trains, how it is written into a commit, and how it is found again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import checkpoint
+from trainer.checkpoint import Record
+from trainer.config import RunConfig, flatten
+from trainer.distributed import World
+from trainer.errors import CheckpointError, ConfigError
+from trainer.mixture import DataOrder, Phase
+from trainer.plan import Plan, SourceFacts
+from trainer.runs import COMMIT, commits
+
+
+@dataclass(kw_only=True)
+class State:
+    """Where a run stands. The weights and moments are with the model and the optimizer."""
+
+    step: int = 0
+    next_index: int = 0
+    time_s: float = 0.0  # spent in training steps, over all sessions
+    refused_in_a_row: int = 0
+    phases: tuple[Phase, ...]
+    data: dict[str, SourceFacts]  # of every source drawn so far, retired ones too
+
+    def advance(self, n_rows: int, seconds: float) -> None:
+        """One more step of `n_rows` samples has been made."""
+        self.step += 1
+        self.next_index += n_rows
+        self.time_s += seconds
+
+    def order(self, seed: int) -> DataOrder:
+        """The data order, past and to come."""
+        rows = {name: facts.n_rows for name, facts in self.data.items()}
+        return DataOrder(seed=seed, rows=rows, phases=self.phases)
+
+    def record(self, plan: Plan) -> Record:
+        """What COMMIT.json says of the run; `checkpoint.save` adds files and versions."""
+        counts = self.order(plan.config.seed).counts(self.next_index)
+        ledger = {
+            name: {
+                "rows": counts[name],
+                "tokens": round(counts[name] * facts.tokens_per_row),
+                "epochs": counts[name] / facts.n_rows,
+            }
+            for name, facts in self.data.items()
+        }
+        return {
+            "step": self.step,
+            "next_index": self.next_index,
+            "time_s": self.time_s,
+            "refused_in_a_row": self.refused_in_a_row,
+            "phases": [[phase.first_index, dict(phase.weights)] for phase in self.phases],
+            "data": {name: asdict(facts) for name, facts in self.data.items()},
+            "tokenizer_sha256": plan.tokenizer_sha256,
+            "ledger": ledger,
+            "world_size": plan.shape.world_size,
+            "config": asdict(plan.config),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A commit to go on from."""
+
+    commit: Path
+    record: Record
+    complaints: tuple[str, ...]  # what was wrong with newer ones
+
+
+def find(run: Path, resume: str, world: World) -> Found | None:
+    """The commit that `--resume auto|never|PATH` means, proven; None to start at the beginning."""
+    if resume == "never":
+        if there := commits(run):
+            raise ConfigError(
+                f"{run} holds a run with commits up to {there[-1].name}: --resume never would mix "
+                "two runs; give another --out, or remove it"
+            )
+        return None
+    place = run if resume == "auto" else Path(resume)
+    if (place / COMMIT).exists():
+        return Found(commit=place, record=checkpoint.prove(place, world), complaints=())
+    found = checkpoint.newest_proven(place, world)
+    if found is None:
+        if resume == "auto":
+            return None
+        raise CheckpointError(f"--resume {resume}: no commit there; name a run or its step-N")
+    commit, record, complaints = found
+    return Found(commit=commit, record=record, complaints=tuple(complaints))
+
+
+def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
+    """The state in a record, and the lines that say what differs from the plan.
+
+    ConfigError for what must not: the model, the seed, the tokenizer, a source's content.
+    """
+    differences = list(_differences(record["config"], plan.config))
+    for key, old, new in differences:
+        if key.startswith("model.") or key == "seed":
+            raise ConfigError(
+                f"{key} is {new} and was {old} in this run: go on with --set {key}={old} (or the "
+                f"same --preset: it was {record['config']['preset']}), or start anew with --out"
+            )
+    if record["tokenizer_sha256"] != plan.tokenizer_sha256:
+        raise ConfigError(
+            "the shards were made with another tokenizer than this run has learned; "
+            "train on the old ones, or start anew with --out"
+        )
+    data = {name: SourceFacts(**facts) for name, facts in record["data"].items()}
+    for name, facts in plan.sources.items():
+        if data.setdefault(name, facts).root != facts.root:
+            raise ConfigError(
+                f"{plan.config.shards}/{name} is not the data this run has read (root "
+                f"{facts.root[:12]}, was {data[name].root[:12]}): bring the old shards back, "
+                "or start anew with --out"
+            )
+    state = State(
+        step=int(record["step"]),
+        next_index=int(record["next_index"]),
+        time_s=float(record["time_s"]),
+        refused_in_a_row=int(record["refused_in_a_row"]),
+        phases=tuple(Phase(int(first), dict(weights)) for first, weights in record["phases"]),
+        data=data,
+    )
+    if state.phases[-1].weights != plan.weights:
+        state.phases += (Phase(state.next_index, plan.weights),)
+    return state, [f"changed: {key} was {old}, is {new}" for key, old, new in differences]
+
+
+def _differences(old: dict[str, Any], new: RunConfig) -> Iterator[tuple[str, object, object]]:
+    before, after = dict(flatten(old)), dict(flatten(asdict(new)))
+    for key in dict.fromkeys([*before, *after]):
+        if before.get(key) != after.get(key):
+            yield key, before.get(key), after.get(key)

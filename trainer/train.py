@@ -1,0 +1,123 @@
+"""One run, from its plan to its last commit.
+
+    plan = make_plan(configure(preset="tiny", sets=["max_steps=40"], shards="shards/"))
+    train(plan, Path("runs/tiny"))            # summer-train --shards shards/ --preset tiny
+
+What happens to a step's tokens:
+
+1.  `mixture.py` says which rows the step's sample numbers mean; nothing of that is stored.
+2.  `loader.py` reads this rank's rows, proves each one and stacks them: [B, T] on the device.
+3.  The model returns the sum of the losses. Backward divides it by the targets that a full step
+    has, so that micro-batches and ranks just add up.
+4.  Ranks add up their gradients (in the last backward pass) and their counts (one reduction).
+5.  `optimizer.py` corrects by the true number of targets, clips, and updates, unless the gradient
+    is not finite; then the device skips the update by itself.
+6.  The numbers of the step are on their way to the host, where `logbook.py` reads them a step
+    later: the processor never waits for the device.
+7.  When a commit is due, `checkpoint.py` writes all of this down, proven, and the run can be
+    killed: the same command goes on from there, bit for bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.distributed import join_world
+from trainer.guard import judge
+from trainer.logbook import Arrived, Logbook, Stopwatch
+from trainer.optimizer import finish_gradients, set_lr
+from trainer.parallel import autocast, no_sync_unless_last, reseed_attention_dropout
+from trainer.plan import Plan
+from trainer.runs import newest_commit
+from trainer.schedule import lr_at
+from trainer.screen import Screen, Silent
+from trainer.session import Committer, Session, begin, claim, open_loader
+from trainer.signals import listen_for_stop
+from trainer.state import State
+from trainer.tally import Late, Tally
+from trainer.validation import HeldOut
+
+
+class Outcome(NamedTuple):
+    """How a run ended: after which step, whether because it was asked to, and its last commit."""
+
+    step: int
+    stopped: bool
+    commit: Path
+
+
+def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None = None) -> Outcome:
+    """How the run ended. It is committed then; `train` with the same plan goes on from there."""
+    config, shape = plan.config, plan.shape
+    with (
+        listen_for_stop() as asked_to_stop,
+        join_world(config.device) as world,
+        claim(run, world),
+        begin(plan, run, resume, world, screen or Silent()) as (session, state),
+        open_loader(session, state) as loader,
+    ):
+        model, optimizer = session.network.model, session.optimizer
+        logbook, watch = Logbook(plan, session.journal, session.screen, state), Stopwatch()
+        committer = Committer(session, state)
+        held_out = _open_held_out(session)
+        loss_scale = world.world_size / plan.step_tokens  # W / (G T)
+        stop = False
+        while state.step < config.max_steps and not stop:
+            lr = set_lr(optimizer, lr_at(state.step, config.optim, config.max_steps))
+            tally = Tally(world.device)
+            for micro_step in range(shape.grad_accum_steps):
+                tokens, targets, dropout_key = loader.next()  # [B, T], [B, T], [B, 2]
+                reseed_attention_dropout(config, state.step, micro_step, world.rank)
+                with (
+                    no_sync_unless_last(model, micro_step, shape.grad_accum_steps),
+                    autocast(config, world.device),
+                ):
+                    loss_sum = model(tokens, targets, dropout_key)
+                (loss_sum * loss_scale).backward()  # the true count enters finish_gradients
+                tally.add(loss_sum, targets)
+            sums = tally.reduce(world, stop=asked_to_stop(), commit=committer.clock_wishes())
+            grad_norm = finish_gradients(optimizer, plan.step_tokens, sums[1], config.optim)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            state.advance(shape.global_batch_size, watch.lap())
+            before = logbook.enter(Late(sums, grad_norm), state, lr, loader.waited_s)
+            stop, commit = _look_at(before, session, state)
+            if held_out is not None and state.step % config.validation.interval == 0:
+                with watch.paused():
+                    logbook.add(
+                        held_out.losses(session.network.bare, autocast(config, world.device))
+                    )
+            if commit or committer.due():
+                _look_at(logbook.settle(), session, state)
+                with watch.paused():
+                    committer.commit()
+        _look_at(logbook.settle(), session, state)
+        committer.commit(last=True)
+        return Outcome(state.step, state.step < config.max_steps, newest_commit(run))
+
+
+def _look_at(arrived: Arrived, session: Session, state: State) -> tuple[bool, bool]:
+    """Whether some rank wishes to stop, and to commit; a refused update is told and counted."""
+    if arrived is None:
+        return False, False
+    step, reading = arrived
+    if reading.refused:
+        session.tell(f"! step {step}: gradient not finite, update refused", "refused", step=step)
+    state.refused_in_a_row = judge(reading, step, state.refused_in_a_row)
+    return reading.stop_wished, reading.commit_wished
+
+
+def _open_held_out(session: Session) -> HeldOut | None:
+    plan = session.plan
+    if not plan.config.validation.interval:
+        return None
+    held_out = HeldOut(
+        plan.folders,
+        rows=plan.config.validation.rows,
+        batch_size=plan.shape.micro_batch_size,
+        pad_id=plan.pad_id,
+        world=session.world,
+    )
+    return held_out if held_out.sources else None

@@ -1,0 +1,90 @@
+"""Held-out loss of each source, inside training and without a trace in it.
+
+Nothing random is drawn, no gradient is made, and batches have the shape of training's, so that
+the compiled graphs of training stay the ones they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.loss import IGNORED
+from model.transformer import Transformer
+from shards.reader import ShardReader
+from trainer.distributed import World
+from trainer.errors import at_least
+from trainer.loader import HostBatch, to_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Held-out loss inside training: every `interval` steps (0: never), `rows` of each source."""
+
+    interval: int = 0
+    rows: int = 32
+
+    def __post_init__(self) -> None:
+        at_least("validation.", self, interval=0, rows=1)
+
+
+class HeldOut:
+    """This rank's share of the held-out rows, read once and cut into batches of a fixed shape."""
+
+    def __init__(
+        self, folders: Mapping[str, Path], *, rows: int, batch_size: int, pad_id: int, world: World
+    ) -> None:
+        self._pad_id, self._world = pad_id, world
+        self._batches: list[tuple[int, HostBatch]] = []
+        readers = {name: ShardReader(folder, "val") for name, folder in folders.items()}
+        self.sources = tuple(name for name, reader in readers.items() if reader.n_rows)
+        number = 0
+        for source, name in enumerate(self.sources):
+            reader = readers[name]
+            chosen = _spread(reader.n_rows, rows)
+            for first in range(0, len(chosen), batch_size):
+                if number % world.world_size == world.rank:
+                    batch = _filled(reader, chosen[first : first + batch_size], batch_size, pad_id)
+                    self._batches.append((source, batch))
+                number += 1
+
+    def losses(self, model: Transformer, autocast: torch.autocast) -> dict[str, float]:
+        """Mean loss in nats a token of each source that has held-out rows."""
+        device = self._world.device
+        sums = torch.zeros(len(self.sources), 2, device=device)
+        for source, batch in self._batches:
+            tokens, targets, _ = to_device(batch, device, self._pad_id)
+            with torch.no_grad(), autocast:
+                loss_sum = model(tokens, targets)
+            sums[source] += torch.stack([loss_sum, (targets != IGNORED).sum().float()])
+        totals = self._world.all_reduce(sums).tolist()
+        return {
+            name: loss / n_targets
+            for name, (loss, n_targets) in zip(self.sources, totals, strict=True)
+            if n_targets
+        }
+
+
+def _spread(n_rows: int, wanted: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """At most `wanted` row numbers, evenly spread over all."""
+    return np.unique(np.linspace(0, n_rows - 1, min(wanted, n_rows)).astype(np.int64))
+
+
+def _filled(
+    reader: ShardReader, indices: np.ndarray[tuple[int], np.dtype[np.int64]], size: int, pad_id: int
+) -> HostBatch:
+    """The rows, filled up to `size` with padding, which no loss counts."""
+    rows, masks = reader.rows(indices)
+    tokens = np.full((size, reader.seq_len), pad_id, rows.dtype)
+    tokens[: len(rows)] = rows
+    is_target: Tensor | None = None
+    if masks is not None:
+        is_target = torch.zeros(tokens.shape, dtype=torch.bool)
+        bits = np.unpackbits(masks, axis=1, bitorder="little").astype(bool)
+        is_target[: len(rows)] = torch.from_numpy(bits)
+    return HostBatch(torch.from_numpy(tokens), is_target, torch.zeros(size, 2, dtype=torch.int32))
