@@ -69,6 +69,10 @@ class CompressedSizes:
     gzip: int
     xz: int
 
+    def __add__(self, other: CompressedSizes) -> CompressedSizes:
+        """Both texts, each compressed by itself."""
+        return CompressedSizes(self.raw + other.raw, self.gzip + other.gzip, self.xz + other.xz)
+
 
 def compressed_sizes(texts: Iterable[bytes]) -> CompressedSizes:
     """Sizes of all texts run together, by `gzip -9` and `xz -9e`."""

@@ -36,7 +36,7 @@ def loss_curve_png(runs: Sequence[RunLog]) -> bytes:
             steps[::stride], smoothed(losses)[::stride], color=colour, linewidth=1.8, label=run.name
         )
         for event in run.events:
-            if "step" in event and event.get("event", event.get("kind")) in _MARKED_EVENTS:
+            if "step" in event and event.get("event") in _MARKED_EVENTS:
                 axes.axvline(event["step"], color=colour, linestyle=":", linewidth=0.8)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss (nats per token)")

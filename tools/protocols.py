@@ -120,6 +120,11 @@ class Plan(Sequence[Window]):
         return Window(content[:-1], targets)
 
     @property
+    def ids(self) -> Ids:
+        """The text's own ids, without a BOS in front. [T]"""
+        return self.stream[1:] if self.protocol.bos == "start" else self.stream
+
+    @property
     def n_scored(self) -> int:
         """Targets that are scored."""
         return int((self.spans[:, 1] - self.spans[:, 2]).sum())
@@ -130,7 +135,7 @@ class Plan(Sequence[Window]):
         return len(self.stream) - int(self.spans[:, 1].max(initial=0))
 
     def scored_places(self) -> npt.NDArray[np.int64]:
-        """Places in the text's own ids that are scored, in the windows' order. [n_scored]"""
+        """Places in `ids` that are scored, in the windows' order. [n_scored]"""
         shift = self.protocol.bos == "start"
         ranges = [np.arange(first, end) for _, end, first in self.spans - shift]
         return np.concatenate(ranges) if ranges else np.empty(0, np.int64)

@@ -4,13 +4,11 @@
     runs/NAME/metrics.jsonl    one line a logged step
     runs/NAME/events.jsonl     skips, rollbacks, resumes, changes of mixture
 
-A run that was resumed logs some steps again; the later line of a step is the one that counts. A
-line that a kill cut short is left out.
+If a step stands there twice the later line counts; a last line that a kill cut short is left out.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.errors import ReportError
+from trainer.metrics import read_lines
 from trainer.runs import CONFIG, EVENTS, METRICS
 
 Line = Mapping[str, Any]
@@ -50,7 +49,7 @@ def read_run(folder: Path) -> RunLog:
         raise ReportError(
             f"{folder}: no {METRICS} there: name the folder of a run, such as runs/NAME"
         )
-    by_step = {line["step"]: line for line in _json_lines(metrics) if "step" in line}
+    by_step = {line["step"]: line for line in read_lines(metrics) if "step" in line}
     if not by_step:
         raise ReportError(f"{metrics}: no step has been logged yet; let the run make some")
     config = folder / CONFIG
@@ -58,18 +57,5 @@ def read_run(folder: Path) -> RunLog:
         folder,
         json.loads(config.read_text()) if config.is_file() else {},
         tuple(by_step[step] for step in sorted(by_step)),
-        tuple(_json_lines(folder / EVENTS)),
+        tuple(read_lines(folder / EVENTS)),
     )
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, one a line; half a line is not one of them."""
-    if not path.is_file():
-        return []
-    objects = []
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                objects.append(value)
-    return objects

@@ -107,7 +107,7 @@ def score(
     with autocast(enabled=scorer.dtype != torch.float32):
         for places in batches([len(window.inputs) for window in windows], batch_tokens):
             inputs, targets = _stack([windows[place] for place in places])
-            nats[places] = scorer.nats(inputs, targets).double().sum(dim=1).cpu().numpy()
+            nats[places] = _within_memory(scorer, inputs, targets).double().sum(dim=1).cpu()
             n_targets[places] = (targets != IGNORED).sum(dim=1).numpy()
             _refuse_no_number(places, nats[places])
             done += len(places)
@@ -124,6 +124,16 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         together = max(1, batch_tokens // max(1, lengths[order[begin]]))
         yield order[begin : begin + together]
         begin += together
+
+
+def _within_memory(scorer: Scorer, inputs: Tensor, targets: Tensor) -> Tensor:
+    try:
+        return scorer.nats(inputs, targets)
+    except torch.OutOfMemoryError as error:
+        raise EvaluationError(
+            f"{inputs.numel():,} ids at a time do not fit into the memory of {scorer.device}: "
+            "choose a smaller --batch-tokens, or a smaller --context"
+        ) from error
 
 
 def _stack(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.chat import Template
+from pipeline.errors import TokenizerError
 from pipeline.tokenizer import Tokenizer
 
 
@@ -16,7 +18,9 @@ class Vocabulary:
     """Ids <-> text. `encode` adds no BOS and no EOS.
 
     `pieces` holds the UTF-8 bytes that each id stands for in a text; ids that are not text (BOS,
-    EOS, other control pieces, `<unk>`) stand for none.
+    EOS, other control pieces, `<unk>`) stand for none. With `space_first` a text's first piece
+    begins with a space that is not in the text (SentencePiece's dummy prefix). `chat` holds the
+    ids of the chat template's markers, None where the vocabulary has none.
     """
 
     name: str
@@ -26,6 +30,8 @@ class Vocabulary:
     bos_id: int | None
     eos_id: int | None
     sha256: str
+    space_first: bool
+    chat: Template | None
 
     @classmethod
     def of_sentencepiece(cls, tokenizer: Tokenizer) -> Vocabulary:
@@ -38,6 +44,8 @@ class Vocabulary:
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             sha256=tokenizer.info.sha256,
+            space_first=bool(tokenizer.proto.normalizer_spec.add_dummy_prefix),
+            chat=_chat_template(tokenizer),
         )
 
     def __len__(self) -> int:
@@ -60,3 +68,10 @@ def sentencepiece_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:
         else:
             pieces.append(b"")
     return tuple(pieces)
+
+
+def _chat_template(tokenizer: Tokenizer) -> Template | None:
+    try:
+        return Template.of(tokenizer)
+    except TokenizerError:
+        return None

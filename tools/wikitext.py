@@ -14,9 +14,18 @@ described, and joins and tokenizers then cancel out. Words are what white space 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
+
+from pipeline.documents import valid_texts
+from pipeline.inputs import Inputs, layout_of, local_inputs
+from pipeline.reading import PartReader
+from pipeline.sources import Source, find
+from pipeline.units import cut_into_parts
+from tools.errors import EvaluationError
 
 JOIN: Final = "\n\n"
 _BLANK_LINE: Final = " \n"
@@ -61,3 +70,41 @@ def from_rows(rows: Sequence[str]) -> EvaluationText:
     lines = [row if row.endswith("\n") else row + "\n" for row in rows]
     raw = "".join(_BLANK_LINE if line == "\n" else line for line in lines)
     return EvaluationText(raw, JOIN.join(rows))
+
+
+def read_text(data: Path | None = None) -> EvaluationText:
+    """WikiText-2's test split from a local file, or from the Hub where none is named.
+
+    A parquet or jsonl file holds rows (column `text`); any other is taken as raw text.
+    """
+    source = find("wikitext2")
+    if data is None:
+        from pipeline.hub import hub_inputs
+
+        return from_rows(list(_rows(hub_inputs(source), source)))
+    if data.is_dir():
+        raise EvaluationError(f"{data} is a folder: name the file in it that holds the test split")
+    layout = layout_of(data.name)
+    if layout is not None and layout.kind != "text":
+        return from_rows(list(_rows(local_inputs((str(data),)), source)))
+    try:
+        return from_raw(data.read_bytes().decode())
+    except UnicodeDecodeError as error:
+        raise EvaluationError(
+            f"{data}: no UTF-8 at byte {error.start}; name the raw text, a .parquet or a .jsonl"
+        ) from error
+
+
+def _rows(inputs: Inputs, source: Source) -> Iterator[str]:
+    """Every row of a listing's text column, in order; EvaluationError at one that is no text."""
+    with closing(PartReader(inputs, source)) as reader:
+        for weighed in cut_into_parts(inputs, source):
+            for records in reader.read(weighed.part):
+                texts, reasons = valid_texts(records)
+                for place, text in enumerate(texts.to_pylist()):
+                    if text is None:
+                        raise EvaluationError(
+                            f"{weighed.part.file}: row {records.first + place} has no text "
+                            f"({reasons[place]}): fetch the file again"
+                        )
+                    yield text

@@ -1,0 +1,79 @@
+"""Scores as lines of text for a person to read, with everything that the figures depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tools.heldout import HeldOut, SourceScore
+from tools.perplexity import Perplexity
+
+
+def perplexity_card(result: Perplexity) -> list[str]:
+    """The four figures of a perplexity, its protocol, its text and its model."""
+    model = result.model
+    card = [
+        f"{result.task}: {model['model']} ({model['parameters']:,} parameters)",
+        f"  token perplexity  {_figure(result.token_perplexity)}",
+        f"  word perplexity   {_figure(result.word_perplexity)}",
+        f"  byte perplexity   {_figure(result.byte_perplexity)}",
+        f"  bits per byte     {result.bits_per_byte:.4f}",
+        f"protocol  {result.protocol}, context {result.context:,}, stride {result.stride:,}, "
+        f"BOS {result.bos}, rows joined by {result.join!r}, {model['dtype']} on {model['device']}",
+        f"text      {result.text_tokens:,} tokens, {result.text_bytes:,} bytes, "
+        f"{result.text_words:,} words; sha256 {result.text_sha256}",
+        f"scored    {result.scored_tokens:,} tokens in {result.windows:,} windows"
+        f"{' (a limit)' if result.limit else ''}, {result.scored_share:.4%} of the text's bytes; "
+        f"tail of {result.tail_dropped:,} tokens dropped",
+        f"weights   sha256 {model['weights_sha256']}",
+        f"tokenizer {model['tokenizer']}, sha256 {model['tokenizer_sha256']}",
+        f"time      {result.time_s:.1f} s",
+    ]
+    if result.beyond_training:
+        card.append(
+            f"note      context {result.context:,} is beyond training, where rows had "
+            f"{model['trained_context']:,} tokens"
+        )
+    return card
+
+
+def heldout_card(result: HeldOut) -> list[str]:
+    """A table of bits per byte: a line for each source, and one for all together."""
+    head = ("held out", "documents", "tokens", "bytes", "model", "unigram", "gzip", "xz")
+    scores = result.sources if len(result.sources) == 1 else (*result.sources, result.total)
+    model = result.model
+    return [
+        f"heldout: {model['model']} ({model['parameters']:,} parameters); bits per byte, "
+        "smaller is better",
+        *_aligned([head, *map(_row, scores)]),
+        f"The model is {abs(result.below_unigram):.1%} "
+        f"{'below' if result.below_unigram >= 0 else 'ABOVE'} the unigram. It scores each document "
+        f"from its BOS, context {result.context:,}; gzip -9 and xz -9e see "
+        f"{result.compressors_see}.",
+        f"weights sha256 {model['weights_sha256']}, {model['dtype']} on {model['device']}, "
+        f"{result.time_s:.1f} s",
+    ]
+
+
+def _row(score: SourceScore) -> tuple[str, ...]:
+    counts = (f"{number:,}" for number in (score.documents, score.tokens, score.bytes))
+    rates = (f"{rate:.3f}" for rate in (score.model, score.unigram, score.gzip, score.xz))
+    return (score.source, *counts, *rates)
+
+
+def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Rows in columns: the first to the left, the others to the right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "none (the text has no words)"
+    return f"{value:,.4f}" if value < 1e9 else f"{value:.4e}"
