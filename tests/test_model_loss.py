@@ -1,0 +1,115 @@
+"""Chunked linear cross-entropy against the textbook in fp64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.loss import linear_cross_entropy
+
+N, V, D = 37, 101, 24
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[::5] = -100
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def textbook(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    logits = hidden @ weight.T
+    loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return loss + z_loss * (logits.logsumexp(-1).square() * (targets != -100)).sum()
+
+
+def loss_and_grads(
+    function: Callable[..., Tensor], hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    loss = function(hidden, weight, targets, **options)
+    return (loss, *torch.autograd.grad(3 * loss, (hidden, weight)))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 36, 37, 1000, None])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_value_and_gradients_for_any_chunk(chunk_rows: int | None, z_loss: float) -> None:
+    expected = loss_and_grads(textbook, *inputs(torch.float64), z_loss=z_loss)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        got = loss_and_grads(
+            linear_cross_entropy, *inputs(dtype), z_loss=z_loss, chunk_rows=chunk_rows
+        )
+        for part, expected_part in zip(got, expected, strict=True):
+            assert part.dtype == dtype
+            error = (part.double() - expected_part).norm() / expected_part.norm()
+            assert error < tolerance
+
+
+def test_bf16_autocast_is_as_near_as_bf16_products_allow() -> None:
+    expected = loss_and_grads(textbook, *inputs(torch.float64))
+    for chunk_rows in (5, 37):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden, weight, targets = inputs()
+            loss = linear_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)
+        grads = torch.autograd.grad(3 * loss, (hidden, weight))
+        for part, expected_part in zip((loss, *grads), expected, strict=True):
+            assert part.dtype == torch.float32
+            assert (part.double() - expected_part).norm() / expected_part.norm() < 0.01
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, weight, targets = inputs()
+    loss = linear_cross_entropy(hidden * 1e4, weight, targets)
+    assert loss.item() == pytest.approx(textbook(hidden * 1e4, weight, targets).item(), rel=1e-5)
+
+
+def test_nothing_but_ignored_targets_is_zero() -> None:
+    hidden, weight, targets = inputs()
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.item() == 0.0
+    assert not any(grad.any() for grad in grads)
+
+
+def test_without_gradients_none_are_made() -> None:
+    hidden, weight, targets = inputs()
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(textbook(hidden, weight, targets).item(), rel=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the number of elements of the largest tensor that any operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for part in out if isinstance(out, tuple) else (out,):
+            if isinstance(part, Tensor):
+                self.elements = max(self.elements, part.numel())
+        return out
+
+
+def test_logits_are_never_whole() -> None:
+    hidden = torch.randn(400, 4, requires_grad=True)
+    weight = torch.randn(50, 4, requires_grad=True)
+    targets = torch.zeros(400, dtype=torch.int64)
+    with LargestTensor() as largest:  # type: ignore[no-untyped-call]
+        torch.autograd.backward(linear_cross_entropy(hidden, weight, targets, chunk_rows=8))
+    assert largest.elements == 400 * 4  # hidden; the logits would be 400 * 50
+
+
+def test_the_operator_passes_torch_s_own_checks() -> None:
+    hidden, weight, targets = inputs(torch.float64)
+    arguments = (hidden, weight, targets, 0.01, 7, torch.float64, True)
+    operator = torch.ops.summerlm.linear_cross_entropy.default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,78 @@
+"""RoPE, and tables that survive what is done to a model."""
+
+import pytest
+import torch
+
+from model.config import MAX_ALIBI_CONTEXT, ModelConfig, ModelError
+from model.layers import rotate
+from model.positions import PositionTables, rotary_tables
+
+CONFIG = ModelConfig(n_heads=2, d_model=32, seq_len=16)
+
+
+def test_a_turn_is_a_complex_rotation_of_the_two_halves() -> None:
+    cos, sin = rotary_tables(8, 10_000.0, 50)
+    x = torch.randn(2, 50, 3, 8)
+    turned = torch.complex(*rotate(x, cos, sin).double().chunk(2, dim=-1))
+    angle = torch.arange(50)[:, None] * 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    expected = torch.complex(*x.double().chunk(2, dim=-1)) * torch.exp(1j * angle)[:, None]
+    torch.testing.assert_close(turned, expected, rtol=0, atol=1e-6)
+
+
+def test_products_depend_on_the_distance_alone() -> None:
+    cos, sin = rotary_tables(16, 10_000.0, 4096)
+    q, k = torch.randn(2, 1, 1, 1, 16)
+
+    def product(i: int, j: int) -> float:
+        rows = (slice(i, i + 1), slice(j, j + 1))
+        turned_q, turned_k = (rotate(x, cos[r], sin[r]) for x, r in zip((q, k), rows, strict=True))
+        return (turned_q * turned_k).sum().item()
+
+    assert product(4000, 3990) == pytest.approx(product(17, 7), abs=1e-5)
+    assert product(17, 7) != pytest.approx(product(17, 8), abs=1e-3)
+
+
+def test_tables_grow_when_asked_and_rows_stay_the_same() -> None:
+    tables = PositionTables(CONFIG)
+    short = tables(0, 16)
+    long = tables(3, 40)
+    for before, after in zip(short, long, strict=True):
+        assert torch.equal(before[3:16], after[:13])
+        assert len(after) == 40
+
+
+def test_tables_grown_under_inference_mode_serve_training() -> None:
+    tables = PositionTables(CONFIG)
+    with torch.inference_mode():
+        tables(0, 100)
+    scale = torch.ones(8, requires_grad=True)
+    (tables(0, 100).cos * scale).sum().backward()
+    assert scale.grad is not None
+
+
+def test_the_exact_limit_of_alibi_is_reached_and_not_passed() -> None:
+    tables = PositionTables(CONFIG)
+    assert len(tables(MAX_ALIBI_CONTEXT - 1, 1).alibi_q) == 1
+    with pytest.raises(ModelError, match="16449"):
+        tables(MAX_ALIBI_CONTEXT, 1)
+    free = PositionTables(ModelConfig(n_heads=2, d_model=32, seq_len=16, alibi=False))
+    assert len(free(MAX_ALIBI_CONTEXT, 1).cos) == 1
+
+
+def test_a_move_to_bf16_or_out_of_meta_makes_the_tables_anew() -> None:
+    expected = PositionTables(CONFIG)(0, 16)
+    with torch.device("meta"):
+        from_meta = PositionTables(CONFIG)
+    assert from_meta.cos.is_meta
+    for moved in (PositionTables(CONFIG).to(torch.bfloat16), from_meta.to_empty(device="cpu")):
+        for table, same in zip(moved(0, 16), expected, strict=True):
+            assert table.dtype == torch.float32
+            assert torch.equal(table, same)
+
+
+def test_what_is_switched_off_has_no_table() -> None:
+    neither = ModelConfig(n_heads=2, d_model=32, seq_len=16, rope=False, alibi=False)
+    tables = PositionTables(neither)
+    assert not list(tables.buffers())
+    assert tables(0, 40) == (None, None, None, None)
+    assert not PositionTables(CONFIG).state_dict()
