@@ -182,9 +182,7 @@ def held_out(texts: pa.Array, below: int) -> Flags:
     offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset :][: len(texts) + 1].tolist()
     data = memoryview(texts.buffers()[2] or b"")
     digest = xxhash.xxh3_64_intdigest
-    hashes = [
-        digest(data[first:last]) for first, last in itertools.pairwise(offsets)
-    ]
+    hashes = [digest(data[first:last]) for first, last in itertools.pairwise(offsets)]
     return np.array(hashes, np.uint64) % np.uint64(1 << 16) < below
 
 

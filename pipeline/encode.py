@@ -8,7 +8,7 @@ encode_documents(encoder, ...)  the same for documents, conversations among them
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,12 @@ def make_encoder(tokenizer: Tokenizer) -> Encoder:
     return PlainEncoder(tokenizer)
 
 
+def encoder_note(tokenizer: Tokenizer) -> str:
+    """Which encoder `make_encoder` chooses, and why, in words."""
+    reason = unfit_reason(tokenizer)
+    return f"plain sentencepiece, slowly: {reason}" if reason else "in columns"
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Documents as ids: the stream, where each document begins, and the targets, if they matter."""
@@ -91,16 +97,14 @@ def encode_documents(
     return Encoded(*template.join(stream.tokens, stream.starts, documents.turns))
 
 
-def check_against_sentencepiece(
-    tokenizer: Tokenizer, texts: pa.Array, stream: Stream, chosen: list[int]
-) -> None:
-    """TokenizerError names the first chosen text for which sentencepiece gives other ids."""
-    ends: list[Any] = [*stream.starts[1:].tolist(), len(stream.tokens)]
-    for number in chosen:
-        ids = stream.tokens[stream.starts[number] + 1 : ends[number] - 1].tolist()
-        text = texts[number].as_py()
-        if ids != tokenizer.encode(text):
+def check_against_sentencepiece(tokenizer: Tokenizer, encoder: Encoder, texts: pa.Array) -> int:
+    """How many texts were compared; TokenizerError names the first whose ids differ."""
+    stream = encoder.encode(texts)
+    ends = [*stream.starts[1:].tolist(), len(stream.tokens)]
+    for text, first, last in zip(texts.to_pylist(), stream.starts.tolist(), ends, strict=True):
+        if stream.tokens[first + 1 : last - 1].tolist() != tokenizer.encode(text):
             raise TokenizerError(
                 f"the fast encoder and sentencepiece differ on {text[:60]!r}...: please report "
-                "it with the tokenizer; nothing of this unit was written"
+                "it together with the tokenizer; nothing of this unit was written"
             )
+    return len(texts)

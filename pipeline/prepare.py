@@ -1,43 +1,301 @@
 """One source, from text to a finished folder of shards.
 
-    prepare(request, executor, watch)
+    request = Request(source=find("fineweb"), tokenizer=Tokenizer.default(), out=Path("shards"))
+    manifest = prepare(request, Executor(workers=8), Watch())
 
- 1. The listing: local files, or the Hub's, whose revision is pinned to a commit.      inputs, hub
- 2. The plan: files cut into parts, parts filled into units; `units.json`, first writer wins.  units
- 3. A sample is read and encoded: it shows a wrong column or a damaged file before any work starts
-    and gives the estimate (tokens, disk, hours); without room on the disk nothing begins.  estimate
- 4. Each unit, by any worker, in any order:                                              run_unit
-    read -> records -> documents -> ids -> rows -> shards -> receipt.
-    The receipt is the commit. A unit without one is done again, from the beginning.
- 5. With all receipts there, whoever notices writes the manifest: from now on the source exists.
+ 1. inputs.py, hub.py   The listing: local files, or the Hub's, its revision pinned to a commit.
+ 2. units.py            The plan: files cut into parts, parts filled into units. It is written to
+                        `units.json` once; whoever comes later follows it.
+ 3. estimate.py         A sample is read and encoded. It shows a wrong column or a damaged file
+                        before anything is done, and what the work will take; without room on the
+                        disk nothing begins.
+ 4. work.py             Each unit, by any worker, in any order: read, make documents, encode, pack,
+                        publish. The receipt is the commit: a unit without one is done again.
+ 5. write_manifest      With all receipts there, whoever notices writes the manifest: from now on
+                        the source exists.
 
-Nothing is kept anywhere else: the same command, started again after any end, does what is missing.
+No other state is kept: the same command, started again after any end, does what is missing.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Final, Protocol
-
-import numpy as np
+from typing import Any, Final
 
 from pipeline.chat import Template
-from pipeline.documents import DocumentMaker, Documents
-from pipeline.encode import Encoder, encode_documents, make_encoder
+from pipeline.encode import encoder_note, make_encoder
 from pipeline.errors import PrepareError
-from pipeline.inputs import Inputs
-from pipeline.pack import Packer
-from pipeline.reading import PartReader
-from pipeline.sources import Source
+from pipeline.estimate import Estimate, estimate, refuse_without_room, take_sample
+from pipeline.executors import Executor
+from pipeline.hub import HubInputs, hub_inputs
+from pipeline.inputs import Inputs, embedded_inputs, local_inputs
+from pipeline.schedule import LimitedRun, amount_of, run_all
+from pipeline.sources import Source, refuse_unavailable
 from pipeline.tokenizer import Tokenizer
-from pipeline.units import UNIT_BYTES, Plan, make_plan, publish_plan, read_plan
+from pipeline.units import UNIT_BYTES, Plan, make_plan, read_plan
+from pipeline.work import NO_LIMIT, Job, Limit, Step
 from shards.errors import ShardError
-from shards.files import create_exclusively, remove_stale_temporaries, sha256_file
-from shards.format import TOKENIZER, Facts, Manifest, Receipt, token_dtype, unit_name
-from shards.reader import read_receipt
-from shards.writer import ShardWriter, write_manifest
+from shards.files import create_exclusively, remove_stale_temporaries
+from shards.format import (
+    PLAN,
+    TOKENIZER,
+    Facts,
+    Manifest,
+    Receipt,
+    TokenizerInfo,
+    summarise,
+    token_dtype,
+    unit_name,
+)
+from shards.reader import read_manifest, read_receipt
+from shards.writer import write_manifest
 
-SPLITS: Final = ("train", "val")
+CHECKED_DOCUMENTS: Final = 8
+"""Documents of each unit that are compared with sentencepiece, unless told otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to prepare. Without `data_files`, which are local, the source's own place is read."""
+
+    source: Source
+    tokenizer: Tokenizer
+    out: Path
+    data_files: tuple[str, ...] = ()
+    seq_len: int = 4096
+    val_fraction: float | None = None
+    loss_mask: bool = False
+    limit: Limit = NO_LIMIT
+    check_encoding: int = CHECKED_DOCUMENTS
+    part: tuple[int, int] = (1, 1)
+    unit_bytes: int = UNIT_BYTES
+
+
+class Watch:
+    """Hears of the plan before the work, and of each step of it; this one does nothing."""
+
+    def planned(self, job: Job, ahead: Estimate, note: str) -> None:
+        """The plan is made and there is room for it; `note` says how text is encoded."""
+
+    def step(self, step: Step) -> None:
+        """Some documents have become rows."""
+
+    def unit_done(self) -> None:
+        """A unit has its receipt."""
+
+
+def prepare(request: Request, executor: Executor, watch: Watch) -> Manifest | None:
+    """The finished source's manifest; None while other parts of an array are still at work."""
+    _refuse_contradictions(request)
+    folder = (request.out / request.source.name).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_stale_temporaries(folder)
+    inputs, plan = _settle(request, folder)
+    facts = facts_of(plan.recipe)
+    if (manifest := _finished(folder, facts, plan, request.limit)) is not None:
+        return manifest
+    job = Job(
+        folder=folder,
+        source=request.source,
+        facts=facts,
+        inputs=inputs,
+        plan_sha256=plan.sha256,
+        check_encoding=request.check_encoding,
+    )
+    n_units = _run(request, executor, watch, job, plan)
+    _refuse_nothing(folder, plan, n_units)
+    return write_manifest(folder, facts, plan.parts, n_units)
+
+
+def facts_of(recipe: Mapping[str, Any]) -> Facts:
+    """What the manifest and every shard need to know of a plan's recipe."""
+    values = {field.name: recipe[field.name] for field in fields(Facts)}
+    return Facts(**{**values, "tokenizer": TokenizerInfo(**recipe["tokenizer"])})
+
+
+def open_inputs(source: Source, data_files: tuple[str, ...] = ()) -> Inputs:
+    """The listing of a source: of local files where they are named, else of its own place."""
+    if data_files:
+        return local_inputs(data_files)
+    refuse_unavailable(source)
+    return embedded_inputs(source) if source.embedded else hub_inputs(source)
+
+
+def receipts_of(folder: Path, plan: Plan) -> dict[int, Receipt]:
+    """The receipts there are, by position of their unit; those of another plan do not count."""
+    found, sha256 = {}, plan.sha256
+    for position in range(len(plan.units)):
+        path = folder / f"{unit_name(position)}.json"
+        try:
+            receipt = read_receipt(path)
+        except (FileNotFoundError, ShardError):
+            continue
+        if receipt.plan_sha256 == sha256:
+            found[position] = receipt
+    return found
+
+
+def _settle(request: Request, folder: Path) -> tuple[Inputs, Plan]:
+    """The inputs and the plan in force: the folder's, if it has one, else a new one."""
+    _settle_tokenizer(request.tokenizer, folder)
+    existing = read_plan(folder)
+    inputs = _pinned(request, existing) or open_inputs(request.source, request.data_files)
+    recipe = _recipe(request, inputs)
+    if existing is not None:
+        _refuse_other(existing, recipe, inputs, folder)
+        return inputs, existing
+    plan = make_plan(recipe, inputs, request.source, request.unit_bytes)
+    if create_exclusively(folder / PLAN, plan.to_bytes()):
+        return inputs, plan
+    return _settle(request, folder)  # somebody else was first: theirs is in force
+
+
+def _settle_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    path = folder / TOKENIZER
+    if not create_exclusively(path, tokenizer.model) and path.read_bytes() != tokenizer.model:
+        raise PrepareError(
+            f"{folder} was begun with another tokenizer than {tokenizer.name}: give that one "
+            f"(--tokenizer {path}), choose another --out, or delete the folder to begin anew"
+        )
+
+
+def _pinned(request: Request, existing: Plan | None) -> HubInputs | None:
+    """The Hub's files as an existing plan lists them: the same commit, no question asked."""
+    source = request.source
+    if existing is None or request.data_files or source.embedded or source.unavailable:
+        return None
+    recipe = existing.recipe
+    if source.revision not in ("", recipe["revision"]) or source.dataset != recipe["dataset"]:
+        return None
+    return HubInputs(source.dataset, recipe["revision"], existing.files, recipe["licence"])
+
+
+def _recipe(request: Request, inputs: Inputs) -> dict[str, Any]:
+    """All that the output's bytes depend on besides the listing; the first keys are the Facts."""
+    source, info = request.source, request.tokenizer.info
+    licence = source.licence
+    if isinstance(inputs, HubInputs) and licence == "unknown":
+        licence = inputs.licence or licence
+    val_fraction = source.val_fraction if request.val_fraction is None else request.val_fraction
+    return {
+        "source": source.name,
+        "dataset": inputs.dataset,
+        "revision": inputs.revision,
+        "licence": licence,
+        "seq_len": request.seq_len,
+        "dtype": token_dtype(info.vocab_size).name,
+        "packing": "concat+mask" if request.loss_mask else "concat",
+        "val_fraction": val_fraction,
+        "tokenizer": asdict(info),
+        "config": "" if request.data_files else source.config,
+        "split": "" if request.data_files else source.split,
+        "text_column": source.text_column,
+        "shape": source.shape,
+        "max_documents": request.limit.documents,
+        "max_tokens": request.limit.tokens,
+        "unit_bytes": request.unit_bytes,
+    }
+
+
+def _run(request: Request, executor: Executor, watch: Watch, job: Job, plan: Plan) -> int:
+    """Do what is missing; the number of units that the source consists of."""
+    receipts = receipts_of(job.folder, plan)
+    number, of = request.part
+    missing = [p for p in range(len(plan.units))[number - 1 :: of] if p not in receipts]
+    if not missing:
+        return len(plan.units)
+    encoder = make_encoder(request.tokenizer)
+    template = Template.of(request.tokenizer) if job.source.shape == "chat" else None
+    sample = take_sample(job.inputs, job.source, plan, encoder, template)
+    ahead = estimate(
+        plan,
+        [plan.units[position] for position in missing],
+        sample,
+        request.limit,
+        token_dtype(request.tokenizer.vocab_size).itemsize,
+        executor.workers,
+    )
+    refuse_without_room(job.folder, ahead.disk_bytes)
+    watch.planned(job, ahead, encoder_note(request.tokenizer))
+    with executor.running(job, len(missing), watch.step) as submit:
+        if request.limit == NO_LIMIT:
+            run_all(missing, submit, executor.at_once, watch.unit_done)
+            return len(plan.units)
+        limited = LimitedRun(job.folder, plan.units, request.limit, submit, executor.at_once)
+        return limited.run(receipts, watch.unit_done)
+
+
+def _finished(folder: Path, facts: Facts, plan: Plan, limit: Limit) -> Manifest | None:
+    """The manifest, if it is there and is what the receipts add up to."""
+    try:
+        manifest = read_manifest(folder)
+    except ShardError:
+        return None
+    receipts = receipts_of(folder, plan)
+    n_units = len(receipts)
+    if set(receipts) != set(range(n_units)) or (limit == NO_LIMIT and n_units < len(plan.units)):
+        return None
+    shards = [shard for position in range(n_units) for shard in receipts[position].shards]
+    complete = summarise(facts, plan.parts, shards, manifest.rejected)
+    return manifest if manifest == complete else None
+
+
+def _refuse_contradictions(request: Request) -> None:
+    number, of = request.part
+    if not 1 <= number <= of:
+        raise PrepareError(
+            f"--part {number}/{of}: parts are numbered 1/{of} to {of}/{of}; for an array that "
+            "counts from 0, add one"
+        )
+    if of > 1 and request.limit != NO_LIMIT:
+        raise PrepareError(
+            "--part does not go with --max-tokens or --max-documents: where a limit falls is only "
+            "known when all units before it are done"
+        )
+    if request.loss_mask and request.source.shape != "chat":
+        raise PrepareError(
+            f"--loss-mask marks the answers of conversations, and {request.source.name} has none: "
+            "leave it out"
+        )
+    if request.loss_mask and request.seq_len % 8:
+        raise PrepareError(f"--seq-len {request.seq_len}: with --loss-mask a multiple of 8")
+    if request.source.shape == "chat":
+        Template.of(request.tokenizer)  # says so if the vocabulary has no chat markers
+    if request.seq_len < 2:
+        raise PrepareError(f"--seq-len {request.seq_len}: at least 2")
+
+
+def _refuse_other(existing: Plan, recipe: Mapping[str, Any], inputs: Inputs, folder: Path) -> None:
+    """PrepareError if the folder was begun with another recipe or other files."""
+    mend = "choose another --out, or delete the folder to begin anew"
+    for key, value in recipe.items():
+        if existing.recipe.get(key) != value:
+            was = existing.recipe.get(key)
+            raise PrepareError(f"{folder} was begun with {key} {was!r}, not {value!r}: {mend}")
+    before = {file.path: file.bytes for file in existing.files}
+    now = {file.path: file.bytes for file in inputs.files}
+    for path in sorted(before.keys() | now.keys()):
+        if before.get(path) != now.get(path):
+            sizes = [f"{size} bytes" if size is not None else "absent"
+                     for size in (before.get(path), now.get(path))]  # fmt: skip
+            raise PrepareError(
+                f"{folder} was begun with other files: {path} was {sizes[0]}, is {sizes[1]}: {mend}"
+            )
+
+
+def _refuse_nothing(folder: Path, plan: Plan, n_units: int) -> None:
+    """PrepareError if all is done and not one document came of it."""
+    receipts = receipts_of(folder, plan)
+    if len(receipts) < n_units or any(amount_of(r).documents for r in receipts.values()):
+        return
+    reasons: dict[str, int] = {}
+    for receipt in receipts.values():
+        for reason, count in receipt.rejected.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    raise PrepareError(
+        f"not one document came of the {len(plan.files)} files ({told or 'no records'}): see "
+        f"{folder}/*.rejected.jsonl, then delete the folder and give other files or --text-column"
+    )

@@ -26,7 +26,7 @@ from pipeline.errors import PrepareError, SourceError
 from pipeline.inputs import InputFile, Inputs, listed
 from pipeline.sources import Source
 from shards.errors import SummerError
-from shards.files import create_exclusively, json_bytes
+from shards.files import json_bytes
 from shards.format import PLAN, Part, parse_json
 
 PLAN_FORMAT: Final = "summerlm-units/1"
@@ -108,13 +108,6 @@ def read_plan(folder: Path) -> Plan | None:
             f"{folder / PLAN} is no plan of this version ({error}): delete {folder} and prepare "
             "the source anew"
         ) from error
-
-
-def publish_plan(folder: Path, plan: Plan) -> Plan:
-    """The plan that is in force: this one, or the one that somebody wrote before."""
-    if create_exclusively(folder / PLAN, plan.to_bytes()):
-        return plan
-    return read_plan(folder) or plan
 
 
 def make_plan(recipe: Mapping[str, Any], inputs: Inputs, source: Source, unit_bytes: int) -> Plan:

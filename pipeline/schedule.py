@@ -1,0 +1,115 @@
+"""Which unit next: every missing one, or the shortest prefix of them that meets a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+
+from pipeline.executors import Submit
+from pipeline.units import Unit
+from pipeline.work import NO_LIMIT, Amount, Limit
+from shards.format import Receipt, unit_name
+
+
+def run_all(
+    positions: Iterable[int], submit: Submit, at_once: int, unit_done: Callable[[], None]
+) -> None:
+    """Run the units, at most `at_once` of them handed out at a time."""
+    running: set[Future[Receipt]] = set()
+    for position in positions:
+        if len(running) >= at_once:
+            running = _collect(running, unit_done)
+        running.add(submit(position, NO_LIMIT))
+    while running:
+        running = _collect(running, unit_done)
+
+
+def _collect(running: set[Future[Receipt]], unit_done: Callable[[], None]) -> set[Future[Receipt]]:
+    done, running = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        future.result()
+        unit_done()
+    return running
+
+
+class LimitedRun:
+    """The shortest prefix of the units that meets a limit, the last unit cut at a document.
+
+    Where the prefix ends is only known when all units before are done, so with several workers
+    units are begun ahead, by what the finished ones yielded, and uncut. One that turns out to hold
+    the end is done once more with the exact limit, and those behind it are taken back: the result
+    is that of one worker.
+    """
+
+    def __init__(
+        self, folder: Path, units: Sequence[Unit], limit: Limit, submit: Submit, at_once: int
+    ) -> None:
+        self._folder, self._units, self._limit = folder, units, limit
+        self._submit, self._at_once = submit, at_once
+        self._running: dict[int, Future[Receipt]] = {}
+        self._limits: dict[int, Limit] = {}
+        self._total, self._text_bytes = Amount(), 0
+
+    def run(self, receipts: Mapping[int, Receipt], unit_done: Callable[[], None]) -> int:
+        """The number of units in the prefix. `receipts`: of units done in an earlier try."""
+        n_units = 0
+        for position, unit in enumerate(self._units):
+            if self._limit.is_met_by(self._total):
+                break
+            left = self._limit.after(self._total)
+            if position not in receipts:
+                self._begin(position, left)
+                self._begin_ahead(position, receipts)
+                receipt = self._running.pop(position).result()
+            else:
+                receipt = receipts[position]
+            if left.is_met_by(amount_of(receipt)) and self._limits.get(position) != left:
+                self._begin(position, left)
+                receipt = self._running.pop(position).result()
+            self._total += amount_of(receipt)
+            self._text_bytes += unit.text_bytes
+            n_units += 1
+            unit_done()
+        for future in self._running.values():
+            future.result()
+        for position in range(n_units, len(self._units)):
+            remove_unit(self._folder, position)
+        return n_units
+
+    def _begin(self, position: int, limit: Limit) -> None:
+        if position in self._running:
+            return
+        remove_unit(self._folder, position)  # an earlier try may have gone further
+        self._limits[position] = limit
+        self._running[position] = self._submit(position, limit)
+
+    def _begin_ahead(self, position: int, receipts: Mapping[int, Receipt]) -> None:
+        """Begin later units, as far as the limit is likely to reach."""
+        if not self._text_bytes:
+            return
+        expected = self._total
+        for ahead in range(position, len(self._units)):
+            if len(self._running) >= self._at_once or self._limit.is_met_by(expected):
+                return
+            if ahead not in receipts:
+                self._begin(ahead, self._limit)
+            share = self._units[ahead].text_bytes / self._text_bytes
+            expected += Amount(
+                round(self._total.documents * share), round(self._total.tokens * share)
+            )
+
+
+def amount_of(receipt: Receipt) -> Amount:
+    """Documents and tokens that a unit became."""
+    return Amount(
+        sum(shard.n_documents for shard in receipt.shards),
+        sum(shard.n_tokens for shard in receipt.shards),
+    )
+
+
+def remove_unit(folder: Path, position: int) -> None:
+    """Take back what was published of a unit, its receipt first."""
+    name = unit_name(position)
+    for path in (folder / f"{name}.json", *sorted(folder.glob(f"{name}[-.]*"))):
+        path.unlink(missing_ok=True)

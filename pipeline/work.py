@@ -1,0 +1,174 @@
+"""One unit, from text to receipt: the same function whoever runs it, on whatever machine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.chat import Template
+from pipeline.documents import DocumentMaker, Documents
+from pipeline.encode import (
+    Encoded,
+    Encoder,
+    check_against_sentencepiece,
+    encode_documents,
+    make_encoder,
+)
+from pipeline.errors import PrepareError
+from pipeline.inputs import Inputs
+from pipeline.pack import Packer
+from pipeline.reading import PartReader
+from pipeline.sources import Source
+from pipeline.tokenizer import Tokenizer
+from pipeline.units import Plan, read_plan
+from shards.format import TOKENIZER, Facts, Receipt, unit_name
+from shards.writer import ShardWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a worker needs to know; small, and the same for every unit."""
+
+    folder: Path
+    source: Source
+    facts: Facts
+    inputs: Inputs
+    plan_sha256: str
+    check_encoding: int
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Documents and tokens: how much was made, or may be made."""
+
+    documents: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(self.documents + other.documents, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Where to stop: at so many documents, or behind the document that reaches so many tokens.
+
+    None: no bound.
+    """
+
+    documents: int | None = None
+    tokens: int | None = None
+
+    def after(self, done: Amount) -> Limit:
+        """What is left of it."""
+        return Limit(
+            None if self.documents is None else max(0, self.documents - done.documents),
+            None if self.tokens is None else max(0, self.tokens - done.tokens),
+        )
+
+    def is_met_by(self, done: Amount) -> bool:
+        """Whether no further document may come."""
+        enough_documents = self.documents is not None and done.documents >= self.documents
+        return enough_documents or (self.tokens is not None and done.tokens >= self.tokens)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Some work done: what progress is made of."""
+
+    text_bytes: int = 0
+    amount: Amount = Amount()
+
+    def __add__(self, other: Step) -> Step:
+        return Step(self.text_bytes + other.text_bytes, self.amount + other.amount)
+
+
+Report = Callable[[Step], None]
+NO_LIMIT = Limit()
+
+
+def run_unit(job: Job, position: int, limit: Limit, report: Report) -> Receipt:
+    """The unit's receipt, after its shards have been published.
+
+    What an earlier try left is written over with the same bytes.
+    """
+    plan = _plan(job.folder, job.plan_sha256)
+    writer = ShardWriter(job.folder, unit_name(position), job.facts)
+    packers = {split: Packer(writer, split, job.facts) for split in ("train", "val")}
+    maker = DocumentMaker(job.source, job.facts.val_fraction)
+    encoder = UnitEncoder(job)
+    done = Amount()
+    for part_number, documents in _documents(job, plan, position, maker):
+        chosen = documents.first(len(documents) if limit.documents is None
+                                 else limit.documents - done.documents)  # fmt: skip
+        encoded, chosen = _cut(encoder.encode(chosen), chosen, limit.after(done))
+        for split, here in (("train", ~chosen.held), ("val", chosen.held)):
+            packers[split].add(encoded.choose(here), part_number, chosen.records[here])
+        step = Amount(len(chosen), len(encoded.tokens))
+        report(Step(chosen.texts.nbytes, step))
+        done += step
+        if limit.is_met_by(done):
+            break
+    for packer in packers.values():
+        packer.finish()
+    return writer.finish(maker.rejected, job.plan_sha256)
+
+
+def _documents(
+    job: Job, plan: Plan, position: int, maker: DocumentMaker
+) -> Iterator[tuple[int, Documents]]:
+    """The documents of a unit, in order, with the number of the part they are from."""
+    unit = plan.units[position]
+    reader = PartReader(job.inputs, job.source)
+    try:
+        for number in range(unit.first, unit.last):
+            part = plan.parts[number]
+            for documents in maker.documents(part, reader.read(part)):
+                yield number, documents
+    finally:
+        reader.close()
+
+
+def _cut(encoded: Encoded, documents: Documents, limit: Limit) -> tuple[Encoded, Documents]:
+    """The documents up to the one that reaches the token limit."""
+    if limit.tokens is None or len(encoded.tokens) < limit.tokens:
+        return encoded, documents
+    n = int(np.searchsorted(np.cumsum(encoded.lengths), limit.tokens)) + 1
+    return encoded.choose(np.arange(len(documents)) < n), documents.first(n)
+
+
+class UnitEncoder:
+    """Encodes a unit's documents; compares the first ones of each unit with sentencepiece."""
+
+    def __init__(self, job: Job) -> None:
+        self._tokenizer, self._encoder = _encoder(job.folder / TOKENIZER, job.facts.tokenizer.name)
+        self._template = Template.of(self._tokenizer) if job.source.shape == "chat" else None
+        self._to_check = job.check_encoding
+
+    def encode(self, documents: Documents) -> Encoded:
+        """The documents' ids."""
+        if self._to_check:
+            self._to_check -= check_against_sentencepiece(
+                self._tokenizer, self._encoder, documents.texts[: self._to_check]
+            )
+        return encode_documents(self._encoder, documents, self._template)
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(path: Path, name: str) -> tuple[Tokenizer, Encoder]:
+    """One a process: its words seen so far serve the next unit."""
+    tokenizer = Tokenizer.load(path, name)
+    return tokenizer, make_encoder(tokenizer)
+
+
+@functools.lru_cache(maxsize=1)
+def _plan(folder: Path, sha256: str) -> Plan:
+    plan = read_plan(folder)
+    if plan is None or plan.sha256 != sha256:
+        raise PrepareError(
+            f"{folder}: the plan changed while it was worked on: start the same command again"
+        )
+    return plan
