@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ from shards.format import Part
 
 EMPTY: Final = "empty"
 PAGE_TITLE: Final = re.compile(r" = [^=].*[^=] = \n?")
-PAGE_BATCH: Final = 256
+PAGES_AT_ONCE: Final = 256
 
 Rejected = dict[str, str | int]
 Ordinals = npt.NDArray[np.uint32]
@@ -34,12 +34,13 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Documents:
-    """Some documents of one part. `records` and `held` have one entry a document.
+    """Some documents. `parts`, `records` (where each is from) and `held` have one entry for each.
 
     `texts` has one text a document; of conversations one a turn, `turns` saying how many each.
     """
 
     texts: pa.Array
+    parts: Ordinals
     records: Ordinals
     held: Flags
     turns: npt.NDArray[np.int64] | None = None
@@ -51,7 +52,36 @@ class Documents:
         """The first n of them."""
         texts = n if self.turns is None else int(self.turns[:n].sum())
         turns = None if self.turns is None else self.turns[:n]
-        return Documents(self.texts[:texts], self.records[:n], self.held[:n], turns)
+        parts, records, held = self.parts[:n], self.records[:n], self.held[:n]
+        return Documents(self.texts[:texts], parts, records, held, turns)
+
+    @classmethod
+    def concat(cls, several: list[Documents]) -> Documents:
+        """All of them as one."""
+        if len(several) == 1:
+            return several[0]
+        turns = [documents.turns for documents in several if documents.turns is not None]
+        return cls(
+            pa.concat_arrays([documents.texts for documents in several]),
+            np.concatenate([documents.parts for documents in several]),
+            np.concatenate([documents.records for documents in several]),
+            np.concatenate([documents.held for documents in several]),
+            np.concatenate(turns) if turns else None,
+        )
+
+
+def in_batches(stream: Iterable[Documents], batch_bytes: int) -> Iterator[Documents]:
+    """The same documents in batches of at least that size: small files cost no more than large."""
+    waiting: list[Documents] = []
+    waiting_bytes = 0
+    for documents in stream:
+        waiting.append(documents)
+        waiting_bytes += documents.texts.nbytes
+        if waiting_bytes >= batch_bytes:
+            yield Documents.concat(waiting)
+            waiting, waiting_bytes = [], 0
+    if waiting:
+        yield Documents.concat(waiting)
 
 
 class DocumentMaker:
@@ -62,19 +92,27 @@ class DocumentMaker:
         self._held_below = round(val_fraction * (1 << 16))
         self.rejected: list[Rejected] = []
 
-    def documents(self, part: Part, batches: Iterator[Records]) -> Iterator[Documents]:
-        """The documents of a part, in order."""
+    def documents(self, number: int, part: Part, batches: Iterable[Records]) -> Iterator[Documents]:
+        """The documents of the plan's part of that number, in order."""
         if self._source.shape == "lines":
-            yield from self._pages(part, batches)
+            pages = self._pages(part, batches)
+            while batch := list(itertools.islice(pages, PAGES_AT_ONCE)):
+                texts = pa.array([text for _, text in batch], pa.large_string())
+                yield self._of(number, texts, [first for first, _ in batch])
             return
         make = self._conversations if self._source.shape == "chat" else self._texts
         for records in batches:
-            yield make(part, records)
+            yield make(number, part, records)
+
+    def _of(self, number: int, texts: pa.Array, records: Any) -> Documents:
+        held = held_out(texts, self._held_below)
+        parts = np.full(len(texts), number, np.uint32)
+        return Documents(texts, parts, np.asarray(records, np.uint32), held)
 
     def _reject(self, part: Part, record: int, reason: str) -> None:
         self.rejected.append({"reason": reason, "file": part.file, "record": record})
 
-    def _texts(self, part: Part, records: Records) -> Documents:
+    def _texts(self, number: int, part: Part, records: Records) -> Documents:
         texts, reasons = valid_texts(records)
         good = np.ones(len(texts), np.bool_)
         for place, reason in sorted(reasons.items()):
@@ -82,51 +120,40 @@ class DocumentMaker:
             self._reject(part, records.first + place, reason)
         if reasons:
             texts = texts.filter(pa.array(good))
-        ordinals = (records.first + np.flatnonzero(good)).astype(np.uint32)
-        return Documents(texts, ordinals, held_out(texts, self._held_below))
+        return self._of(number, texts, records.first + np.flatnonzero(good))
 
-    def _pages(self, part: Part, batches: Iterator[Records]) -> Iterator[Documents]:
-        """Lines joined into pages; a page begins at its title, ` = Title = `.
+    def _pages(self, part: Part, batches: Iterable[Records]) -> Iterator[tuple[int, str]]:
+        """Lines joined into pages, each with the number of its first line.
 
-        The parquet files of such a data set keep an empty text for a blank line, which reads
-        ` \\n` in the raw file: it is put back, so that both give the same pages.
+        A page begins at its title, ` = Title = `. The parquet files of such a data set keep an
+        empty text for a blank line, which reads ` \n` in the raw file: it is put back, so that
+        both give the same pages.
         """
-        pages: list[tuple[int, str]] = []
         lines: list[str] = []
         begun, titled = 0, False
-        for number, line in self._lines(part, batches):
+        for record, line in self._lines(part, batches):
             if PAGE_TITLE.fullmatch(line):
                 if titled:
-                    pages.append((begun, "".join(lines)))
-                    lines, begun = [], number
+                    yield begun, "".join(lines)
+                    lines, begun = [], record
                 titled = True
             lines.append(line or " \n")
-            if len(pages) >= PAGE_BATCH:
-                yield self._of(pages)
-                pages = []
         if lines:
-            pages.append((begun, "".join(lines)))
-        if pages:
-            yield self._of(pages)
+            yield begun, "".join(lines)
 
-    def _lines(self, part: Part, batches: Iterator[Records]) -> Iterator[tuple[int, str]]:
+    def _lines(self, part: Part, batches: Iterable[Records]) -> Iterator[tuple[int, str]]:
         for records in batches:
             texts, reasons = valid_texts(records)
             for place, line in enumerate(texts.to_pylist()):
-                reason = reasons.get(place)
-                if reason is None or reason == EMPTY:
+                reason = reasons.get(place, EMPTY)
+                if reason == EMPTY:
                     yield records.first + place, line
                 else:
                     self._reject(part, records.first + place, reason)
 
-    def _of(self, pages: list[tuple[int, str]]) -> Documents:
-        texts = pa.array([text for _, text in pages], pa.large_string())
-        ordinals = np.array([number for number, _ in pages], np.uint32)
-        return Documents(texts, ordinals, held_out(texts, self._held_below))
-
-    def _conversations(self, part: Part, records: Records) -> Documents:
-        texts: list[str] = []
-        ordinals, counts, whole = [], [], []
+    def _conversations(self, number: int, part: Part, records: Records) -> Documents:
+        conversations: list[list[str]] = []
+        ordinals: list[int] = []
         for place, value in enumerate(_as_list(records.values)):
             reason = records.reasons.get(place, MISSING if value is None else "")
             turns: list[str] = []
@@ -134,18 +161,13 @@ class DocumentMaker:
                 turns, reason = _rendered(value)
             if reason:
                 self._reject(part, records.first + place, reason)
-                continue
-            texts += turns
-            ordinals.append(records.first + place)
-            counts.append(len(turns))
-            whole.append(spell(turns))
-        held = held_out(pa.array(whole, pa.large_string()), self._held_below)
-        return Documents(
-            pa.array(texts, pa.large_string()),
-            np.array(ordinals, np.uint32),
-            held,
-            np.array(counts, np.int64),
-        )
+            else:
+                conversations.append(turns)
+                ordinals.append(records.first + place)
+        whole = self._of(number, pa.array(map(spell, conversations), pa.large_string()), ordinals)
+        texts = pa.array(itertools.chain.from_iterable(conversations), pa.large_string())
+        counts = np.array([len(turns) for turns in conversations], np.int64)
+        return Documents(texts, whole.parts, whole.records, whole.held, counts)
 
 
 def valid_texts(records: Records) -> tuple[pa.Array, dict[int, str]]:

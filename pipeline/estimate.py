@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.chat import Template
-from pipeline.documents import DocumentMaker, Documents
+from pipeline.documents import DocumentMaker, Documents, in_batches
 from pipeline.encode import Encoder, encode_documents
 from pipeline.errors import PrepareError, SourceError
 from pipeline.inputs import Inputs
@@ -28,7 +28,8 @@ from pipeline.units import Plan, Unit
 from pipeline.work import Limit
 
 SAMPLE_BYTES: Final = 1 << 20
-SAMPLE_PARTS: Final = 8
+SAMPLE_UNITS: Final = 8
+SAMPLE_PARTS: Final = 32
 ROOM_FACTOR: Final = 1.05
 """For sidecars, padding, and text that is unlike the sample."""
 
@@ -63,7 +64,7 @@ def take_sample(
     n = text_bytes = tokens = 0
     began = time.perf_counter()
     try:
-        for documents in _first_documents(plan, reader, maker):
+        for documents in in_batches(_first_documents(plan, reader, maker), SAMPLE_BYTES):
             encoded = encode_documents(encoder, documents, template)
             n += len(documents)
             text_bytes += documents.texts.nbytes
@@ -116,9 +117,11 @@ def refuse_without_room(folder: Path, needed_bytes: int) -> None:
 
 def _first_documents(plan: Plan, reader: PartReader, maker: DocumentMaker) -> Iterator[Documents]:
     """Documents from the beginnings of the first units, at most SAMPLE_BYTES at a time."""
-    for unit in itertools.islice(plan.units, SAMPLE_PARTS):
-        part = plan.parts[unit.first]
-        for documents in maker.documents(part, reader.read(part)):
+    units = plan.units[:SAMPLE_UNITS]
+    numbers = (range(unit.first, min(unit.last, unit.first + SAMPLE_PARTS)) for unit in units)
+    for number in itertools.chain.from_iterable(numbers):
+        part = plan.parts[number]
+        for documents in maker.documents(number, part, reader.read(part)):
             if len(documents):
                 yield documents.first(_within(documents, SAMPLE_BYTES))
             if len(maker.rejected) > 1000:

@@ -29,19 +29,19 @@ class Packer:
         self._targets = np.empty(0, np.bool_)
         self._origin = (0, 0)  # part and record of its first token
 
-    def add(self, encoded: Encoded, part: int, records: Ordinals) -> None:
-        """Append documents of a part; records [n] says which record each one is."""
+    def add(self, encoded: Encoded, parts: Ordinals, records: Ordinals) -> None:
+        """Append documents; parts [n] and records [n] say where each one is from."""
         if not len(encoded.tokens):
             return
         seq_len, carried = self._facts.seq_len, len(self._tokens)
         tokens = np.concatenate([self._tokens, encoded.tokens])
         n_rows, rest = divmod(len(tokens), seq_len)
-        # where, in this call's stream, each row and then the rest begins; below zero: carried
+        # where each row, and then the rest, begins in this call's stream; below zero: it is carried
         begins = np.arange(n_rows + 1) * seq_len - carried
-        documents = np.searchsorted(encoded.starts, begins, side="right") - 1
-        parts = np.where(begins < 0, self._origin[0], part).astype(np.uint32)
-        origins = np.where(begins < 0, self._origin[1], records[np.maximum(documents, 0)])
-        origins = origins.astype(np.uint32)
+        origins = np.maximum(np.searchsorted(encoded.starts, begins, side="right") - 1, 0)
+        row_parts, row_records = parts[origins], records[origins]
+        if carried:
+            row_parts[0], row_records[0] = self._origin
         masks = None
         if self._facts.masked and encoded.targets is not None:
             targets = np.concatenate([self._targets, encoded.targets])
@@ -49,9 +49,9 @@ class Packer:
             self._targets = targets[n_rows * seq_len :]
         if n_rows:
             rows = tokens[: n_rows * seq_len].reshape(n_rows, seq_len)
-            self._writer.add(self._split, rows, parts[:-1], origins[:-1], masks)
+            self._writer.add(self._split, rows, row_parts[:-1], row_records[:-1], masks)
         self._tokens = tokens[len(tokens) - rest :].copy()
-        self._origin = (int(parts[-1]), int(origins[-1]))
+        self._origin = (int(row_parts[-1]), int(row_records[-1]))
 
     def finish(self) -> None:
         """Fill up and hand over the last row, if there is one."""

@@ -6,11 +6,12 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from pipeline.chat import Template
-from pipeline.documents import DocumentMaker, Documents
+from pipeline.documents import DocumentMaker, Documents, in_batches
 from pipeline.encode import (
     Encoded,
     Encoder,
@@ -86,6 +87,9 @@ class Step:
         return Step(self.text_bytes + other.text_bytes, self.amount + other.amount)
 
 
+BATCH_BYTES: Final = 8 << 20
+"""Text encoded in one go: the columnar encoder's cost of a call is that of some 100 kB."""
+
 Report = Callable[[Step], None]
 NO_LIMIT = Limit()
 
@@ -101,12 +105,12 @@ def run_unit(job: Job, position: int, limit: Limit, report: Report) -> Receipt:
     maker = DocumentMaker(job.source, job.facts.val_fraction)
     encoder = UnitEncoder(job)
     done = Amount()
-    for part_number, documents in _documents(job, plan, position, maker):
+    for documents in in_batches(_documents(job, plan, position, maker), BATCH_BYTES):
         chosen = documents.first(len(documents) if limit.documents is None
                                  else limit.documents - done.documents)  # fmt: skip
         encoded, chosen = _cut(encoder.encode(chosen), chosen, limit.after(done))
         for split, here in (("train", ~chosen.held), ("val", chosen.held)):
-            packers[split].add(encoded.choose(here), part_number, chosen.records[here])
+            packers[split].add(encoded.choose(here), chosen.parts[here], chosen.records[here])
         step = Amount(len(chosen), len(encoded.tokens))
         report(Step(chosen.texts.nbytes, step))
         done += step
@@ -117,17 +121,14 @@ def run_unit(job: Job, position: int, limit: Limit, report: Report) -> Receipt:
     return writer.finish(maker.rejected, job.plan_sha256)
 
 
-def _documents(
-    job: Job, plan: Plan, position: int, maker: DocumentMaker
-) -> Iterator[tuple[int, Documents]]:
-    """The documents of a unit, in order, with the number of the part they are from."""
+def _documents(job: Job, plan: Plan, position: int, maker: DocumentMaker) -> Iterator[Documents]:
+    """The documents of a unit, in order."""
     unit = plan.units[position]
     reader = PartReader(job.inputs, job.source)
     try:
         for number in range(unit.first, unit.last):
             part = plan.parts[number]
-            for documents in maker.documents(part, reader.read(part)):
-                yield number, documents
+            yield from maker.documents(number, part, reader.read(part))
     finally:
         reader.close()
 
