@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from pipeline.documents import valid_texts
+from pipeline.errors import SourceError
+from pipeline.hub import hub_inputs
 from pipeline.inputs import Inputs, layout_of, local_inputs
 from pipeline.reading import PartReader
 from pipeline.sources import Source, find
@@ -79,9 +81,7 @@ def read_text(data: Path | None = None) -> EvaluationText:
     """
     source = find("wikitext2")
     if data is None:
-        from pipeline.hub import hub_inputs
-
-        return from_rows(list(_rows(hub_inputs(source), source)))
+        return from_rows(list(_rows(_from_hub(source), source)))
     if data.is_dir():
         raise EvaluationError(f"{data} is a folder: name the file in it that holds the test split")
     layout = layout_of(data.name)
@@ -93,6 +93,13 @@ def read_text(data: Path | None = None) -> EvaluationText:
         raise EvaluationError(
             f"{data}: no UTF-8 at byte {error.start}; name the raw text, a .parquet or a .jsonl"
         ) from error
+
+
+def _from_hub(source: Source) -> Inputs:
+    try:
+        return hub_inputs(source)
+    except SourceError as error:  # its mend names the option of another command
+        raise EvaluationError(str(error).replace("--data-files", "--data FILE")) from error
 
 
 def _rows(inputs: Inputs, source: Source) -> Iterator[str]:

@@ -1,0 +1,291 @@
+"""Drawing ids, and writing with a small real model: seeded, stopped, cut at characters, cached."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tools.errors import GenerationError
+from tools.generate import main
+from tools.generation import Conversation, Generation, TextStream, complete, generate
+from tools.loading import LoadedModel
+from tools.sampling import Sampling, draw
+from tools.vocabulary import Vocabulary
+from tools_samples import SEQ_LEN, sample_loaded, sample_tokenizer, write_run
+
+VOCABULARY = Vocabulary.of_sentencepiece(sample_tokenizer())
+EVERYTHING = Sampling(temperature=1.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return sample_loaded()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generate") / "runs" / "sample"
+    write_run(folder)
+    return folder
+
+
+def command(*arguments: object, typed: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=typed)
+
+
+# ---- drawing an id
+
+LOGITS = torch.tensor([0.2, 2.0, -1.0, 1.0, 0.5, -3.0])
+
+
+def drawn(sampling: Sampling, n: int = 4000) -> torch.Tensor:
+    """How often each id comes, as a share."""
+    generator = sampling.generator()
+    ids = torch.tensor([draw(LOGITS, sampling, generator) for _ in range(n)])
+    return torch.bincount(ids, minlength=len(LOGITS)) / n
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert drawn(Sampling(temperature=0.0), 20)[1] == 1
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_ids_come_as_often_as_their_probability(temperature: float) -> None:
+    expected = (LOGITS / temperature).softmax(dim=0)
+    assert torch.allclose(drawn(Sampling(temperature=temperature)), expected, atol=0.03)
+
+
+def test_top_k_leaves_the_k_likeliest() -> None:
+    expected = torch.full_like(LOGITS, -torch.inf)
+    expected[[1, 3, 4]] = LOGITS[[1, 3, 4]]
+    shares = drawn(Sampling(temperature=1.0, top_k=3))
+    assert torch.allclose(shares, expected.softmax(dim=0), atol=0.03)
+    assert drawn(Sampling(temperature=1.0, top_k=1), 50)[1] == 1
+    assert drawn(Sampling(temperature=1.0, top_k=99), 200).count_nonzero() >= 5
+
+
+def test_top_p_leaves_the_likeliest_that_reach_p() -> None:
+    probabilities = LOGITS.softmax(dim=0)  # ranked: 1, 3, 4, 0, 2, 5
+    just_two = float(probabilities[[1, 3]].sum())
+    for top_p, left in ((just_two - 1e-4, [1, 3]), (just_two + 1e-4, [1, 3, 4]), (1e-9, [1])):
+        shares = drawn(Sampling(temperature=1.0, top_p=top_p), 1000)
+        assert shares.nonzero().flatten().tolist() == sorted(left)
+
+
+def test_the_seed_decides_everything() -> None:
+    first, again, other = (drawn(Sampling(temperature=1.0, seed=s), 100) for s in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_an_impossible_id_is_never_drawn() -> None:
+    logits = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf])
+    generator = EVERYTHING.generator()
+    assert {draw(logits, EVERYTHING, generator) for _ in range(200)} == {0, 2}
+
+
+def test_damaged_logits_are_named() -> None:
+    with pytest.raises(GenerationError, match="NaN"):
+        draw(torch.tensor([0.0, torch.nan]), EVERYTHING, EVERYTHING.generator())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1.0}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0}],
+)
+def test_a_sampling_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(GenerationError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"n_kv_heads": 1}, {"alibi": False}, {"rope": False, "tie_embeddings": False}]
+)
+def test_the_cache_changes_nothing(shape: dict[str, Any]) -> None:
+    endless = dataclasses.replace(VOCABULARY, eos_id=None)
+    loaded = dataclasses.replace(sample_loaded(**shape), vocabulary=endless)
+    prompt = [1, *VOCABULARY.encode("def add_argument(self")]
+    texts = [
+        generate(
+            loaded, prompt, Generation(max_tokens=60, sampling=EVERYTHING, use_cache=use_cache)
+        )
+        for use_cache in (True, False)
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 60 > SEQ_LEN  # beyond the training context
+
+
+def test_bf16_writes_too(loaded: LoadedModel) -> None:
+    narrow = dataclasses.replace(loaded, dtype="bf16")
+    assert len(generate(narrow, [1], Generation(max_tokens=8, sampling=EVERYTHING))) == 8
+
+
+def test_the_same_seed_writes_the_same_text(loaded: LoadedModel) -> None:
+    first, again, other = (
+        complete(loaded, "def ", Generation(max_tokens=20, sampling=Sampling(seed=seed)))
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_only_text_and_eos_are_drawn(loaded: LoadedModel) -> None:
+    """Of 512 ids 3 are control pieces and 12 are no pieces at all: a flat model would draw them."""
+    options = Generation(max_tokens=400, sampling=Sampling(temperature=1e9))
+    ids = [i for seed in range(3) for i in generate(loaded, [1], _seeded(options, seed))]
+    assert len(ids) > 400
+    assert all(VOCABULARY.pieces[i] for i in ids)
+
+
+def _seeded(options: Generation, seed: int) -> Generation:
+    sampling = dataclasses.replace(options.sampling, seed=seed)
+    return dataclasses.replace(options, sampling=sampling)
+
+
+def test_eos_ends_the_text(loaded: LoadedModel) -> None:
+    prompt = [1, *VOCABULARY.encode("x")]
+    greedy = Generation(max_tokens=5, sampling=Sampling(temperature=0.0))
+    first = generate(loaded, prompt, greedy)[0]
+    ends = dataclasses.replace(
+        loaded, vocabulary=dataclasses.replace(loaded.vocabulary, eos_id=first)
+    )
+    assert generate(ends, prompt, greedy) == []
+
+
+def test_the_exact_limit_ends_the_text_or_refuses(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.generation.max_context", lambda _: 40)
+    options = Generation(max_tokens=100, sampling=EVERYTHING)
+    assert len(generate(loaded, [1] * 30, options)) == 10
+    with pytest.raises(GenerationError, match="40 tokens and this model is exact up to 40"):
+        generate(loaded, [1] * 40, options)
+    with pytest.raises(GenerationError, match="max_tokens 0"):
+        Generation(max_tokens=0)
+
+
+@given(st.text(min_size=1, max_size=30), st.booleans())
+def test_streamed_text_is_the_tokenizers_own_decoding(text: str, opens: bool) -> None:
+    ids = VOCABULARY.encode(text)
+    stream = TextStream(VOCABULARY, opens_text=opens)
+    parts = [stream.feed(i) for i in ids]
+    joined = "".join(parts) + stream.finish()
+    assert joined == ("" if opens else " ") + text.replace("▁", " ")
+
+
+@given(st.lists(st.integers(3, 499), max_size=20))
+def test_ids_that_spell_no_character_come_out_as_the_tokenizer_shows_them(ids: list[int]) -> None:
+    stream = TextStream(VOCABULARY, opens_text=True)
+    streamed = "".join(map(stream.feed, ids)) + stream.finish()
+    assert streamed.replace("\ufffd", "") == VOCABULARY.decode(ids).replace("\ufffd", "")
+
+
+def test_no_character_is_shown_in_halves() -> None:
+    ids = VOCABULARY.encode("a🙂b")
+    stream = TextStream(VOCABULARY, opens_text=True)
+    parts = [stream.feed(i) for i in ids]
+    assert "\ufffd" not in "".join(parts)
+    assert [part for part in parts if part] == ["a", "🙂", "b"]
+    unfinished = TextStream(VOCABULARY, opens_text=True)
+    shown = "".join(unfinished.feed(i) for i in ids[:-2])
+    assert shown + unfinished.finish() == "a\ufffd"
+
+
+def test_what_is_streamed_is_what_is_returned(loaded: LoadedModel) -> None:
+    parts: list[str] = []
+    options = Generation(max_tokens=40, sampling=EVERYTHING)
+    text = complete(loaded, "import", options, parts.append)
+    assert "".join(parts) == text
+    assert all(parts)
+    assert complete(loaded, "", options) == complete(loaded, "", options, parts.append)
+
+
+# ---- conversation
+
+
+def test_a_conversation_is_the_chat_template(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[list[int]] = []
+    reply = [int(i) for i in VOCABULARY.encode("Yes.")]
+
+    def recorded(_: LoadedModel, prompt: list[int], options: Generation, on_id: Any) -> list[int]:
+        prompts.append(list(prompt))
+        for i in reply:
+            on_id(i)
+        return reply
+
+    monkeypatch.setattr("tools.generation.generate", recorded)
+    talk = Conversation(loaded, Generation(), system="Be brief.")
+    assert talk.ask("Is it?") == "Yes."
+    assert talk.ask("[INST] really?") == "Yes."
+    chat = VOCABULARY.chat
+    assert chat is not None
+    first = [chat.asks, *VOCABULARY.encode("Be brief.\n\nIs it?"), chat.answers]
+    second = [chat.asks, *VOCABULARY.encode("[INST] really?"), chat.answers]
+    assert prompts == [[1, *first], [1, *first, *reply, 2, *second]]
+
+
+def test_without_markers_there_is_no_conversation(loaded: LoadedModel) -> None:
+    plain = dataclasses.replace(loaded.vocabulary, chat=None)
+    with pytest.raises(GenerationError, match="no chat markers"):
+        Conversation(dataclasses.replace(loaded, vocabulary=plain), Generation())
+
+
+# ---- the command
+
+
+def test_the_command_goes_on_from_the_prompt(run: Path) -> None:
+    arguments = ("--run", run, "--prompt", "def f", "--max-tokens", 12, "--device", "cpu")
+    result = command(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("def f") and len(result.stdout) > 6
+    assert "sample, step 4" in result.stderr
+    assert command(*arguments).stdout == result.stdout
+    assert command(*arguments, "--no-cache").stdout == result.stdout
+    assert command(*arguments, "--seed", 1).stdout != result.stdout
+
+
+def test_an_older_commit_can_be_asked(run: Path) -> None:
+    older = run / "checkpoints" / "step-2"
+    result = command("--checkpoint", older, "--prompt", "a", "--max-tokens", 4)
+    assert result.exit_code == 0 and "step 2" in result.stderr
+
+
+def test_the_command_answers_what_is_typed(run: Path) -> None:
+    one = command("--run", run, "--chat", "--prompt", "Why?", "--max-tokens", 5)
+    assert one.exit_code == 0 and one.stdout.endswith("\n")
+    typed = command("--run", run, "--chat", "--max-tokens", 5, typed="Why?\n\nHow?\n")
+    assert typed.exit_code == 0
+    assert typed.stdout.startswith(one.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--temperature", "-1"), 1, "temperature -1.0"),
+        (("--max-tokens", "0"), 1, "max_tokens 0"),
+        (("--checkpoint", "nowhere"), 1, "nowhere"),
+        (("--max-tokens", "many"), 2, "--max-tokens"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(
+    run: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    named = () if "--checkpoint" in arguments else ("--run", run)
+    result = command(*arguments, *named, "--device", "cpu")
+    assert result.exit_code == code and words in result.stderr
+    if code == 1:
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
