@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import shutil
 import warnings
@@ -241,12 +242,28 @@ def _no_warning_of_being_alone() -> Iterator[None]:
 
 def _digests(folder: Path, names: list[str], world: World) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of each file, the work shared by the ranks."""
-    mine = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-        for name in names[world.rank :: world.world_size]
-    }
+    mine = {}
+    for name in names[world.rank :: world.world_size]:
+        path = folder / name
+        _order_header(path)
+        mine[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     merged = {name: entry for part in world.gather(mine) for name, entry in part.items()}
     return dict(sorted(merged.items()))
+
+
+def _order_header(path: Path) -> None:
+    """Put a file's header in order, so that equal tensors make equal files.
+
+    safetensors writes the header's metadata in the order of a randomly seeded hash table.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.dumps(json.loads(file.read(size)), separators=(",", ":"), sort_keys=True)
+        if len(header) <= size:
+            file.seek(8)
+            file.write(header.encode().ljust(size))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _publish_record(folder: Path, record: Record) -> None:

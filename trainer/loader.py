@@ -8,13 +8,14 @@ pinned buffer, and is widened on the device.
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from shards.errors import ShardError, SummerError
 from shards.reader import ShardReader
 from trainer.errors import TrainingError, at_least
 from trainer.mixture import BatchShape, DataOrder, Indices, dropout_keys, micro_batch_indices
+
+
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +146,7 @@ class Loader:
             prefetch_factor=config.prefetch if many else None,
             pin_memory=device.type == "cuda",
             multiprocessing_context="fork" if fork else None,
-            worker_init_fn=_leave_signals_to_the_parent if many else None,
+            worker_init_fn=_live_and_die_with_the_parent if many else None,
         )
         with warnings.catch_warnings():  # 3.12 warns of any fork beside threads; ours run numpy
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -187,7 +191,13 @@ def to_device(host: HostBatch, device: torch.device, pad_id: int) -> MicroBatch:
     return MicroBatch(tokens, targets, host.dropout_key.to(device, non_blocking=True))
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole group; a worker must serve the steps before the commit."""
+def _live_and_die_with_the_parent(worker: int) -> None:
+    """Ctrl-C reaches the whole group, and a worker must serve the steps before the commit.
+
+    A parent that is killed cannot end its workers; the kernel can (torch's own watchdog takes five
+    seconds and leaves a traceback).
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

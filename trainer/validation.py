@@ -1,7 +1,7 @@
 """Held-out loss of each source, inside training and without a trace in it.
 
-Nothing random is drawn, no gradient is made, and batches have the shape of training's, so that
-the compiled graphs of training stay the ones they were.
+Nothing random is drawn, no gradient is made, and the blocks run uncompiled: a forward pass without
+gradients would be compiled once more, which took 16 s where the whole validation took 0.2 s.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class HeldOut:
         sums = torch.zeros(len(self.sources), 2, device=device)
         for source, batch in self._batches:
             tokens, targets, _ = to_device(batch, device, self._pad_id)
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):
                 loss_sum = model(tokens, targets)
             sums[source] += torch.stack([loss_sum, (targets != IGNORED).sum().float()])
         totals = self._world.all_reduce(sums).tolist()
