@@ -4,7 +4,8 @@
 
 A system turn and a blank line are put before the first user's text, spaces at an answer's end are
 dropped, and so is a last question that nobody answered. Each turn is encoded on its own; the
-markers are put in by id, so that no text can spell one.
+markers are put in by id, so that no text can spell one. With one question, as in SlimOrca, the ids
+are those of mistral-common (which with several puts the system turn before the last).
 """
 
 from __future__ import annotations

@@ -6,20 +6,22 @@ needs it, so that --help answers at once.
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.sources import Choice, find
+from pipeline.sources import SOURCES, Choice, find
 from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
     from pipeline.tokenizer import Tokenizer
-    from shards.format import Manifest
+    from shards.format import Manifest, Split
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -116,6 +118,144 @@ def tokenize(source: str, **options: Any) -> None:
     finally:
         screen.close()
     _tell(request.out / source, manifest, options["as_json"])
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="SHARDS/SOURCE")
+@click.option("--row", "rows", type=int, multiple=True, help="Show this row; may be repeated.")
+@click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="The numbers as JSON.")
+@one_line_failures()
+def inspect(folder: Path, rows: tuple[int, ...], split: Split, as_json: bool) -> None:
+    """Show what a prepared source holds: counts, refused records, rows as text.
+
+    \b
+    summer-prep inspect shards/fineweb --row 0 --row 17
+    """
+    from pipeline import inspection
+    from pipeline.tokenizer import Tokenizer
+    from shards.files import json_bytes
+    from shards.format import TOKENIZER
+
+    if rows:
+        for row in rows:
+            click.echo(inspection.row_lines(inspection.show_row(folder, split, row)))
+        return
+    found = inspection.report(folder)
+    tokenizer = Tokenizer.load(folder / TOKENIZER, found.manifest.facts.tokenizer.name)
+    if as_json:
+        click.echo(json_bytes(found.to_json(tokenizer)), nl=False)
+    else:
+        click.echo(inspection.report_lines(folder, found, tokenizer))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="SHARDS[/SOURCE]")
+@one_line_failures()
+def verify(folder: Path) -> None:
+    """Check every shard and row of a source, or of all sources in a folder; name every bad one.
+
+    \b
+    summer-prep verify shards/
+    """
+    from pipeline.verify import damages, source_folders
+
+    bad = 0
+    for source in source_folders(folder):
+        found = 0
+        for damage in damages(source):
+            click.echo(f"{source.name}/{damage}")
+            found += 1
+        click.echo(f"{source}: {f'{found} damaged' if found else 'whole'}")
+        bad += found
+    if bad:
+        click.echo("error: `summer-prep repair SHARDS/SOURCE` makes damaged units anew", err=True)
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="SHARDS/SOURCE")
+@click.option("--data-files", multiple=True, metavar="GLOB", help="The same local files as then.")
+@click.option("--workers", type=click.IntRange(1), help="Processes; default: all cores.")
+@one_line_failures()
+def repair(folder: Path, data_files: tuple[str, ...], workers: int | None) -> None:
+    """Tokenize the damaged units again, and only those; the bytes come out the same.
+
+    \b
+    summer-prep repair shards/fineweb
+    """
+    from pipeline.executors import Executor, default_workers
+    from pipeline.repair import repair as mend
+
+    mended = mend(folder, data_files, Executor(workers=workers or default_workers()))
+    for damage in mended:
+        click.echo(f"mended: {damage}")
+    click.echo(f"{folder}: whole")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="The table as JSON.")
+@one_line_failures()
+def sources(as_json: bool) -> None:
+    """List the sources: share of the reference mixture, place, state, licence, substitute.
+
+    \b
+    summer-prep sources
+    """
+    if as_json:
+        click.echo(json.dumps([asdict(source) for source in SOURCES], indent=1))
+        return
+    for source in SOURCES:
+        share = f"{source.share:g} %" if source.share else ""
+        click.echo(f"{source.name:<13}{share:>5}  {source.state:<18}{source.about}")
+        where = source.dataset + (f", {source.config}" if source.config and not source.patterns
+                                  else "")  # fmt: skip
+        click.echo(f"{'':20}{where or source.unavailable or 'the running interpreter'}")
+        click.echo(f"{'':20}licence: {source.licence}")
+        if source.substitute:
+            click.echo(f"{'':20}substitute: {source.substitute}")
+
+
+@main.command()
+@click.option("--train", is_flag=True, help="Learn a vocabulary from the sources or files.")
+@click.option("--extend", type=click.Path(path_type=Path), metavar="FILE",
+              help="Add control pieces to this model.")  # fmt: skip
+@click.option("--show", type=click.Path(path_type=Path), metavar="FILE",
+              help="Describe this model; `default` means the default one.")  # fmt: skip
+@click.option("--source", "names", multiple=True, metavar="NAME", help="With --train: text from.")
+@click.option("--data-files", multiple=True, metavar="GLOB", help="With --train: local files.")
+@click.option("--text-column", default="", metavar="COL", help="With --train: column of the text.")
+@click.option("--vocab-size", type=click.IntRange(300), default=32768, show_default=True)
+@click.option("--max-mb", type=click.IntRange(1), default=100, show_default=True,
+              help="With --train: text used of each source.")  # fmt: skip
+@click.option("--piece", "pieces", multiple=True, help="With --extend: a control piece to add.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where to write it.")
+@one_line_failures()
+def tokenizer(**options: Any) -> None:
+    """Learn, extend or show a SentencePiece vocabulary.
+
+    \b
+    summer-prep tokenizer --train --vocab-size 2000 --source python-code --out my.model
+    summer-prep tokenizer --extend my.model --piece '[TOOL]' --out mine.model
+    summer-prep tokenizer --show default
+    """
+    from pipeline import vocabulary
+
+    actions = [name for name in ("train", "extend", "show") if options[name]]
+    if len(actions) != 1:
+        raise click.UsageError("choose one of --train, --extend FILE, --show FILE")
+    if actions != ["show"] and options["out"] is None:
+        raise click.UsageError("name the file to write with --out FILE")
+    if options["train"]:
+        texts = vocabulary.Texts(
+            options["names"], options["data_files"], options["text_column"], options["max_mb"] << 20
+        )
+        made = vocabulary.learn(texts, options["vocab_size"], options["out"])
+    elif options["extend"]:
+        made = vocabulary.extended(options["extend"], options["pieces"], options["out"])
+    else:
+        made = vocabulary.load(options["show"])
+    click.echo(vocabulary.describe(made))
 
 
 def _choice(options: dict[str, Any]) -> Choice:

@@ -34,6 +34,8 @@ ENDINGS: Final[dict[str, Kind]] = {
     ".rst": "text",
     ".py": "text",
 }
+LOCAL: Final = "local files"
+INTERPRETER: Final = "the Python interpreter"
 COMPRESSIONS: Final = {".zst": "zstd", ".gz": "gzip"}
 
 
@@ -102,7 +104,7 @@ class LocalInputs:
 
     base: Path
     files: tuple[InputFile, ...]
-    dataset: str = "local files"
+    dataset: str = LOCAL
     revision: str = ""
 
     def open(self, path: str) -> BinaryIO:
@@ -115,7 +117,7 @@ class PythonDocs:
     """The topics of pydoc as one jsonl file, a topic a record, in order of name."""
 
     revision: str
-    dataset: str = "the Python interpreter"
+    dataset: str = INTERPRETER
     name = "pydoc_data/topics.jsonl"
 
     @property
@@ -176,7 +178,7 @@ def embedded_inputs(source: Source) -> Inputs:
             f"python-code: this Python keeps no .py files in {folder}: give others with "
             "--data-files"
         )
-    return LocalInputs(folder, _listing(folder, files), "the Python interpreter", version)
+    return LocalInputs(folder, _listing(folder, files), INTERPRETER, version)
 
 
 def _listing(base: Path, paths: list[Path]) -> tuple[InputFile, ...]:

@@ -30,8 +30,8 @@ from pipeline.errors import PrepareError
 from pipeline.estimate import Estimate, estimate, refuse_without_room, take_sample
 from pipeline.executors import Executor
 from pipeline.hub import HubInputs, hub_inputs
-from pipeline.inputs import Inputs, embedded_inputs, local_inputs
-from pipeline.schedule import LimitedRun, amount_of, run_all
+from pipeline.inputs import INTERPRETER, Inputs, embedded_inputs, local_inputs
+from pipeline.schedule import LimitedRun, run_all
 from pipeline.sources import Source, refuse_unavailable
 from pipeline.tokenizer import Tokenizer
 from pipeline.units import UNIT_BYTES, Plan, make_plan, read_plan
@@ -113,6 +113,22 @@ def facts_of(recipe: Mapping[str, Any]) -> Facts:
     """What the manifest and every shard need to know of a plan's recipe."""
     values = {field.name: recipe[field.name] for field in fields(Facts)}
     return Facts(**{**values, "tokenizer": TokenizerInfo(**recipe["tokenizer"])})
+
+
+def source_of(recipe: Mapping[str, Any]) -> Source:
+    """The source that a plan was made for."""
+    return Source(
+        name=recipe["source"],
+        about="",
+        licence=recipe["licence"],
+        dataset=recipe["dataset"],
+        revision=recipe["revision"],
+        config=recipe["config"],
+        split=recipe["split"],
+        text_column=recipe["text_column"],
+        shape=recipe["shape"],
+        embedded=recipe["dataset"] == INTERPRETER,
+    )
 
 
 def open_inputs(source: Source, data_files: tuple[str, ...] = ()) -> Inputs:
@@ -288,7 +304,7 @@ def _refuse_other(existing: Plan, recipe: Mapping[str, Any], inputs: Inputs, fol
 def _refuse_nothing(folder: Path, plan: Plan, n_units: int) -> None:
     """PrepareError if all is done and not one document came of it."""
     receipts = receipts_of(folder, plan)
-    if len(receipts) < n_units or any(amount_of(r).documents for r in receipts.values()):
+    if len(receipts) < n_units or any(r.shards for r in receipts.values()):
         return
     reasons: dict[str, int] = {}
     for receipt in receipts.values():

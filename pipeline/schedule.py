@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.executors import Submit
 from pipeline.units import Unit
 from pipeline.work import NO_LIMIT, Amount, Limit
-from shards.format import Receipt, unit_name
+from shards.format import Receipt, ShardInfo, unit_name
 
 
 def run_all(
@@ -64,10 +64,10 @@ class LimitedRun:
                 receipt = self._running.pop(position).result()
             else:
                 receipt = receipts[position]
-            if left.is_met_by(amount_of(receipt)) and self._limits.get(position) != left:
+            if left.is_met_by(amount_of(receipt.shards)) and self._limits.get(position) != left:
                 self._begin(position, left)
                 receipt = self._running.pop(position).result()
-            self._total += amount_of(receipt)
+            self._total += amount_of(receipt.shards)
             self._text_bytes += unit.text_bytes
             n_units += 1
             unit_done()
@@ -100,12 +100,10 @@ class LimitedRun:
             )
 
 
-def amount_of(receipt: Receipt) -> Amount:
-    """Documents and tokens that a unit became."""
-    return Amount(
-        sum(shard.n_documents for shard in receipt.shards),
-        sum(shard.n_tokens for shard in receipt.shards),
-    )
+def amount_of(shards: Iterable[ShardInfo]) -> Amount:
+    """Documents and tokens in some shards."""
+    shards = tuple(shards)
+    return Amount(sum(s.n_documents for s in shards), sum(s.n_tokens for s in shards))
 
 
 def remove_unit(folder: Path, position: int) -> None:

@@ -130,6 +130,10 @@ class Tokenizer:
                 spelled.append(entry.piece.replace("\u2581", " ").encode())
         return tuple(spelled)
 
+    def piece(self, number: int) -> str:
+        """How the vocabulary spells an id."""
+        return str(self._processor.id_to_piece(number))
+
     def id_of(self, piece: str) -> int:
         """The id of a control piece; TokenizerError if the vocabulary has none of that name."""
         number = int(self._processor.piece_to_id(piece))
