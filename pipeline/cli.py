@@ -300,3 +300,7 @@ def _tell(folder: Path, manifest: Manifest | None, as_json: bool) -> None:
     for reason, count in manifest.rejected.items():
         click.echo(f"  refused: {count:,} records, {reason} (see *.rejected.jsonl)")
     click.echo(f"  root {manifest.root}")
+
+
+if __name__ == "__main__":
+    main()
