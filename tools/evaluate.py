@@ -119,3 +119,7 @@ def _progress_bar(label: str) -> Iterator[Progress]:
     with Bar(console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    main()

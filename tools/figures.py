@@ -14,7 +14,7 @@ from tools.runlog import RunLog
 _POINTS: Final = 4000
 """Points drawn of one curve; a screen shows no more."""
 
-_MARKED_EVENTS: Final = {"resume", "rollback", "skip"}
+_MARKED_EVENTS: Final = {"resume", "fallback", "rollback", "skip", "mixture"}
 
 
 def write_loss_curve(runs: Sequence[RunLog], path: Path) -> Path:

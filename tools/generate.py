@@ -86,3 +86,7 @@ def _show(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
     sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

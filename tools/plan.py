@@ -84,3 +84,7 @@ def _rates(plan: Plan) -> list[str]:
 def _duration(days: float) -> str:
     """Days, or hours where it is less than two of them."""
     return f"{days:,.1f} days" if days >= 2 else f"{days * 24:,.2f} hours"
+
+
+if __name__ == "__main__":
+    main()

@@ -32,3 +32,7 @@ def main(runs: tuple[Path, ...], out: Path | None) -> None:
         runs = (newest_run(),)
     logs = [read_run(run) for run in runs]
     click.echo(f"wrote {write_report(logs, out or runs[0] / 'report.html')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -43,7 +43,7 @@ class Sampling:
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """The next id, given the logits [V] of all."""
-    logits = logits.detach().to("cpu", torch.float64)
+    logits = logits.detach().cpu().double()
     if logits.isnan().any():
         raise GenerationError("the model gives NaN logits: its weights are damaged")
     if sampling.temperature == 0:

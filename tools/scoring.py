@@ -107,7 +107,7 @@ def score(
     with autocast(enabled=scorer.dtype != torch.float32):
         for places in batches([len(window.inputs) for window in windows], batch_tokens):
             inputs, targets = _stack([windows[place] for place in places])
-            nats[places] = _within_memory(scorer, inputs, targets).double().sum(dim=1).cpu()
+            nats[places] = _within_memory(scorer, inputs, targets).cpu().double().sum(dim=1)
             n_targets[places] = (targets != IGNORED).sum(dim=1).numpy()
             _refuse_no_number(places, nats[places])
             done += len(places)

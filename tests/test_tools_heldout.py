@@ -1,0 +1,138 @@
+"""Held-out documents: found whole, and scored beside a unigram, gzip and xz, by hand again."""
+
+import dataclasses
+import gzip
+import lzma
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.tokenizer import Tokenizer, train
+from shards.reader import read_manifest
+from tools.baselines import Unigram, compressed_sizes, count_training_ids
+from tools.errors import EvaluationError
+from tools.heldout import evaluate_heldout, held_out_documents
+from tools.vocabulary import Vocabulary
+from tools_samples import (
+    SEQ_LEN,
+    sample_loaded,
+    sample_text,
+    sample_tokenizer,
+    write_shards,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shards")
+    pieces = [sample_text()[begin : begin + 300] for begin in range(0, 24_000, 300)]
+    write_shards(root / "code", train_texts=pieces[:40], val_texts=[*pieces[40:46], "ü" * 9, "x"])
+    write_shards(root / "more", train_texts=pieces[50:70], val_texts=pieces[70:73])
+    return root
+
+
+def test_documents_come_back_whole_across_rows_and_chunks(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(shards / "code")
+    tokenizer = sample_tokenizer()
+    expected = [sample_text()[begin : begin + 300] for begin in range(12_000, 13_800, 300)]
+    for rows_at_once in (1, 2, 256):
+        monkeypatch.setattr("tools.heldout._ROWS_AT_ONCE", rows_at_once)
+        documents = list(held_out_documents(shards / "code", manifest))
+        assert [tokenizer.decode(ids) for ids in documents] == [*expected, "ü" * 9, "x"]
+        assert all((ids[0], ids[-1]) == (1, 2) for ids in documents)
+        assert all((ids[1:] != 1).all() for ids in documents)
+
+
+def test_held_out_figures_are_those_worked_out_by_hand(shards: Path) -> None:
+    loaded = sample_loaded()
+    result = evaluate_heldout(loaded, shards, context=20)
+    assert [source.source for source in result.sources] == ["code", "more"]
+    nats, bits, n_bytes = {}, {}, {}
+    for name in ("code", "more"):
+        manifest = read_manifest(shards / name)
+        documents = list(held_out_documents(shards / name, manifest))
+        texts = "".join(sample_tokenizer().decode(ids) for ids in documents).encode()
+        n_bytes[name] = len(texts)
+        nats[name] = 0.0
+        with torch.no_grad():
+            for ids in map(torch.tensor, documents):
+                for begin in range(0, len(ids) - 1, 20):
+                    inputs, targets = ids[begin:-1][:20], ids[begin + 1 :][:20]
+                    nats[name] += float(loaded.model(inputs[None], targets[None]))
+        counts = np.zeros(len(loaded.vocabulary))
+        for path in (shards / name).glob("00000-[0-9]*[0-9].npy"):
+            np.add.at(counts, np.load(path), 1)
+        counts[[0, 1]] = 0  # padding and BOS are no targets
+        kinds = len(set(counts.nonzero()[0]))
+        unseen = kinds / (len(counts) - kinds)
+        surprise = -np.log2(np.where(counts > 0, counts, unseen) / (counts.sum() + kinds))
+        bits[name] = sum(surprise[ids[1:]].sum() for ids in documents)
+        found = next(source for source in result.sources if source.source == name)
+        assert found.bytes == len(texts)
+        assert found.tokens == sum(len(ids) - 1 for ids in documents)
+        assert found.model == pytest.approx(nats[name] / math.log(2) / len(texts), rel=1e-6)
+        assert found.unigram == pytest.approx(bits[name] / len(texts), rel=1e-9)
+        assert found.gzip == pytest.approx(8 * len(gzip.compress(texts, 9)) / len(texts))
+        xz = lzma.compress(texts, preset=9 | lzma.PRESET_EXTREME)
+        assert found.xz == pytest.approx(8 * len(xz) / len(texts))
+    assert result.total.bytes == sum(n_bytes.values())
+    assert result.total.model == pytest.approx(
+        sum(nats.values()) / math.log(2) / sum(n_bytes.values()), rel=1e-6
+    )
+    assert result.total.unigram == pytest.approx(sum(bits.values()) / sum(n_bytes.values()))
+    assert result.below_unigram == pytest.approx(1 - result.total.model / result.total.unigram)
+
+
+def test_limit_takes_the_first_documents_of_each_source(shards: Path) -> None:
+    result = evaluate_heldout(sample_loaded(), shards, limit=2)
+    assert [source.documents for source in result.sources] == [2, 2]
+    assert result.total.documents == 4
+
+
+def test_shards_of_another_tokenizer_are_refused(shards: Path) -> None:
+    other = Vocabulary.of_sentencepiece(
+        Tokenizer(train(sample_text().splitlines()[:200], 400), "other")
+    )
+    loaded = dataclasses.replace(sample_loaded(), vocabulary=other)
+    with pytest.raises(EvaluationError, match="made with the tokenizer sample"):
+        evaluate_heldout(loaded, shards)
+
+
+def test_sources_without_held_out_documents_are_named(tmp_path: Path) -> None:
+    write_shards(tmp_path / "s", train_texts=["some text"], val_texts=[])
+    with pytest.raises(EvaluationError, match="no document is held out in s"):
+        evaluate_heldout(sample_loaded(), tmp_path)
+
+
+def test_a_unigram_knows_frequencies_and_rules_nothing_out() -> None:
+    unigram = Unigram.from_counts([7, 1, 0, 0])  # ten, two of them set aside for the unseen
+    assert np.exp(-unigram.nats) == pytest.approx([0.7, 0.1, 0.1, 0.1])
+    assert unigram.total_nats([0, 3]) == pytest.approx(-math.log(0.7) - math.log(0.1))
+    assert np.exp(-Unigram.from_counts([3, 1]).nats) == pytest.approx([0.75, 0.25])
+    assert np.exp(-Unigram.from_counts([0, 0]).nats) == pytest.approx([0.5, 0.5])
+
+
+def test_counts_of_a_large_source_are_a_spread_sample(shards: Path) -> None:
+    manifest = read_manifest(shards / "code")
+    all_counts = count_training_ids(shards / "code", manifest, 500)
+    some = count_training_ids(shards / "code", manifest, 500, max_rows=10)
+    assert 10 * SEQ_LEN * 0.9 <= some.sum() <= 10 * SEQ_LEN < all_counts.sum()
+    assert (some <= all_counts).all()
+
+
+def test_compressed_sizes_are_those_of_the_whole_text() -> None:
+    pieces = [sample_text()[begin : begin + 500].encode() for begin in range(0, 9000, 500)]
+    sizes, whole = compressed_sizes(pieces), b"".join(pieces)
+    assert sizes.raw == len(whole)
+    assert sizes.gzip == len(gzip.compress(whole, 9))
+    assert sizes.xz == len(lzma.compress(whole, preset=9 | lzma.PRESET_EXTREME))

@@ -1,0 +1,215 @@
+"""Perplexity of real (small) models on real text: every figure is worked out a second time."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.transformer import Transformer
+from shards.errors import SummerError
+from tools.errors import EvaluationError
+from tools.loading import max_context
+from tools.perplexity import measure
+from tools.protocols import Protocol, make_plan
+from tools.scoring import Scorer, score
+from tools.vocabulary import Vocabulary
+from tools.wikitext import EvaluationText, from_raw, from_rows, read_text
+from tools_samples import (
+    SEQ_LEN,
+    sample_loaded,
+    sample_text,
+    sample_tokenizer,
+)
+
+WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+RAW = " \n = A title = \n \n Some words , and more . \n Naïve 日本語 🙂 words \n"
+ROWS = ["", " = A title = \n", "", " Some words , and more . \n", " Naïve 日本語 🙂 words \n"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def uniform_loaded() -> Any:
+    """A model that finds every id equally likely."""
+    loaded = sample_loaded()
+    with torch.no_grad():
+        loaded.model.embedding.weight.zero_()
+    return loaded
+
+
+# ---- the text
+
+
+def test_rows_and_raw_text_are_the_same_text() -> None:
+    assert from_rows(ROWS) == from_raw(RAW)
+    assert from_raw(RAW).raw == RAW
+    assert from_raw(RAW).joined == "\n\n".join(ROWS)
+    assert from_raw(RAW).n_words == len(RAW.split()) == 14
+    assert from_raw("no end of line").joined == "no end of line"
+
+
+def test_wikitext_has_its_known_size_from_every_kind_of_file(shared: Path, tmp_path: Path) -> None:
+    raw = read_text(shared / "wikitext-2" / "wiki.test.raw")
+    assert (raw.n_bytes, raw.n_words) == (1_290_590, 241_211)
+    assert raw.sha256 == WIKITEXT_SHA256
+    assert len(raw.joined.encode()) == 1_296_370
+    parquet = read_text(shared / "wikitext-2/wikitext-2-raw-v1/test-00000-of-00001.parquet")
+    assert parquet == raw
+    jsonl = tmp_path / "test.jsonl"
+    rows = [line + "\n" if line.strip() else "" for line in raw.raw.split("\n")[:-1]]
+    jsonl.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    assert read_text(jsonl) == raw
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("bad.raw", b"good\xff", "no UTF-8 at byte 4"),
+        ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "row 1 has no text"),
+        ("bad.parquet", b"PAR1 no", "damaged"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_named(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(SummerError, match=words):
+        read_text(path)
+    with pytest.raises(SummerError, match="is a folder"):
+        read_text(tmp_path)
+
+
+def test_pieces_spell_the_text_byte_for_byte() -> None:
+    vocabulary = Vocabulary.of_sentencepiece(sample_tokenizer())
+    for text in (RAW, "日本語 🙂\x00", "  two spaces ▁ and \t tabs", "</s>"):
+        spelled = b"".join(vocabulary.pieces[i] for i in vocabulary.encode(text))
+        assert spelled.decode().replace("▁", " ") == " " + text.replace("▁", " ")
+    for control in (0, vocabulary.bos_id, vocabulary.eos_id):
+        assert control is not None and vocabulary.pieces[control] == b""
+
+
+# ---- perplexity
+
+
+@pytest.mark.parametrize("name", ["disjoint", "stride"])
+def test_a_uniform_model_has_perplexity_v(name: Any) -> None:
+    loaded = uniform_loaded()
+    text = from_raw(sample_text()[:3000])
+    result = measure(loaded, text, Protocol(name=name, context=SEQ_LEN))
+    assert result.token_perplexity == pytest.approx(512, rel=1e-6)
+    bits = math.log2(512) * result.scored_tokens
+    n_bytes = len(text.raw.encode()) * result.scored_share
+    assert result.bits_per_byte == pytest.approx(bits / n_bytes, rel=1e-6)
+    assert result.byte_perplexity == pytest.approx(2**result.bits_per_byte, rel=1e-6)
+    n_words = len(text.raw.split()) * result.scored_share
+    assert result.word_perplexity == pytest.approx(2 ** (bits / n_words), rel=1e-5)
+
+
+def test_a_freshly_initialised_transformer_is_near_perplexity_v() -> None:
+    loaded = sample_loaded()
+    loaded.model.init_weights(seed=3)
+    result = measure(loaded, from_raw(sample_text()[:6000]), Protocol(context=SEQ_LEN))
+    assert 400 < result.token_perplexity < 650
+
+
+@pytest.mark.parametrize("bos", ["never", "start", "window"])
+@pytest.mark.parametrize("name", ["disjoint", "stride"])
+def test_the_scored_share_is_that_of_the_scored_ids_bytes(name: Any, bos: Any) -> None:
+    loaded = uniform_loaded()
+    text = from_raw(RAW * 5)
+    result = measure(loaded, text, Protocol(name=name, context=SEQ_LEN, bos=bos, bos_id=1), limit=3)
+    ids = loaded.vocabulary.encode(text.joined)
+    sizes = [len(loaded.vocabulary.pieces[i]) for i in ids]
+    assert sum(sizes) == len(text.joined.encode()) + 1  # the dummy prefix
+    shift = bos == "start"  # text ids that the stream holds less
+    room = SEQ_LEN - (bos == "window")
+    if name == "disjoint":
+        scored = [
+            place
+            for place in range(len(ids))
+            if place + shift < 3 * room and ((place + shift) % room or bos == "window")
+        ]
+    else:
+        last = min(len(ids), 2 * (SEQ_LEN // 2) + room - shift)
+        scored = list(range(0 if bos == "start" else 1, last))
+    assert result.scored_tokens == len(scored)
+    assert result.scored_share == sum(sizes[place] for place in scored) / sum(sizes)
+    assert result.scored_bytes == result.scored_share * text.n_bytes
+
+
+def direct_nats(model: Transformer, ids: list[int], context: int) -> float:
+    """The nats of disjoint windows by the model's own loss, one window at a time."""
+    total = 0.0
+    with torch.no_grad():
+        for begin in range(0, len(ids) - context + 1, context):
+            window = torch.tensor([ids[begin : begin + context]])
+            total += float(model(window[:, :-1], window[:, 1:]))
+    return total
+
+
+def test_the_score_is_the_models_own_loss() -> None:
+    loaded = sample_loaded()
+    text = from_raw(sample_text()[:4000])
+    result = measure(loaded, text, Protocol(context=SEQ_LEN))
+    expected = direct_nats(loaded.model, list(loaded.vocabulary.encode(text.joined)), SEQ_LEN)
+    assert result.nats == pytest.approx(expected, rel=1e-6)
+    assert result.token_perplexity == pytest.approx(math.exp(expected / result.scored_tokens))
+
+
+def test_the_score_does_not_depend_on_the_batch() -> None:
+    loaded = sample_loaded(n_kv_heads=1)
+    text = from_raw(sample_text()[:4000])
+    protocol = Protocol(name="stride", context=48, stride=7)
+    alone, together = (
+        measure(loaded, text, protocol, batch_tokens=size).nats for size in (1, 48 * 50)
+    )
+    assert together == pytest.approx(alone, rel=1e-6)
+
+
+def test_bf16_is_autocast_and_close() -> None:
+    loaded = sample_loaded()
+    text = from_raw(sample_text()[:2000])
+    protocol = Protocol(context=SEQ_LEN)
+    narrow = measure(dataclasses.replace(loaded, dtype="bf16"), text, protocol)
+    exact = measure(loaded, text, protocol)
+    assert narrow.nats != exact.nats
+    assert narrow.nats == pytest.approx(exact.nats, rel=0.02)
+    assert narrow.model["dtype"] == "bf16"
+
+
+def test_a_context_beyond_training_is_allowed_and_said_up_to_the_exact_limit() -> None:
+    loaded = sample_loaded()
+    text = from_raw(sample_text()[:6000])
+    assert not measure(loaded, text, Protocol(context=SEQ_LEN)).beyond_training
+    assert measure(loaded, text, Protocol(context=5 * SEQ_LEN)).beyond_training
+    assert max_context(loaded.model.config) == 16_448
+    with pytest.raises(EvaluationError, match=r"context 16,449: .* up to 16,448"):
+        measure(loaded, text, Protocol(context=16_449))
+    without_alibi = sample_loaded(alibi=False)
+    assert max_context(without_alibi.model.config) is None
+
+
+def test_limit_and_tail_are_reported() -> None:
+    loaded = uniform_loaded()
+    text = from_raw(sample_text()[:4000])
+    n_ids = len(loaded.vocabulary.encode(text.joined))
+    result = measure(loaded, text, Protocol(context=SEQ_LEN), limit=2)
+    assert (result.windows, result.limit) == (2, 2)
+    assert result.tail_dropped == n_ids % SEQ_LEN
+    assert result.text_tokens == n_ids
+    with pytest.raises(EvaluationError, match="the text is empty"):
+        measure(loaded, EvaluationText("", ""), Protocol(context=SEQ_LEN))
+
+
+def test_logits_and_transformer_scorers_agree() -> None:
+    loaded = sample_loaded(tie_embeddings=False)
+    plan = make_plan(sample_tokenizer().encode(sample_text()[:1500]), Protocol(context=SEQ_LEN))
+    by_logits = score(Scorer.of_logits(loaded.model.logits), plan)
+    assert score(loaded.scorer, plan).nats == pytest.approx(by_logits.nats, rel=1e-6)
