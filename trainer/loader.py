@@ -28,7 +28,6 @@ from shards.reader import ShardReader
 from trainer.errors import TrainingError, at_least
 from trainer.mixture import BatchShape, DataOrder, Indices, dropout_keys, micro_batch_indices
 
-
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
@@ -139,17 +138,19 @@ class Loader:
         self.waited_s = 0.0
         many = config.num_workers > 0
         fork = many and sys.platform == "linux"  # elsewhere each worker imports torch anew
-        loader = DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=config.num_workers,
-            prefetch_factor=config.prefetch if many else None,
-            pin_memory=device.type == "cuda",
-            multiprocessing_context="fork" if fork else None,
-            worker_init_fn=_live_and_die_with_the_parent if many else None,
-        )
-        with warnings.catch_warnings():  # 3.12 warns of any fork beside threads; ours run numpy
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with warnings.catch_warnings():
+            # 3.12 warns of any fork beside threads (ours run numpy), torch of more workers than
+            # cores (ours mostly sleep)
+            warnings.simplefilter("ignore")
+            loader = DataLoader(
+                batches,
+                batch_size=None,
+                num_workers=config.num_workers,
+                prefetch_factor=config.prefetch if many else None,
+                pin_memory=device.type == "cuda",
+                multiprocessing_context="fork" if fork else None,
+                worker_init_fn=_live_and_die_with_the_parent if many else None,
+            )
             self._batches = iter(loader)
 
     def next(self) -> MicroBatch:

@@ -1,0 +1,154 @@
+"""Micro-batches: the right rows, in the right order, with the right targets."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.loss import IGNORED
+from shards.errors import ShardError
+from shards.reader import ShardReader
+from shards_samples import make_source
+from trainer.errors import TrainingError
+from trainer.loader import HostBatch, Loader, LoaderConfig, MicroBatches, Stretch, to_device
+from trainer.mixture import BatchShape, DataOrder, Phase, dropout_keys
+from trainer_samples import make_shards
+
+CPU = torch.device("cpu")
+
+
+def batches_of(
+    shards: Path, shape: BatchShape, n_steps: int, *, rank: int = 0, first_index: int = 0
+) -> MicroBatches:
+    readers = {folder.name: ShardReader(folder) for folder in sorted(shards.iterdir())}
+    rows = {name: reader.n_rows for name, reader in readers.items()}
+    order = DataOrder(seed=5, rows=rows, phases=[Phase(0, dict.fromkeys(rows, 1))])
+    stretch = Stretch(first_index=first_index, n_steps=n_steps, shape=shape, rank=rank)
+    return MicroBatches(order, readers, stretch)
+
+
+def tokens_of(loader: Loader, n: int) -> torch.Tensor:
+    try:
+        return torch.stack([loader.next().tokens for _ in range(n)])
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_workers_change_nothing(tmp_path: Path, num_workers: int) -> None:
+    shards, shape = make_shards(tmp_path), BatchShape(8, 2, 1)
+    config = LoaderConfig(num_workers=num_workers, prefetch=2)
+    alone = Loader(batches_of(shards, shape, 3), LoaderConfig(num_workers=0), CPU, pad_id=0)
+    shared = Loader(batches_of(shards, shape, 3), config, CPU, pad_id=0)
+    assert torch.equal(tokens_of(alone, 12), tokens_of(shared, 12))
+    assert shared.waited_s > 0
+
+
+def test_ranks_and_micro_batches_read_the_same_samples(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path)
+    whole = next(iter(batches_of(shards, BatchShape(8, 8, 1), 1, first_index=64)))
+    assert isinstance(whole, HostBatch)
+    parts = [
+        batch
+        for rank in range(2)
+        for batch in batches_of(shards, BatchShape(8, 2, 2), 1, rank=rank, first_index=64)
+    ]
+    tokens = torch.cat([part.tokens for part in parts if isinstance(part, HostBatch)])
+    keys = torch.cat([part.dropout_key for part in parts if isinstance(part, HostBatch)])
+    rows = {tuple(row) for row in torch.cat([whole.tokens.int(), whole.dropout_key], 1).tolist()}
+    assert {tuple(row) for row in torch.cat([tokens.int(), keys], 1).tolist()} == rows
+
+
+def test_a_loader_that_starts_later_goes_on_as_the_first_would(tmp_path: Path) -> None:
+    shards, shape = make_shards(tmp_path), BatchShape(4, 2, 1)
+    config = LoaderConfig(num_workers=0)
+    whole = tokens_of(Loader(batches_of(shards, shape, 6), config, CPU, 0), 12)
+    later = tokens_of(Loader(batches_of(shards, shape, 2, first_index=16), config, CPU, 0), 4)
+    assert torch.equal(whole[8:], later)
+
+
+def test_rows_are_those_that_the_order_names(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path)
+    batches = batches_of(shards, BatchShape(8, 8, 1), 1)
+    indices = np.arange(100, 120)
+    host, located = batches.gather(indices), batches._order.locate(indices)
+    assert host.tokens.dtype == torch.uint16
+    for place in range(20):
+        name = batches._order.sources[located.source[place]]
+        rows, _ = ShardReader(shards / name).rows(located.row[place : place + 1])
+        assert np.array_equal(host.tokens[place].numpy(), rows[0])
+    assert np.array_equal(host.dropout_key.numpy(), dropout_keys(5, indices))
+    assert host.is_target is None
+
+
+def test_targets_are_the_row_shifted_left_without_padding() -> None:
+    tokens = torch.tensor([[1, 7, 8, 2, 0, 0], [1, 9, 9, 9, 9, 9]], dtype=torch.uint16)
+    batch = to_device(HostBatch(tokens, None, torch.zeros(2, 2, dtype=torch.int32)), CPU, pad_id=0)
+    assert batch.tokens.dtype == torch.int64
+    assert batch.targets.tolist() == [
+        [7, 8, 2, IGNORED, IGNORED, IGNORED],
+        [9, 9, 9, 9, 9, IGNORED],
+    ]
+
+
+def test_the_loss_mask_says_which_tokens_are_targets() -> None:
+    tokens = torch.tensor([[1, 7, 8, 9, 2, 0]], dtype=torch.uint16)
+    is_target = torch.tensor([[True, False, True, True, True, True]])
+    host = HostBatch(tokens, is_target, torch.zeros(1, 2, dtype=torch.int32))
+    targets = to_device(host, CPU, pad_id=0).targets
+    assert targets.tolist() == [[IGNORED, 8, 9, 2, IGNORED, IGNORED]]
+
+
+def test_a_masked_source_beside_a_plain_one(tmp_path: Path) -> None:
+    make_source(tmp_path / "plain", n_rows=20, seq_len=32)
+    make_source(tmp_path / "chat", n_rows=20, seq_len=32, masked=True)
+    batches = batches_of(tmp_path, BatchShape(8, 8, 1), 1)
+    indices = np.arange(8)
+    located, host = batches._order.locate(indices), batches.gather(indices)
+    assert host.is_target is not None
+    for place in range(8):
+        name = batches._order.sources[located.source[place]]
+        if name == "plain":
+            assert host.is_target[place].all()
+        else:
+            _, masks = ShardReader(tmp_path / name).rows(located.row[place : place + 1])
+            assert masks is not None
+            bits = np.unpackbits(masks[0], bitorder="little").astype(bool)
+            assert np.array_equal(host.is_target[place].numpy(), bits)
+
+
+def test_ids_above_65535_arrive(tmp_path: Path) -> None:
+    make_source(tmp_path / "wide", n_rows=20, seq_len=32, vocab_size=100_000)
+    loader = Loader(
+        batches_of(tmp_path, BatchShape(8, 8, 1), 1), LoaderConfig(num_workers=0), CPU, 0
+    )
+    assert loader.next().tokens.max() > 65_535
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_flipped_bit_is_named_and_never_trained_on(tmp_path: Path, num_workers: int) -> None:
+    shards = make_shards(tmp_path, fineweb=8)
+    shard = shards / "fineweb" / "00000-000.npy"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    config = LoaderConfig(num_workers=num_workers)
+    loader = Loader(batches_of(shards, BatchShape(8, 1, 1), 1), config, CPU, pad_id=0)
+    with pytest.raises(ShardError, match=r"fineweb: .*00000-000\.npy row 3 is damaged") as caught:
+        tokens_of(loader, 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_worker_that_dies_is_an_error_with_a_mend(tmp_path: Path) -> None:
+    class Deadly(MicroBatches):
+        def gather(self, indices: np.ndarray) -> HostBatch:
+            os._exit(9)
+
+    good = batches_of(make_shards(tmp_path), BatchShape(8, 8, 1), 1)
+    good.__class__ = Deadly
+    loader = Loader(good, LoaderConfig(num_workers=1), CPU, pad_id=0)
+    with pytest.raises(TrainingError, match=r"a loader worker died .* the last commit stands"):
+        loader.next()
+    loader.close()

@@ -1,0 +1,226 @@
+"""The data order, by its promises: shares, permutations, ranks, phases."""
+
+import math
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from trainer import mixture
+from trainer.mixture import (
+    BatchShape,
+    DataOrder,
+    Permutation,
+    Phase,
+    chairman,
+    dropout_keys,
+    micro_batch_indices,
+    splitmix64,
+)
+
+weights = st.lists(st.integers(1, 60), min_size=1, max_size=7)
+
+
+def test_splitmix64_is_the_published_one() -> None:
+    # the first outputs of the generator seeded with 1234567, whose state moves by the golden gamma
+    state = np.uint64(1234567) + np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert splitmix64(state).tolist() == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423
+    ]  # fmt: skip
+
+
+def excess(weights: list[int], pattern: np.ndarray) -> float:
+    """The largest |count - n w| over prefixes n and sources."""
+    counts = np.cumsum(pattern[:, None] == np.arange(len(weights)), axis=0)
+    n = np.arange(1, len(pattern) + 1)[:, None]
+    return float(np.abs(counts - n * np.array(weights) / sum(weights)).max())
+
+
+@given(weights)
+def test_every_prefix_has_every_source_by_its_weight(weights: list[int]) -> None:
+    pattern = chairman(weights)
+    assert Counter(pattern.tolist()) == dict(enumerate(weights))
+    assert excess(weights, pattern) < 1
+
+
+def test_the_reference_mixture_is_within_0_8() -> None:
+    assert excess([12, 4, 2, 1, 1], chairman([12, 4, 2, 1, 1])) == pytest.approx(0.8)
+
+
+@given(st.integers(1, 20_000), st.integers(0, 2**64 - 1))
+@settings(max_examples=60)
+def test_permutations_are_bijections_with_an_inverse(n: int, key: int) -> None:
+    permutation, places = Permutation(n, key), np.arange(n)
+    elements = permutation(places)
+    assert np.array_equal(np.sort(elements), places)
+    assert np.array_equal(permutation.inverse(elements), places)
+
+
+@given(st.integers(4097, 10**12), st.integers(0, 2**64 - 1), st.data())
+def test_large_permutations_stay_in_range_and_turn_back(
+    n: int, key: int, data: st.DataObject
+) -> None:
+    places = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1)), np.int64)
+    elements = Permutation(n, key)(places)
+    assert ((elements >= 0) & (elements < n)).all()
+    assert np.array_equal(Permutation(n, key).inverse(elements), places)
+
+
+def chi_square_of_neighbours(n: int, keys: int) -> float:
+    """Chi-square, over its degrees of freedom, of how far apart neighbours end, modulo sqrt n."""
+    side = math.isqrt(n)
+    counts = np.zeros(side)
+    for key in range(keys):
+        elements = Permutation(n, key)(np.arange(n))
+        counts += np.bincount(np.diff(elements) % side, minlength=side)
+    expected = counts.sum() / side
+    return float(((counts - expected) ** 2 / expected).sum() / (side - 1))
+
+
+def test_neighbours_are_parted_at_random_and_two_rounds_would_be_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert 0.5 < chi_square_of_neighbours(5003, 20) < 1.5
+    monkeypatch.setattr(mixture, "_ROUNDS", 2)
+    assert chi_square_of_neighbours(5003, 20) > 1000
+
+
+def test_all_orders_of_three_are_reached() -> None:
+    orders = Counter(tuple(Permutation(3, key)(np.arange(3))) for key in range(600))
+    assert len(orders) == 6
+    assert min(orders.values()) > 60
+
+
+def order_of(rows: dict[str, int], *phases: Phase, seed: int = 0) -> DataOrder:
+    return DataOrder(seed=seed, rows=rows, phases=phases)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=4),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=50)
+def test_an_epoch_shows_each_row_once(sources: list[tuple[int, int]], seed: int) -> None:
+    rows = {f"s{number}": n for number, (n, _) in enumerate(sources)}
+    shares = {f"s{number}": weight for number, (_, weight) in enumerate(sources)}
+    order = order_of(rows, Phase(0, shares), seed=seed)
+    located = order.locate(np.arange(3000))
+    for number, name in enumerate(order.sources):
+        here = located.source == number
+        epochs, seen = located.epoch[here], located.row[here]
+        assert np.array_equal(epochs, np.sort(epochs))  # the k-th draw is of epoch k div n
+        for epoch in range(epochs.max() if len(epochs) else 0):
+            assert sorted(seen[epochs == epoch]) == list(range(rows[name]))
+        last = seen[epochs == epochs.max()] if len(epochs) else []
+        assert len(set(last)) == len(last)
+
+
+def test_epochs_differ_in_order() -> None:
+    located = order_of({"a": 50}, Phase(0, {"a": 1})).locate(np.arange(100))
+    assert not np.array_equal(located.row[:50], located.row[50:])
+
+
+@given(st.lists(st.tuples(st.integers(0, 400), weights), min_size=1, max_size=4), st.integers(0, 9))
+@settings(max_examples=50)
+def test_phases_repeat_and_skip_nothing(changes: list[tuple[int, list[int]]], retired: int) -> None:
+    firsts = [0, *sorted(first for first, _ in changes[1:])]
+    phases = []
+    for first, (_, shares) in zip(firsts, changes, strict=True):
+        named = {f"s{number}": share for number, share in enumerate(shares) if number != retired}
+        assume(named)
+        phases.append(Phase(first, named))
+    rows = {f"s{number}": 7 + 5 * number for number in range(10)}
+    order = order_of(rows, *phases)
+    located = order.locate(np.arange(1000))
+    for number, name in enumerate(order.sources):
+        here = np.flatnonzero(located.source == number)
+        draws = located.epoch[here] * rows[name]  # + place, which grows within an epoch
+        for epoch in np.unique(located.epoch[here])[:-1]:
+            assert sorted(located.row[here][located.epoch[here] == epoch]) == list(
+                range(rows[name])
+            )
+        assert np.array_equal(draws, np.sort(draws))
+        assert order.counts(1000)[name] == len(here)
+    for phase, following in pairwise([*phases, Phase(1000, {})]):
+        inside = located.source[phase.first_index : following.first_index]
+        assert {order.sources[number] for number in inside} <= set(phase.weights)
+
+
+@given(st.integers(0, 5000), st.integers(0, 3))
+@settings(max_examples=50)
+def test_find_turns_locate_back(index: int, kind: int) -> None:
+    rows = {"a": 900, "b": 30, "c": 5000}
+    phases = [
+        Phase(0, {"a": 2, "b": 1, "c": 3}),
+        Phase(700, {"b": 1}),
+        Phase(1500, {"a": 5, "b": 3}),
+    ]
+    order = order_of(rows, *phases[: kind + 1])
+    source, epoch, row = (int(part[0]) for part in order.locate(np.array([index])))
+    assert order.find(order.sources[source], epoch, row) == index
+
+
+def test_find_says_never_for_a_source_that_retires() -> None:
+    order = order_of({"a": 100, "b": 100}, Phase(0, {"a": 1, "b": 1}), Phase(20, {"b": 1}))
+    found = [order.find("a", 0, row) for row in range(100)]
+    assert sum(index is not None for index in found) == 10
+
+
+def test_the_far_future_is_near() -> None:
+    order = order_of({"a": 10**9, "b": 17}, Phase(0, {"a": 12, "b": 1}))
+    far = order.locate(np.array([10**12]))
+    assert (
+        order.find(order.sources[int(far.source[0])], int(far.epoch[0]), int(far.row[0])) == 10**12
+    )
+    assert order.counts(13 * 10**11) == {"a": 12 * 10**11, "b": 10**11}
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(0, 10**9))
+def test_ranks_and_micro_batches_share_out_a_step(W: int, M: int, A: int, start: int) -> None:
+    shape = BatchShape(global_batch_size=A * W * M, micro_batch_size=M, world_size=W)
+    assert shape.grad_accum_steps == A
+    parts = [
+        micro_batch_indices(0, start, shape, micro_step, rank)
+        for micro_step in range(A)
+        for rank in range(W)
+    ]
+    assert sorted(np.concatenate(parts)) == list(range(start, start + A * W * M))
+
+
+def test_the_order_within_a_step_does_not_depend_on_how_it_is_shared() -> None:
+    G = 24
+    whole = micro_batch_indices(3, 240, BatchShape(G, G, 1), 0, 0)
+    for W, M in [(1, 4), (2, 3), (8, 1), (3, 8)]:
+        shape = BatchShape(G, M, W)
+        parts = [
+            micro_batch_indices(3, 240, shape, micro_step, rank)
+            for micro_step in range(shape.grad_accum_steps)
+            for rank in range(W)
+        ]
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_every_rank_meets_the_rarest_source() -> None:
+    order = order_of(
+        dict.fromkeys("abcde", 10**6), Phase(0, dict(zip("abcde", [12, 4, 2, 1, 1], strict=True)))
+    )
+    shape = BatchShape(global_batch_size=80, micro_batch_size=10, world_size=8)
+    ranks = set()
+    for step in range(40):
+        for rank in range(8):
+            indices = micro_batch_indices(0, 80 * step, shape, 0, rank)
+            if (order.locate(indices).source == 4).any():
+                ranks.add(rank)
+    assert ranks == set(range(8))
+
+
+def test_dropout_keys_belong_to_samples() -> None:
+    keys = dropout_keys(0, np.arange(1000))
+    assert keys.shape == (1000, 2)
+    assert keys.dtype == np.int32
+    assert len(np.unique(keys, axis=0)) == 1000
+    assert np.array_equal(dropout_keys(0, np.array([7, 5]))[1], keys[5])
+    assert not np.array_equal(dropout_keys(1, np.arange(1000)), keys)

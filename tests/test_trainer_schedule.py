@@ -1,0 +1,30 @@
+import pytest
+
+from trainer.errors import ConfigError
+from trainer.schedule import OptimConfig, lr_at
+
+OPTIM = OptimConfig(lr=1.0, warmup_steps=10)
+
+
+def test_warmup_is_linear_and_begins_above_zero() -> None:
+    rates = [lr_at(step, OPTIM, 100) for step in range(10)]
+    assert rates == pytest.approx([0.1 * (step + 1) for step in range(10)])
+
+
+def test_cosine_goes_from_lr_to_a_tenth() -> None:
+    assert lr_at(10, OPTIM, 100) == 1.0
+    assert lr_at(55, OPTIM, 100) == pytest.approx(0.55)
+    assert lr_at(100, OPTIM, 100) == pytest.approx(0.1)
+    assert lr_at(10**6, OPTIM, 100) == pytest.approx(0.1)
+    rates = [lr_at(step, OPTIM, 100) for step in range(10, 101)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_min_lr_may_be_given() -> None:
+    assert lr_at(100, OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=0), 100) == pytest.approx(0.0)
+    with pytest.raises(ConfigError, match="between 0 and lr"):
+        OptimConfig(lr=1.0, min_lr=2.0)
+
+
+def test_a_run_shorter_than_its_warmup() -> None:
+    assert [lr_at(step, OPTIM, 5) for step in (0, 4)] == pytest.approx([0.1, 0.5])

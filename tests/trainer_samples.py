@@ -1,0 +1,44 @@
+"""Small runs for tests: a folder of shards and a model of a few thousand weights."""
+
+from pathlib import Path
+
+import torch
+
+from shards_samples import make_source
+from trainer.config import configure
+from trainer.distributed import World
+from trainer.plan import Plan, make_plan
+
+ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+
+SMALL = {
+    "model.n_layers": 2,
+    "model.d_model": 32,
+    "model.n_heads": 2,
+    "model.d_ff": 64,
+    "max_steps": 8,
+    "global_batch_tokens": 256,  # 8 rows of 32
+    "compile": "false",
+    "loader.num_workers": 0,
+    "validation.interval": 0,
+    "checkpoint.interval_steps": 0,
+    "optim.warmup_steps": 2,
+}
+
+
+def make_shards(folder: Path, **rows: int) -> Path:
+    """Sources with these numbers of training rows; underscores in names stand for dashes."""
+    for seed, (name, n_rows) in enumerate((rows or {"fineweb": 60, "pg19": 12}).items()):
+        make_source(folder / name.replace("_", "-"), n_rows=n_rows, seq_len=32, seed=seed)
+    return folder
+
+
+def set_texts(**changes: object) -> list[str]:
+    """`--set` texts of the small run with changes; two underscores stand for a dot."""
+    named = {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"{key}={value}" for key, value in {**SMALL, **named}.items()]
+
+
+def small_plan(shards: Path, world_size: int = 1, **changes: object) -> Plan:
+    sets = set_texts(**changes)
+    return make_plan(configure(preset="tiny", sets=sets, shards=str(shards)), world_size)
