@@ -1,0 +1,50 @@
+"""summer-convert: a run of ours <-> a Llama-family folder of Hugging Face.
+
+summer-convert --from TinyLlama-1.1B --to runs/tinyllama      then summer-eval ... --run
+summer-convert --from runs/tiny --to tiny-hf                  where model.alibi=false
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shards.errors import one_line_failures
+
+if TYPE_CHECKING:
+    from tools.conversion import Format
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.command(epilog="Example: summer-convert --from TinyLlama-1.1B --to runs/tinyllama")
+@click.option("--from", "source", type=_FOLDER, required=True, help="A run, commit or HF folder.")
+@click.option("--to", "target", type=_FOLDER, required=True, help="The folder to make.")
+@click.option(
+    "--format",
+    "wanted",
+    type=click.Choice(["hf", "summer"]),
+    help="What to make.  [default: other]",
+)
+@one_line_failures()
+def main(source: Path, target: Path, wanted: Format | None) -> None:
+    """Convert a model, and compare its logits with transformers before saying so."""
+    from tools.conversion import convert
+
+    done = convert(source, target, wanted)
+    click.echo(
+        f"{done.source} -> {done.target} ({done.format}, {done.parameters:,} parameters)\n"
+        f"logits differ from transformers' by {done.largest_difference:.1e} at most"
+        f" (limit {done.limit:.1e}, fp32)"
+    )
+    if done.format == "summer":
+        click.echo(
+            f"use it:  summer-eval wikitext2 --run {done.target}\n"
+            f"         summer-train --shards shards/ --set init_from={done.target}"
+        )
+
+
+if __name__ == "__main__":
+    main()

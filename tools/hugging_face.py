@@ -1,0 +1,196 @@
+"""A Llama-family folder as Hugging Face lays it out: config.json, safetensors, a tokenizer.
+
+Weights are read from safetensors alone: a pickle can run code. The tokenizer is the SentencePiece
+file where there is one, else tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from model.config import ModelConfig
+from pipeline.errors import TokenizerError
+from pipeline.tokenizer import Tokenizer, extend
+from shards.files import publish_bytes, publish_json
+from shards.format import TOKENIZER
+from tools.llama import (
+    ConversionError,
+    config_from_llama,
+    config_to_llama,
+    weights_from_llama,
+    weights_to_llama,
+)
+from tools.tokenizer_json import piece_bytes, tokenizer_config, tokenizer_json
+from tools.vocabulary import Vocabulary
+
+CONFIG: Final = "config.json"
+TOKENIZER_JSON: Final = "tokenizer.json"
+_WHOLE: Final = "model.safetensors"
+_INDEX: Final = "model.safetensors.index.json"
+_FILE_BYTES: Final = 5_000_000_000
+
+
+def is_llama_folder(folder: Path) -> bool:
+    """Whether a config.json is there that names a Hugging Face architecture."""
+    return (folder / CONFIG).is_file() and "model_type" in _read_json(folder / CONFIG)
+
+
+def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], Vocabulary]:
+    """Shape, weights by our names in fp32, and vocabulary; ConversionError where it is no Llama."""
+    config, weights = read_model(folder)
+    vocabulary = read_vocabulary(folder, config.vocab_size)
+    return config, weights, vocabulary
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Shape and weights by our names, fp32."""
+    try:
+        config = config_from_llama(_read_json(folder / CONFIG))
+        theirs: dict[str, Tensor] = {}
+        for path in _weight_files(folder):
+            theirs |= load_file(path)
+        weights = weights_from_llama(config, theirs)
+    except ConversionError as error:
+        raise ConversionError(f"{folder}: {error}") from error
+    except SafetensorError as error:
+        raise ConversionError(f"{folder}: damaged weights ({error}): fetch it again") from error
+    return config, weights
+
+
+def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+    """The folder's tokenizer, filled up with ids that stand for nothing where the model has more.
+
+    ConversionError if there is none.
+    """
+    if (folder / TOKENIZER).is_file():
+        vocabulary = Vocabulary.of_sentencepiece(read_sentencepiece(folder))
+    elif (folder / TOKENIZER_JSON).is_file():
+        vocabulary = _of_tokenizer_json(folder)
+    else:
+        raise ConversionError(
+            f"{folder}: neither {TOKENIZER} nor {TOKENIZER_JSON} is there: add the tokenizer"
+        )
+    missing = vocab_size - len(vocabulary)
+    if missing <= 0:
+        return vocabulary
+    return replace(vocabulary, pieces=vocabulary.pieces + missing * (b"",))
+
+
+def read_sentencepiece(folder: Path) -> Tokenizer:
+    """The folder's tokenizer.model, its user-defined symbols made control pieces if it has any."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise ConversionError(
+            f"{folder}: no {TOKENIZER} there, and a run keeps no other kind of tokenizer: use the"
+            f" model as it is (summer-eval TASK --hf {folder})"
+        )
+    try:
+        return Tokenizer.load(path, name=folder.name)
+    except TokenizerError:
+        return Tokenizer(extend(path.read_bytes(), ()), folder.name)
+
+
+def write_folder(
+    folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Write a LlamaForCausalLM folder, fp32; ConversionError where a Llama cannot compute it."""
+    described = config_to_llama(config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    publish_json(folder / CONFIG, described)
+    publish_bytes(folder / TOKENIZER, tokenizer.model)
+    publish_json(folder / TOKENIZER_JSON, tokenizer_json(tokenizer))
+    publish_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config.seq_len))
+    groups = list(_in_files(weights_to_llama(config, weights)))
+    names = [_WHOLE] if len(groups) == 1 else _numbered(len(groups))
+    for name, group in zip(names, groups, strict=True):
+        publish_bytes(folder / name, save(group, metadata={"format": "pt"}))
+    if len(groups) > 1:
+        total = sum(tensor.nbytes for group in groups for tensor in group.values())
+        places = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        publish_json(folder / _INDEX, index)
+
+
+def _in_files(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The weights in groups below 5 GB, as they follow one another."""
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in weights.items():
+        if group and size + tensor.nbytes > _FILE_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
+        size += tensor.nbytes
+    yield group
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
+    if not (folder / _INDEX).is_file():
+        raise ConversionError(
+            f"no {_WHOLE} and no {_INDEX} there: only safetensors are read (a pickle can run code)"
+        )
+    names = sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise ConversionError(f"{absent[0]} is missing: the folder is incomplete, fetch it again")
+    return [folder / name for name in names]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        described = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConversionError(
+            f"no {path.name} there: name a folder with config.json, safetensors and a tokenizer"
+        ) from None
+    except ValueError as error:
+        raise ConversionError(f"{path.name} is no JSON ({error}): fetch it again") from error
+    if not isinstance(described, dict):
+        raise ConversionError(f"{path.name} holds no JSON object: fetch it again")
+    return described
+
+
+def _of_tokenizer_json(folder: Path) -> Vocabulary:
+    """A vocabulary that transformers encodes with; special tokens in a text stay text."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ConversionError(
+            f"{folder}: reading {TOKENIZER_JSON} needs transformers: pip install 'summerlm[hf]'"
+        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    raw = (folder / TOKENIZER_JSON).read_bytes()
+    spelled = piece_bytes(json.loads(raw))
+    pieces = tuple(spelled.get(number, b"") for number in range(max(spelled) + 1))
+
+    def encode(text: str) -> list[int]:
+        ids = tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        ).input_ids
+        return list(ids)
+
+    first = encode("a")
+    return Vocabulary(
+        name=folder.name,
+        encode=encode,
+        decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        pieces=pieces,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+        sha256=hashlib.sha256(raw).hexdigest(),
+        space_first=pieces[first[0]].startswith(b" "),
+        chat=None,
+    )
