@@ -4,11 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from shards.errors import SummerError
 from tools.errors import LoadingError
-from tools.loading import Choice, load, sha256_of_weights
+from tools.evaluate import main
+from tools.hugging_face import write_folder
+from tools.loading import Choice, load, max_context, sha256_of_weights
+from tools.perplexity import measure
+from tools.protocols import Protocol
+from tools.wikitext import from_raw
 from tools_samples import (
+    SEQ_LEN,
+    sample_loaded,
+    sample_model,
+    sample_text,
+    sample_tokenizer,
     write_run,
 )
 
@@ -53,3 +64,33 @@ def test_a_model_that_is_not_there_or_does_not_fit_is_named(run: Path, tmp_path:
         load(Choice(run=tmp_path))
     with pytest.raises(LoadingError, match="torch sees no GPU here"):
         load(Choice(run=run, device="cuda"))
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    """A Llama as Hugging Face lays it out, of random weights."""
+    model = sample_model(alibi=False, layer_scale=False, n_kv_heads=1)
+    weights = {name: values.detach() for name, values in model.named_parameters()}
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    write_folder(folder, model.config, weights, sample_tokenizer())
+    return folder
+
+
+def test_a_llama_folder_is_scored_by_the_same_code(llama_folder: Path) -> None:
+    loaded = load(Choice(hf=llama_folder, device="cpu"))
+    ours = sample_loaded(alibi=False, layer_scale=False, n_kv_heads=1)
+    assert loaded.weights_sha256 == ours.weights_sha256
+    assert max_context(loaded.model.config) is None
+    text, protocol = from_raw(sample_text()[:3000]), Protocol(context=SEQ_LEN)
+    assert measure(loaded, text, protocol).nats == measure(ours, text, protocol).nats
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_llama_folder_gives_one_line(llama_folder: Path, name: str) -> None:
+    path = llama_folder / name
+    path.write_bytes(path.read_bytes()[:40])
+    result = CliRunner().invoke(main, ["wikitext2", "--hf", str(llama_folder)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert llama_folder.name in result.stderr

@@ -13,7 +13,7 @@ from model.transformer import Transformer
 from shards.errors import SummerError
 from tools.errors import EvaluationError
 from tools.loading import max_context
-from tools.perplexity import measure
+from tools.perplexity import measure, perplexity
 from tools.protocols import Protocol, make_plan
 from tools.scoring import Scorer, score
 from tools.vocabulary import Vocabulary
@@ -116,7 +116,7 @@ def test_a_freshly_initialised_transformer_is_near_perplexity_v() -> None:
     loaded = sample_loaded()
     loaded.model.init_weights(seed=3)
     result = measure(loaded, from_raw(sample_text()[:6000]), Protocol(context=SEQ_LEN))
-    assert 400 < result.token_perplexity < 650
+    assert result.token_perplexity is not None and 400 < result.token_perplexity < 650
 
 
 @pytest.mark.parametrize("bos", ["never", "start", "window"])
@@ -213,3 +213,9 @@ def test_logits_and_transformer_scorers_agree() -> None:
     plan = make_plan(sample_tokenizer().encode(sample_text()[:1500]), Protocol(context=SEQ_LEN))
     by_logits = score(Scorer.of_logits(loaded.model.logits), plan)
     assert score(loaded.scorer, plan).nats == pytest.approx(by_logits.nats, rel=1e-6)
+
+
+def test_a_perplexity_that_is_no_number_is_none() -> None:
+    assert perplexity(2.0, 4) == pytest.approx(math.exp(0.5))
+    assert perplexity(1e6, 1) is None  # one endless word
+    assert perplexity(1.0, 0) is None  # no word at all

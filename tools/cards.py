@@ -75,5 +75,5 @@ def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 def _figure(value: float | None) -> str:
     if value is None:
-        return "none (the text has no words)"
+        return "none (nothing counted, or beyond any number)"
     return f"{value:,.4f}" if value < 1e9 else f"{value:.4e}"

@@ -32,7 +32,7 @@ from tools.baselines import (
 )
 from tools.errors import EvaluationError
 from tools.loading import LoadedModel
-from tools.perplexity import refuse_context
+from tools.perplexity import perplexity, refuse_context
 from tools.protocols import Ids, Window, document_windows
 from tools.scoring import Progress, score
 from tools.vocabulary import Vocabulary
@@ -52,7 +52,7 @@ class SourceScore:
     unigram: float
     gzip: float
     xz: float
-    token_perplexity: float
+    token_perplexity: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,5 +192,5 @@ def _source_score(held_out: _Collected, nats: npt.NDArray[np.float64]) -> Source
         unigram=held_out.unigram_nats / math.log(2) / sizes.raw,
         gzip=8 * sizes.gzip / sizes.raw,
         xz=8 * sizes.xz / sizes.raw,
-        token_perplexity=math.exp(total / tokens),
+        token_perplexity=perplexity(total, tokens),
     )

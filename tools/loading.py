@@ -17,6 +17,7 @@ from model.transformer import Transformer
 from pipeline.tokenizer import Tokenizer
 from shards.format import TOKENIZER
 from tools.errors import LoadingError
+from tools.hugging_face import read_folder
 from tools.scoring import Scorer
 from tools.vocabulary import Vocabulary
 from trainer.checkpoint import load_weights
@@ -87,6 +88,9 @@ class LoadedModel:
         }
 
 
+_Parts = tuple[str, ModelConfig, Mapping[str, Tensor], Vocabulary]
+
+
 def load(choice: Choice) -> LoadedModel:
     """The chosen model in evaluation mode; LoadingError where there is none or parts do not fit."""
     named = [path for path in (choice.run, choice.checkpoint, choice.hf) if path is not None]
@@ -94,10 +98,10 @@ def load(choice: Choice) -> LoadedModel:
         raise LoadingError(f"{named[0]} and {named[1]}: name one of --run, --checkpoint and --hf")
     device = resolve_device(choice.device)
     if choice.hf is not None:
-        name, config, weights, vocabulary = _from_hugging_face(choice.hf)
+        parts: _Parts = (str(choice.hf), *read_folder(choice.hf))
     else:
-        commit = choice.checkpoint or newest_commit(choice.run or newest_run())
-        name, config, weights, vocabulary = _from_commit(commit)
+        parts = _from_commit(choice.checkpoint or newest_commit(choice.run or newest_run()))
+    name, config, weights, vocabulary = parts
     refuse_misfit(name, config, vocabulary)
     dtype = choice.dtype if choice.dtype != "auto" else _natural_dtype(device)
     model = _fill(name, config, weights, device)
@@ -108,9 +112,6 @@ def load(choice: Choice) -> LoadedModel:
         weights_sha256=sha256_of_weights(weights),
         dtype=dtype,
     )
-
-
-_Parts = tuple[str, ModelConfig, Mapping[str, Tensor], Vocabulary]
 
 
 def _from_commit(commit: Path) -> _Parts:
@@ -132,25 +133,14 @@ def _from_commit(commit: Path) -> _Parts:
     return name, load_config(run).model, load_weights(commit), vocabulary
 
 
-def _from_hugging_face(folder: Path) -> _Parts:
-    """A Llama-family folder, through the converter."""
-    try:
-        from tools.hugging_face import read_folder
-    except ImportError as error:
-        raise LoadingError(
-            f"{folder}: this version cannot read Hugging Face folders; name a run of ours"
-        ) from error
-    config, weights, vocabulary = read_folder(folder)
-    return str(folder), config, weights, vocabulary
-
-
 def refuse_misfit(name: str, config: ModelConfig, vocabulary: Vocabulary) -> None:
     """LoadingError unless the tokenizer's ids are those that the weights were made for."""
     rounded = -(-len(vocabulary) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     if config.vocab_size not in (len(vocabulary), rounded):
         raise LoadingError(
             f"{name}: the tokenizer {vocabulary.name} has {len(vocabulary):,} entries and the "
-            f"weights are made for {config.vocab_size:,}: put the run's own {TOKENIZER} back"
+            f"weights are made for {config.vocab_size:,}: put the {TOKENIZER} back that they were "
+            "trained with"
         )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass
+from typing import Final
 
 import numpy as np
 
@@ -27,15 +28,17 @@ from tools.scoring import Progress, score
 from tools.vocabulary import Vocabulary
 from tools.wikitext import EvaluationText
 
+_LARGEST_EXPONENT: Final = 709.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
     """One model's score on one text. Counts of the text are whole; `scored_*` are what counted."""
 
     task: str
-    token_perplexity: float
+    token_perplexity: float | None
     word_perplexity: float | None
-    byte_perplexity: float
+    byte_perplexity: float | None
     bits_per_byte: float
     nats: float
     protocol: str
@@ -84,9 +87,9 @@ def measure(
     nats = scored.total_nats
     return Perplexity(
         task=task,
-        token_perplexity=_exp(nats / scored.total_targets),
-        word_perplexity=_exp(nats / n_words) if n_words else None,
-        byte_perplexity=_exp(nats / n_bytes),
+        token_perplexity=perplexity(nats, scored.total_targets),
+        word_perplexity=perplexity(nats, n_words),
+        byte_perplexity=perplexity(nats, n_bytes),
         bits_per_byte=nats / math.log(2) / n_bytes,
         nats=nats,
         protocol=protocol.name,
@@ -135,6 +138,8 @@ def refuse_context(loaded: LoadedModel, context: int) -> None:
         )
 
 
-def _exp(nats: float) -> float:
-    """e to the nats; infinite where that is beyond any float."""
-    return math.exp(nats) if nats < 700 else math.inf
+def perplexity(nats: float, count: float) -> float | None:
+    """exp(nats / count); None where nothing was counted or the result is beyond any float."""
+    if not count or nats / count > _LARGEST_EXPONENT:
+        return None
+    return math.exp(nats / count)
