@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_tiny_takes_the_row_length_that_it_finds(tmp_path: Path, seq_len: int) -
 
 
 @pytest.mark.parametrize(
-    ("changes", "world_size", "message"),
+    ("changes", "ranks", "message"),
     [
         ({"model__seq_len": 64}, 1, r"model\.seq_len=64: the shards' rows have 32 tokens"),
         ({"model__vocab_size": 256}, 1, r"model\.vocab_size=256: .* has 512 ids, which do not fit"),
@@ -58,10 +59,10 @@ def test_tiny_takes_the_row_length_that_it_finds(tmp_path: Path, seq_len: int) -
     ],
 )
 def test_what_does_not_fit_is_refused(
-    tmp_path: Path, changes: dict[str, object], world_size: int, message: str
+    tmp_path: Path, changes: dict[str, Any], ranks: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        small_plan(make_shards(tmp_path), world_size, **changes)
+        small_plan(make_shards(tmp_path), ranks, **changes)
 
 
 def test_sources_that_do_not_fit_each_other(tmp_path: Path) -> None:

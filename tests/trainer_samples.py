@@ -1,6 +1,7 @@
 """Small runs for tests: a folder of shards and a model of a few thousand weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,12 +34,12 @@ def make_shards(folder: Path, **rows: int) -> Path:
     return folder
 
 
-def set_texts(**changes: object) -> list[str]:
+def set_texts(**changes: Any) -> list[str]:
     """`--set` texts of the small run with changes; two underscores stand for a dot."""
     named = {key.replace("__", "."): value for key, value in changes.items()}
     return [f"{key}={value}" for key, value in {**SMALL, **named}.items()]
 
 
-def small_plan(shards: Path, world_size: int = 1, **changes: object) -> Plan:
+def small_plan(shards: Path, /, ranks: int = 1, **changes: Any) -> Plan:
     sets = set_texts(**changes)
-    return make_plan(configure(preset="tiny", sets=sets, shards=str(shards)), world_size)
+    return make_plan(configure(preset="tiny", sets=sets, shards=str(shards)), ranks)

@@ -27,7 +27,7 @@ from trainer.mixture import Phase
 from trainer.optimizer import make_optimizer
 from trainer.parallel import Network, build_network
 from trainer.plan import Plan
-from trainer.runs import newest_commit
+from trainer.runs import commit_path, commits, newest_commit
 from trainer.screen import Screen
 from trainer.state import Found, State, find, state_from
 
@@ -128,7 +128,8 @@ class Committer:
         self._session, self._state = session, state
         self._config = session.plan.config.checkpoint
         self._committed_at = time.monotonic()
-        self._committed_step = state.step if state.step else None
+        own = session.world.on_main(lambda: commits(session.run))  # not one resumed from elsewhere
+        self._committed_step = state.step if commit_path(session.run, state.step) in own else None
 
     def clock_wishes(self) -> bool:
         """Whether this rank, if it is the main one, finds that enough time has passed."""

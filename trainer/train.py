@@ -90,7 +90,8 @@ def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None 
                         held_out.losses(session.network.bare, autocast(config, world.device))
                     )
             if commit or committer.due():
-                _look_at(logbook.settle(), session, state)
+                asked, _ = _look_at(logbook.settle(), session, state)
+                stop = stop or asked
                 with watch.paused():
                     committer.commit()
         _look_at(logbook.settle(), session, state)

@@ -1,0 +1,119 @@
+"""The logs: whole lines, no line twice, and nothing lost when the disk is full."""
+
+import errno
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from trainer.metrics import Journal, forget_after, read_lines
+from trainer.screen import LiveLine, PlainLines, open_screen, step_line
+
+VALUES = {
+    "step": 3,
+    "max_steps": 60,
+    "loss": 2.5,
+    "lr": 1e-3,
+    "grad_norm": 0.5,
+    "tokens_per_s": 12_345.6,
+    "data_wait": 0.001,
+    "eta_s": 61.2,
+}
+
+
+def test_lines_after_the_step_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
+    forget_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    Journal(tmp_path, 1, writes=True, tensorboard=False).metrics({"step": 2, "loss": 1.0})
+    assert read_lines(path) == [{"step": 1}, {"step": 2, "loss": 1.0}]
+
+
+def test_only_the_main_rank_writes(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, 0, writes=False, tensorboard=True)
+    journal.metrics({"step": 1})
+    journal.event("start")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_wait_for_a_disk_with_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path, 0, writes=True, tensorboard=False)
+    journal.metrics({"step": 1})
+    write = os.write
+
+    def half(handle: int, data: bytes) -> int:
+        return write(handle, data[:3])
+
+    def full(handle: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    for step, failure in ((2, half), (3, full)):
+        monkeypatch.setattr(os, "write", failure)
+        journal.metrics({"step": step})
+        assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]
+    monkeypatch.undo()
+    journal.metrics({"step": 4})
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_events_say_when(tmp_path: Path) -> None:
+    Journal(tmp_path, 0, writes=True, tensorboard=False).event("start", step=0)
+    event = json.loads((tmp_path / "events.jsonl").read_text())
+    assert (event["event"], event["step"]) == ("start", 0)
+    assert event["unix_s"] > 1.6e9
+
+
+def test_tensorboard_is_written_beside(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    journal = Journal(tmp_path, 0, writes=True, tensorboard=True)
+    journal.metrics({"step": 1, "loss": 2.0, "grad_norm": None, "val": {"fineweb": 3.0}})
+    written = list((tmp_path / "tensorboard").glob("events.*"))
+    assert len(written) == 1
+    assert b"val/fineweb" in written[0].read_bytes()
+
+
+def test_a_step_in_one_line() -> None:
+    assert step_line(VALUES) == (
+        "step 3/60 · loss 2.5000 · lr 1.00e-03 · norm 0.50 · 12,346 tokens/s · data wait 0.1 % "
+        "· ETA 0:01:01"
+    )
+    more = {"mfu": 0.412, "dollars": 1.5, "dollars_left": 2.25, "val_loss": 3.0}
+    line = step_line({**VALUES, **more, "loss": None})
+    assert "loss not finite" in line
+    assert "MFU 41.2 % (causal)" in line
+    assert "$ 1.50 (+ 2.25)" in line
+    assert "held-out 3.0000" in line
+
+
+def test_a_stream_that_is_no_terminal_gets_plain_lines() -> None:
+    stream = io.StringIO()
+    screen = open_screen(stream)
+    assert isinstance(screen, PlainLines)
+    screen.say("hello")
+    screen.step(VALUES)
+    screen.close()
+    assert stream.getvalue().splitlines() == ["hello", step_line(VALUES)]
+
+
+def test_a_terminal_gets_a_line_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    screen = open_screen(stream)
+    assert isinstance(screen, LiveLine)
+    screen.step(VALUES)
+    screen.say("[a] word")
+    screen.step({**VALUES, "step": 4, "val_loss": 3.0})
+    screen.close()
+    text = stream.getvalue()
+    assert "[a] word" in text
+    assert "step 4/60" in text
+    assert "held-out 3.0000" in text
