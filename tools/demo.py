@@ -45,13 +45,13 @@ RESULT: Final = DEMO / "result.json"
 
 SOURCES: Final = ("python-code", "python-docs")
 SEQ_LEN, VOCAB_SIZE, VAL_FRACTION = 256, 2048, 0.02
-STEPS, COMMIT_EVERY, KILL_AFTER = 240, 40, 65
-TWIN_STEPS = 80  # the twin's last commit: the first one past the kill
+STEPS, COMMIT_EVERY, KILL_AFTER = 240, 40, 105
+TWIN_STEPS = 120  # the twin's last commit: the first one past the kill
 SETTINGS: Final = {
     "max_steps": STEPS,
     "global_batch_tokens": 4096,
     "model.dropout": 0.0,  # this little data is seen less than twice
-    "optim.warmup_steps": 30,
+    "optim.lr": 4e-3,
     "mixture.python-code": 80,
     "mixture.python-docs": 20,
     "validation.interval": COMMIT_EVERY,
@@ -121,6 +121,22 @@ def training_arguments() -> list[str]:
     return ["--shards", str(SHARDS), "--preset", "tiny", *settings]
 
 
+class StepLine:
+    """Says how far training is: on one line of a terminal, elsewhere every twentieth step."""
+
+    def __init__(self) -> None:
+        self._shown = -1
+
+    def __call__(self, step: int) -> None:
+        """Show `step`, once."""
+        in_place = sys.stdout.isatty()
+        if step == self._shown or not (in_place or step % 20 == 0):
+            return
+        self._shown = step
+        text = "compiling the model ..." if step == 0 else f"step {step}/{STEPS}"
+        print(f"  {text:<30}", end="\r" if in_place else "\n", flush=True)
+
+
 def train_with_a_kill() -> int | None:
     """Train the run; the step at which it was killed, None if it was there already."""
     if commit_of(RUN, STEPS).exists():
@@ -129,11 +145,11 @@ def train_with_a_kill() -> int | None:
     print(f"summer-train {' '.join(training_arguments())} --out {RUN}")
     killed_at = None
     if last_step(RUN) < KILL_AFTER:
-        killed_at = train_and_kill(training_arguments(), RUN, KILL_AFTER)
+        killed_at = train_and_kill(training_arguments(), RUN, KILL_AFTER, StepLine())
         resumed_from = killed_at // COMMIT_EVERY * COMMIT_EVERY
         print(f"killed with SIGKILL after step {killed_at}; the same command again goes on from")
         print(f"the last commit, step {resumed_from}")
-    train(training_arguments(), RUN)
+    train(training_arguments(), RUN, StepLine())
     losses = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in losses]
     print(f"trained: {len(steps)} steps in metrics.jsonl, each once: {steps == sorted(set(steps))}")
@@ -144,7 +160,7 @@ def train_with_a_kill() -> int | None:
 def compare_with_twin(killed_at: int | None) -> Comparison:
     """Train the twin, if it is not there, and compare."""
     if not commit_of(TWIN, TWIN_STEPS).exists():
-        train_until_commit(training_arguments(), TWIN, TWIN_STEPS)
+        train_until_commit(training_arguments(), TWIN, TWIN_STEPS, StepLine())
     comparison = compare_commits(RUN, TWIN, TWIN_STEPS)
     for name, (here, there) in comparison.files.items():
         print(f"  {name}: {(here or 'absent')[:16]} and {(there or 'absent')[:16]}")

@@ -25,6 +25,9 @@ from tools.errors import ToolError
 POLL_S: Final = 0.05
 GRACE_S: Final = 120.0
 
+Watch = Callable[[int], None]
+"""Called with the last step logged, again and again, while a run goes on."""
+
 
 class RehearsalError(ToolError):
     """A run that did not do what the rehearsal needs of it."""
@@ -43,18 +46,20 @@ class Comparison:
         return bool(self.files) and all(here == there for here, there in self.files.values())
 
 
-def train(arguments: Sequence[str], run: Path) -> None:
-    """Train to the end; RehearsalError with the last lines if the run fails."""
+def train(arguments: Sequence[str], run: Path, watch: Watch | None = None) -> None:
+    """Train to the end; RehearsalError with the last line if the run fails."""
     with _training(arguments, run) as process:
-        code = process.wait()
-    if code != 0:
-        raise RehearsalError(_failed(run, code))
+        _wait_until(lambda: process.poll() is not None, process, run, watch)
+    if process.returncode != 0:
+        raise RehearsalError(_failed(run, process.returncode))
 
 
-def train_and_kill(arguments: Sequence[str], run: Path, step: int) -> int:
+def train_and_kill(
+    arguments: Sequence[str], run: Path, step: int, watch: Watch | None = None
+) -> int:
     """The last step that was logged when, after `step`, the run was ended with SIGKILL."""
     with _training(arguments, run) as process:
-        _wait_until(lambda: last_step(run) >= step, process, run)
+        _wait_until(lambda: last_step(run) >= step, process, run, watch)
         logged = last_step(run)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -70,10 +75,12 @@ def train_and_terminate(arguments: Sequence[str], run: Path, step: int) -> tuple
     return last_step(run), code
 
 
-def train_until_commit(arguments: Sequence[str], run: Path, step: int) -> None:
+def train_until_commit(
+    arguments: Sequence[str], run: Path, step: int, watch: Watch | None = None
+) -> None:
     """Train until the commit of `step` is there, then tell the run to stop."""
     with _training(arguments, run) as process:
-        _wait_until(lambda: commit_of(run, step).exists(), process, run)
+        _wait_until(lambda: commit_of(run, step).exists(), process, run, watch)
         process.terminate()
         process.wait(GRACE_S)
 
@@ -118,10 +125,17 @@ def _training(arguments: Sequence[str], run: Path) -> Iterator[subprocess.Popen[
                 process.wait()
 
 
-def _wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], run: Path) -> None:
+def _wait_until(
+    condition: Callable[[], bool],
+    process: subprocess.Popen[bytes],
+    run: Path,
+    watch: Watch | None = None,
+) -> None:
     while not condition():
         if process.poll() is not None and not condition():
             raise RehearsalError(_failed(run, process.returncode))
+        if watch is not None:
+            watch(last_step(run))
         time.sleep(POLL_S)
 
 
