@@ -13,6 +13,7 @@ import torch
 from pipeline.tokenizer import Tokenizer, train
 from shards.reader import read_manifest
 from tools.baselines import Unigram, compressed_sizes, count_training_ids
+from tools.cards import heldout_card
 from tools.errors import EvaluationError
 from tools.heldout import evaluate_heldout, held_out_documents
 from tools.vocabulary import Vocabulary
@@ -112,6 +113,10 @@ def test_sources_without_held_out_documents_are_named(tmp_path: Path) -> None:
     write_shards(tmp_path / "s", train_texts=["some text"], val_texts=[])
     with pytest.raises(EvaluationError, match="no document is held out in s"):
         evaluate_heldout(sample_loaded(), tmp_path)
+    write_shards(tmp_path / "t", train_texts=["some text"], val_texts=["more text"])
+    result = evaluate_heldout(sample_loaded(), tmp_path)
+    assert (result.without, result.total.documents) == (("s",), 1)
+    assert "Nothing is held out of s." in heldout_card(result)
 
 
 def test_a_unigram_knows_frequencies_and_rules_nothing_out() -> None:

@@ -27,6 +27,7 @@ def run(tmp_path: Path) -> Path:
         {"step": step, "loss": 8.0 - 0.1 * step, "tokens": 8192 * step, "tokens_per_s": 1000.0}
         for step in (1, 2, 3, 2, 3, 4)
     ]
+    lines[-1]["val_loss"] = 6.125
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo'
     (folder / "metrics.jsonl").write_text(text)
     (folder / "events.jsonl").write_text('{"step": 2, "event": "resume", "note": "<b>"}\n')
@@ -56,6 +57,7 @@ def test_the_page_is_whole_and_escapes_what_it_shows(run: Path) -> None:
     assert "tiny&lt;1&gt;" in page and "<1>" not in page
     assert "&lt;b&gt;" in page and "<b>" not in page
     assert "32,768" in page  # tokens at the last step
+    assert page.count("<td>6.125</td>") == 2
     assert "&quot;max_steps&quot;: 4" in page
 
 

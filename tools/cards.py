@@ -41,6 +41,7 @@ def heldout_card(result: HeldOut) -> list[str]:
     head = ("held out", "documents", "tokens", "bytes", "model", "unigram", "gzip", "xz")
     scores = result.sources if len(result.sources) == 1 else (*result.sources, result.total)
     model = result.model
+    without = [f"Nothing is held out of {', '.join(result.without)}."] if result.without else []
     return [
         f"heldout: {model['model']} ({model['parameters']:,} parameters); bits per byte, "
         "smaller is better",
@@ -49,6 +50,7 @@ def heldout_card(result: HeldOut) -> list[str]:
         f"{'below' if result.below_unigram >= 0 else 'ABOVE'} the unigram. It scores each document "
         f"from its BOS, context {result.context:,}; gzip -9 and xz -9e see "
         f"{result.compressors_see}.",
+        *without,
         f"weights sha256 {model['weights_sha256']}, {model['dtype']} on {model['device']}, "
         f"{result.time_s:.1f} s",
     ]

@@ -24,7 +24,10 @@ def write_loss_curve(runs: Sequence[RunLog], path: Path) -> Path:
 
 
 def loss_curve_png(runs: Sequence[RunLog]) -> bytes:
-    """A PNG picture of the runs' training losses by step: each step faint, their average strong."""
+    """A PNG picture of the runs' losses by step: each step faint, their average strong.
+
+    Held-out losses, where a run measured them, are dots.
+    """
     figure = _figure()
     axes = figure.add_subplot()
     for number, run in enumerate(runs):
@@ -35,11 +38,15 @@ def loss_curve_png(runs: Sequence[RunLog]) -> bytes:
         axes.plot(
             steps[::stride], smoothed(losses)[::stride], color=colour, linewidth=1.8, label=run.name
         )
+        held_out_steps, held_out = run.series("val_loss")
+        if held_out:
+            label = f"{run.name}, held out"
+            axes.plot(held_out_steps, held_out, "o--", color=colour, markersize=4, label=label)
         for event in run.events:
             if "step" in event and event.get("event") in _MARKED_EVENTS:
                 axes.axvline(event["step"], color=colour, linestyle=":", linewidth=0.8)
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss (nats per token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()

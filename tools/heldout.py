@@ -57,10 +57,14 @@ class SourceScore:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The held-out score of a model: `sources` in order of name, and `total` over all of them."""
+    """The held-out score of a model: `sources` in order of name, and `total` over all of them.
+
+    `without` names prepared sources of which nothing is held out.
+    """
 
     sources: tuple[SourceScore, ...]
     total: SourceScore
+    without: tuple[str, ...]
     context: int
     compressors_see: str
     model: dict[str, object]
@@ -131,6 +135,7 @@ def evaluate_heldout(
     return HeldOut(
         sources=tuple(map(_source_score, held_out, nats_a_source)),
         total=_source_score(together, nats),
+        without=tuple(name for name, manifest in manifests.items() if not manifest.n_val_rows),
         context=context,
         compressors_see="the documents of a source run together",
         model=loaded.describe(),

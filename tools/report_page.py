@@ -44,18 +44,29 @@ def report_page(runs: Sequence[RunLog]) -> str:
 """
 
 
-_FIGURES: Final = ("steps", "tokens", "first loss", "last loss (averaged)", "tokens/s", "time")
+_FIGURES: Final = (
+    "steps",
+    "tokens",
+    "first loss",
+    "last loss (averaged)",
+    "held out",
+    "tokens/s",
+    "time",
+)
 
 
 def _figures(run: RunLog) -> list[str]:
     """One run's row of the table; what was not logged is a dash."""
     steps, losses = run.series("loss")
-    tokens, rates, times = (run.series(name)[1] for name in ("tokens", "tokens_per_s", "time_s"))
+    tokens, held_out, rates, times = (
+        run.series(name)[1] for name in ("tokens", "val_loss", "tokens_per_s", "time_s")
+    )
     return [
         f"{steps[-1]:,}" if steps else "–",
         f"{tokens[-1]:,.0f}" if tokens else "–",
         f"{losses[0]:.3f}" if losses else "–",
         f"{smoothed(losses)[-1]:.3f}" if losses else "–",
+        f"{held_out[-1]:.3f}" if held_out else "–",
         f"{median(rates):,.0f}" if rates else "–",
         f"{max(times):,.0f} s" if times else "–",
     ]
