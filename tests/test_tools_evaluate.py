@@ -1,16 +1,20 @@
 """summer-eval as it is typed: cards, JSON, and one clear line for whatever is wrong."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from hub_server import HubServer, Repo
 from pipeline.tokenizer import train
 from tools.evaluate import main
 from tools.perplexity import Perplexity
@@ -195,3 +199,36 @@ def test_the_hub_out_of_reach_is_one_line_and_no_wait(run: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "cannot be reached" in done.stderr and "--data FILE" in done.stderr
+
+
+CARD = """---
+configs:
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - split: test
+    path: wikitext-2-raw-v1/test-*
+---
+"""
+
+
+def test_wikitext_comes_from_the_hub(run: Path, tmp_path: Path) -> None:
+    """The command as it is typed without --data, against a Hub on loopback."""
+    lines = sample_text()[:6000].split("\n")
+    rows = pa.table({"text": [line + "\n" if line.strip() else "" for line in lines]})
+    pq.write_table(rows, tmp_path / "test.parquet")
+    files = {"wikitext-2-raw-v1/test-00000.parquet": (tmp_path / "test.parquet").read_bytes()}
+    arguments = ["wikitext2", "--run", str(run), "--device", "cpu", "--json"]
+    with HubServer({"Salesforce/wikitext": Repo(files, card=CARD)}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-m", "tools.evaluate", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **hub.environment(tmp_path)},
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    raw = "".join(line + "\n" if line.strip() else " \n" for line in lines)
+    assert figures["text_bytes"] == len(raw.encode())
+    assert figures["text_sha256"] == hashlib.sha256(raw.encode()).hexdigest()
