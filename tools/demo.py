@@ -34,7 +34,7 @@ from tools.interruption import (
 )
 
 if TYPE_CHECKING:
-    from tools.heldout import HeldOut, SourceScore
+    from tools.heldout import HeldOut
 
 DEMO: Final = Path("demo")
 SHARDS: Final = DEMO / "shards"
@@ -172,23 +172,13 @@ def compare_with_twin(killed_at: int | None) -> Comparison:
 
 def evaluate() -> HeldOut:
     """The held-out score of the finished run, as a table."""
+    from tools.cards import heldout_card
     from tools.heldout import evaluate_heldout
     from tools.loading import Choice, load
 
     score = evaluate_heldout(load(Choice(run=RUN)), SHARDS)
-    print("bits per byte        model  unigram     gzip       xz   documents     bytes")
-    for source in (*score.sources, score.total):
-        print(score_line(source))
-    print(f"the model is {score.below_unigram:.0%} below the unigram; gzip and xz see")
-    print(f"{score.compressors_see}, the model one document at a time")
+    print("\n".join(heldout_card(score)))
     return score
-
-
-def score_line(source: SourceScore) -> str:
-    """One line of the table."""
-    coders = (source.model, source.unigram, source.gzip, source.xz)
-    figures = "".join(f"{value:9.3f}" for value in coders)
-    return f"  {source.source:<15}{figures}   {source.documents:9,} {source.bytes:9,}"
 
 
 def show_samples() -> None:

@@ -87,15 +87,16 @@ def rehearse(
     train(arguments, twin)
     last = step_of(newest_commit(twin))
     interval = load_config(twin).checkpoint.interval_steps
-    if not 0 < interval < last:
+    if not 0 < 2 * interval < last - 1:
         raise RehearsalError(
-            f"checkpoint.interval_steps is {interval} in a run of {last} steps: give one in "
-            "between (--set checkpoint.interval_steps=), so that there is a commit to go on from"
+            f"checkpoint.interval_steps is {interval} in a run of {last} steps: give one "
+            "below half of that (--set checkpoint.interval_steps=): a run must have two commits"
         )
     chooser = random.Random(seed)
     outcomes = []
-    for fault in ("kill -9", "SIGTERM", "damaged commit"):
-        step = chooser.randrange(2 * interval if fault == "damaged commit" else interval, last)
+    for fault in ("SIGKILL", "SIGTERM", "damaged commit"):
+        spared = 2 if fault == "damaged commit" else 1  # commits that must be there by then
+        step = chooser.randrange(spared * interval + 1, last)
         report(f"{fault}: training, hit after step {step}")
         outcomes.append(_disturb(fault, arguments, out / fault.replace(" ", "-"), step, twin, last))
     same = compare_commits(twin, twin, last)

@@ -1,0 +1,16 @@
+"""Tools: they look at the floors below from above, and nobody imports them.
+
+Commands       evaluate  generate  trace  convert  plan  doctor  report  rehearse; demo (`make demo`)
+loading        a run, a commit or a Llama folder -> the model with its tokenizer
+vocabulary     what a tokenizer must offer to be scored or to write
+protocols      text -> windows: which ids are read, which are scored
+scoring        windows -> nats                        perplexity  nats -> figures with their protocol
+heldout        the held-out documents of shards       baselines   unigram, gzip, xz on the same text
+wikitext       the text of WikiText                   cards       figures as lines to read
+generation     a prompt -> text                       sampling    logits -> the next id
+planning       memory, time and money on paper        checks      the doctor's examinations
+conversion     to and from llama.py's folders of Llama-family models
+runlog         what a run wrote about itself          figures, report_page  as picture and page
+interruption   runs that are killed, and the proof that it did no harm; rehearsal does it in a row
+benchmarks/    one script a bar; RESULTS.md has what was measured
+"""
