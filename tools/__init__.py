@@ -1,10 +1,10 @@
 """Tools: they look at the floors below from above, and nobody imports them.
 
-Commands       evaluate  generate  trace  convert  plan  doctor  report  rehearse; demo (`make demo`)
+Commands       evaluate generate trace convert plan doctor report rehearse; demo (`make demo`)
 loading        a run, a commit or a Llama folder -> the model with its tokenizer
 vocabulary     what a tokenizer must offer to be scored or to write
 protocols      text -> windows: which ids are read, which are scored
-scoring        windows -> nats                        perplexity  nats -> figures with their protocol
+scoring        windows -> nats                        perplexity  nats -> figures
 heldout        the held-out documents of shards       baselines   unigram, gzip, xz on the same text
 wikitext       the text of WikiText                   cards       figures as lines to read
 generation     a prompt -> text                       sampling    logits -> the next id
