@@ -12,9 +12,10 @@ from shards.errors import ShardError
 from shards.reader import ShardReader
 from shards_samples import make_source
 from trainer.errors import TrainingError
+from trainer.faults import named_faults
 from trainer.loader import HostBatch, Loader, LoaderConfig, MicroBatches, Stretch, to_device
 from trainer.mixture import BatchShape, DataOrder, Phase, dropout_keys
-from trainer_samples import make_shards
+from trainer_samples import ALONE, make_shards
 
 CPU = torch.device("cpu")
 
@@ -149,6 +150,7 @@ def test_a_worker_that_dies_is_an_error_with_a_mend(tmp_path: Path) -> None:
     good = batches_of(make_shards(tmp_path), BatchShape(8, 8, 1), 1)
     good.__class__ = Deadly
     loader = Loader(good, LoaderConfig(num_workers=1), CPU, pad_id=0)
-    with pytest.raises(TrainingError, match=r"a loader worker died .* the last commit stands"):
+    message = r"a loader worker died .* the last commit stands"
+    with pytest.raises(TrainingError, match=message), named_faults(ALONE):
         loader.next()
     loader.close()

@@ -94,7 +94,7 @@ def test_a_run_learns_and_explains_itself(shards: Path, tmp_path: Path) -> None:
     assert lines[-1]["tokens"] == 20 * 256
     assert load_config(run) == plan.config
     assert (run / "tokenizer.model").read_bytes() == b"a model"
-    assert events_of(run) == ["start", "commit"]
+    assert events_of(run) == ["start", "commit", "done"]
     record = json.loads((outcome.commit / "COMMIT.json").read_text())
     assert (record["step"], record["next_index"]) == (20, 160)
     assert {name: entry["rows"] for name, entry in record["ledger"].items()} == {
@@ -143,12 +143,8 @@ def test_stopped_and_started_again_it_is_the_same_run(
     assert log_of(tmp_path / "parted") == log_of(tmp_path / "whole")
     assert same_weights(tmp_path / "parted", tmp_path / "whole")
     assert events_of(tmp_path / "parted") == [
-        "start",
-        "commit",
-        "resume",
-        "commit",
-        "commit",
-        "commit",
+        *("start", "commit", "stopped"),
+        *("resume", "commit", "commit", "commit", "done"),
     ]
 
 
@@ -377,7 +373,7 @@ def test_commits_by_the_clock(shards: Path, tmp_path: Path) -> None:
     plan = small_plan(shards, max_steps=6, checkpoint__interval_minutes=1e-9)
     train(plan, tmp_path)
     # a step's wish is read, like all its numbers, one step later: at 2, 4 and 6
-    assert events_of(tmp_path) == ["start", *["commit"] * 3]
+    assert events_of(tmp_path) == ["start", *["commit"] * 3, "done"]
 
 
 def test_one_run_one_job(shards: Path, tmp_path: Path) -> None:

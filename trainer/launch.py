@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -20,7 +19,8 @@ from torch.distributed.run import config_from_args, get_args_parser
 
 from trainer.errors import TrainingError
 
-STOPPED: Final = 75  # EX_TEMPFAIL: asked to stop, committed; the same command goes on
+ASKED_TO_STOP: Final = 75
+"""Exit code (EX_TEMPFAIL) of a run that was asked to stop and has committed."""
 
 
 class Launch(NamedTuple):
@@ -50,8 +50,8 @@ def launch_line(launch: Launch, arguments: Sequence[str]) -> str:
     return shlex.join(["torchrun", *torchrun_arguments(launch, arguments)])
 
 
-def run_on_all(launch: Launch, arguments: Sequence[str]) -> int:
-    """The exit code of the job: 0, or 75 if it was asked to stop.
+def run_on_all(launch: Launch, arguments: Sequence[str]) -> None:
+    """Train on all ranks until they end, well or because they were asked to stop.
 
     TrainingError if a rank failed.
     """
@@ -61,20 +61,18 @@ def run_on_all(launch: Launch, arguments: Sequence[str]) -> int:
     if args.standalone:
         args.rdzv_backend, args.rdzv_endpoint = "c10d", "localhost:0"
     config, entrypoint, entry_args = config_from_args(args)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what they say is said better here
     try:
         elastic_launch(config=config, entrypoint=entrypoint)(*entry_args)
     except SignalException:
-        return STOPPED
+        return
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if set(codes.values()) == {STOPPED}:
-            return STOPPED
         rank, first = error.get_first_failure()
+        if first.exitcode == ASKED_TO_STOP:  # the others then are about to end, or were made to
+            return
         raise TrainingError(
             f"rank {rank} ended with exit code {first.exitcode}; what it said stands above, "
             "and the last commit stands: run the same command again"
         ) from error
-    finally:
-        sys.stdout.flush()
-    return 0

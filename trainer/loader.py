@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from model.loss import IGNORED
 from shards.errors import ShardError, SummerError
 from shards.reader import ShardReader
-from trainer.errors import TrainingError, at_least
+from trainer.errors import at_least
 from trainer.mixture import BatchShape, DataOrder, Indices, dropout_keys, micro_batch_indices
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
@@ -156,17 +156,8 @@ class Loader:
     def next(self) -> MicroBatch:
         """The next micro-batch. Raises what its rows were refused for."""
         start = time.perf_counter()
-        try:
-            host = next(self._batches)
-        except RuntimeError as error:
-            if "worker" not in str(error):
-                raise
-            raise TrainingError(
-                f"a loader worker died ({str(error).splitlines()[0]}); the last commit stands: "
-                "run the same command again, with a smaller loader.num_workers if memory was short"
-            ) from error
-        finally:
-            self.waited_s += time.perf_counter() - start
+        host = next(self._batches)
+        self.waited_s += time.perf_counter() - start
         if isinstance(host, Refused):
             raise host.error
         return to_device(host, self._device, self._pad_id)
@@ -193,12 +184,12 @@ def to_device(host: HostBatch, device: torch.device, pad_id: int) -> MicroBatch:
 
 
 def _live_and_die_with_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole group, and a worker must serve the steps before the commit.
+    """Ctrl-C and a scheduler's SIGTERM reach the whole group: a worker must serve on to the commit.
 
     A parent that is killed cannot end its workers; the kernel can (torch's own watchdog takes five
     seconds and leaves a traceback).
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -14,13 +14,13 @@ import torch
 from trainer.config import configure
 from trainer.devices import pick_device
 from trainer.distributed import launched_by_torchrun
-from trainer.errors import ConfigError
-from trainer.launch import STOPPED, Launch, launch_line, run_on_all
+from trainer.errors import ConfigError, TrainingError
+from trainer.launch import ASKED_TO_STOP, Launch, launch_line, run_on_all
 from trainer.metrics import read_lines
 from trainer.plan import Plan, describe, make_plan
-from trainer.runs import METRICS, commits
+from trainer.runs import EVENTS, METRICS, commits
 from trainer.screen import Screen, Silent, open_screen
-from trainer.train import train
+from trainer.train import STOPPED, train
 
 PLAN_SHOWN: Final = "SUMMER_PLAN_SHOWN"
 
@@ -77,7 +77,8 @@ def start(request: Request, stream: TextIO) -> int:
         launch = Launch(n_local, request.nnodes, _options(request.torchrun))
         screen.say(launch_line(launch, request.for_rank()))
         os.environ[PLAN_SHOWN] = "yes"  # the ranks inherit it
-    return run_on_all(launch, request.for_rank())
+    run_on_all(launch, request.for_rank())
+    return _ended_as(run)
 
 
 def _show(plan: Plan, run: Path, screen: Screen) -> None:
@@ -88,11 +89,18 @@ def _show(plan: Plan, run: Path, screen: Screen) -> None:
 def _train(plan: Plan, run: Path, request: Request, screen: Screen) -> int:
     with contextlib.closing(screen):
         outcome = train(plan, run, resume=request.resume, screen=screen)
-        if outcome.stopped:
-            screen.say(f"stopped at step {outcome.step}, committed: the same command goes on")
-            return STOPPED
-        screen.say(f"done: {outcome.commit}")
-        return 0
+        return ASKED_TO_STOP if outcome.stopped else 0
+
+
+def _ended_as(run: Path) -> int:
+    """The exit code of a job of several ranks, by what the main one wrote down last."""
+    last = read_lines(run / EVENTS)[-1:]
+    if last and last[0]["event"] in ("done", STOPPED):
+        return ASKED_TO_STOP if last[0]["event"] == STOPPED else 0
+    raise TrainingError(
+        f"{run} was ended before it could commit; the last commit stands: "
+        "run the same command again"
+    )
 
 
 def _default_run(run: Path, resume: str) -> Path:

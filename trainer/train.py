@@ -21,9 +21,10 @@ What happens to a step's tokens:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from trainer.distributed import join_world
+from trainer.faults import named_faults
 from trainer.guard import judge
 from trainer.logbook import Arrived, Logbook, Stopwatch
 from trainer.optimizer import finish_gradients, set_lr
@@ -37,6 +38,9 @@ from trainer.signals import listen_for_stop
 from trainer.state import State
 from trainer.tally import Late, Tally
 from trainer.validation import HeldOut
+
+STOPPED: Final = "stopped"
+"""The event of a run that was asked to stop and has committed."""
 
 
 class Outcome(NamedTuple):
@@ -53,6 +57,7 @@ def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None 
     with (
         listen_for_stop() as asked_to_stop,
         join_world(config.device) as world,
+        named_faults(world),
         claim(run, world),
         begin(plan, run, resume, world, screen or Silent()) as (session, state),
         open_loader(session, state) as loader,
@@ -96,7 +101,17 @@ def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None 
                     committer.commit()
         _look_at(logbook.settle(), session, state)
         committer.commit(last=True)
-        return Outcome(state.step, state.step < config.max_steps, newest_commit(run))
+        return _ended(session, state)
+
+
+def _ended(session: Session, state: State) -> Outcome:
+    commit, stopped = newest_commit(session.run), state.step < session.plan.config.max_steps
+    if stopped:
+        text = f"stopped at step {state.step}, committed: the same command goes on"
+        session.tell(text, STOPPED, step=state.step)
+    else:
+        session.tell(f"done: {commit}", "done", step=state.step)
+    return Outcome(state.step, stopped, commit)
 
 
 def _look_at(arrived: Arrived, session: Session, state: State) -> tuple[bool, bool]:
