@@ -74,7 +74,7 @@ def in_batches(stream: Iterable[Documents], batch_bytes: int) -> Iterator[Docume
     """The same documents in batches of at least that size: small files cost no more than large."""
     waiting: list[Documents] = []
     waiting_bytes = 0
-    for documents in stream:
+    for documents in filter(len, stream):
         waiting.append(documents)
         waiting_bytes += documents.texts.nbytes
         if waiting_bytes >= batch_bytes:

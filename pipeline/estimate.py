@@ -28,8 +28,7 @@ from pipeline.units import Plan, Unit
 from pipeline.work import Limit
 
 SAMPLE_BYTES: Final = 1 << 20
-SAMPLE_UNITS: Final = 8
-SAMPLE_PARTS: Final = 32
+SAMPLE_BATCHES: Final = 64
 ROOM_FACTOR: Final = 1.05
 """For sidecars, padding, and text that is unlike the sample."""
 
@@ -116,16 +115,21 @@ def refuse_without_room(folder: Path, needed_bytes: int) -> None:
 
 
 def _first_documents(plan: Plan, reader: PartReader, maker: DocumentMaker) -> Iterator[Documents]:
-    """Documents from the beginnings of the first units, at most SAMPLE_BYTES at a time."""
-    units = plan.units[:SAMPLE_UNITS]
-    numbers = (range(unit.first, min(unit.last, unit.first + SAMPLE_PARTS)) for unit in units)
-    for number in itertools.chain.from_iterable(numbers):
-        part = plan.parts[number]
-        for documents in maker.documents(number, part, reader.read(part)):
-            if len(documents):
-                yield documents.first(_within(documents, SAMPLE_BYTES))
-            if len(maker.rejected) > 1000:
-                break
+    """Documents from the beginnings of the first units, at most SAMPLE_BYTES at a time.
+
+    Where there are none, as in a file of nothing but zeros, the search ends after some batches.
+    """
+    numbers = itertools.chain.from_iterable(range(u.first, u.last) for u in plan.units)
+    batches = (
+        documents
+        for number in numbers
+        for documents in maker.documents(
+            number, plan.parts[number], reader.read(plan.parts[number])
+        )
+    )
+    for documents in itertools.islice(batches, SAMPLE_BATCHES):
+        if len(documents):
+            yield documents.first(_within(documents, SAMPLE_BYTES))
 
 
 def _within(documents: Documents, size: int) -> int:

@@ -184,7 +184,7 @@ def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[byte
     that line is left to the next range.
     """
     end = last if last is not None else sys.maxsize
-    at, tail = _skip_line(stream, first - 1) if first else (0, b"")
+    at, tail = _skip_line(stream, first - 1, end) if first else (0, b"")
     while at - len(tail) < end:  # the tail begins at the beginning of a line, and it is one of ours
         cut = tail.find(b"\n", max(0, end - 1 - (at - len(tail)))) + 1 if at >= end else 0
         cut = cut or tail.rfind(b"\n") + 1
@@ -193,7 +193,7 @@ def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[byte
             tail = tail[cut:]
         elif len(tail) > MAX_RECORD_BYTES:
             yield None
-            at, tail = _skip_line(stream, at)
+            at, tail = _skip_line(stream, at, end)
         elif data := stream.read(min(BLOCK_BYTES, max(end - at, 1 << 16))):
             at, tail = at + len(data), tail + data
         else:
@@ -202,11 +202,11 @@ def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[byte
             return
 
 
-def _skip_line(stream: BinaryIO, at: int) -> tuple[int, bytes]:
-    """Position reached and what was read behind the first line end at or after `at`."""
+def _skip_line(stream: BinaryIO, at: int, end: int) -> tuple[int, bytes]:
+    """Position reached and what was read behind the first line end in [at, end)."""
     if stream.seekable():
         stream.seek(at)
-    while data := stream.read(1 << 16):
+    while at < end and (data := stream.read(min(1 << 16, end - at))):
         at += len(data)
         if stop := data.find(b"\n") + 1:
             return at, data[stop:]

@@ -1,0 +1,81 @@
+"""Small corpora, a small vocabulary, and a walk over shards that uses numpy alone."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.executors import Executor
+from pipeline.prepare import Request, Watch, prepare
+from pipeline.sources import Choice, find
+from pipeline.tokenizer import Tokenizer, train
+from shards.format import Manifest
+
+WORDS = "the cat sat on a mat and then it rained all day long in London while 42 dogs barked"
+TEXTS = [f"{WORDS[n % 40 :]}, number {n}.\n{WORDS * (n % 7)}" for n in range(300)]
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """A vocabulary of 400 entries, learnt in a tenth of a second."""
+    return Tokenizer(train(TEXTS, 400), "small")
+
+
+def write_parquet(path: Path, rows: list[Any], column: str = "text", group: int = 1000) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"id": list(range(len(rows))), column: rows})
+    pq.write_table(table, path, row_group_size=group)
+    return path
+
+
+def write_jsonl(path: Path, rows: list[Any], column: str = "text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"id": n, column: row}) + "\n"
+                            for n, row in enumerate(rows)))  # fmt: skip
+    return path
+
+
+def request(out: Path, files: str, name: str = "mine", **changes: Any) -> Request:
+    """A small request: rows of 64 tokens, units of 16 kB."""
+    settings = {"seq_len": 64, "val_fraction": 0.1, "unit_bytes": 1 << 14, "check_encoding": 1}
+    return Request(
+        source=find(name, Choice(data_files=(files,))),
+        tokenizer=changes.pop("tokenizer", None) or tokenizer(),
+        out=out,
+        data_files=(files,),
+        **{**settings, **changes},
+    )
+
+
+def prepared(wanted: Request, workers: int = 1) -> Manifest:
+    manifest = prepare(wanted, Executor(workers=workers), Watch())
+    assert manifest is not None
+    return manifest
+
+
+def documents(folder: Path) -> list[list[int]]:
+    """The ids of every document, BOS and EOS included, train and held out."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    facts, found = manifest["tokenizer"], []
+    for split in ("train", "val"):
+        streams: dict[str, list[Any]] = {}
+        for shard in manifest["shards"]:
+            if shard["split"] == split:
+                unit = shard["file"].split("-")[0]
+                streams.setdefault(unit, []).append(np.load(folder / shard["file"]))
+        for rows in streams.values():
+            stream = np.concatenate(rows).reshape(-1)
+            stream = stream[: np.flatnonzero(stream != facts["pad_id"])[-1] + 1]
+            assert stream[0] == facts["bos_id"]
+            starts = np.flatnonzero(stream == facts["bos_id"])
+            found += [piece.tolist() for piece in np.split(stream, starts[1:])]
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -1,0 +1,107 @@
+"""Records -> documents: pages joined from lines, what is held out, what is refused."""
+
+import contextlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import documents
+from pipeline.documents import DocumentMaker, Documents, held_out, in_batches
+from pipeline.inputs import local_inputs
+from pipeline.reading import PartReader, Records
+from pipeline.sources import Source, find
+from pipeline.units import cut_into_parts
+from shards.format import Part
+
+PART = Part(file="a", first=0, last=1)
+SOURCE = Source(name="mine", about="", licence="")
+
+
+def pages_of(path):
+    source, inputs = find("wikitext2"), local_inputs((str(path),))
+    (weighed,) = cut_into_parts(inputs, source)
+    maker = DocumentMaker(source, 1.0)
+    with contextlib.closing(PartReader(inputs, source)) as reader:
+        found = list(maker.documents(7, weighed.part, reader.read(weighed.part)))
+    assert all(batch.held.all() and (batch.parts == 7).all() for batch in found)
+    return [
+        page
+        for batch in found
+        for page in zip(batch.texts.to_pylist(), batch.records.tolist(), strict=True)
+    ]
+
+
+PAGES = [
+    " \n = First = \n \n Some text . \n \n = = Section = = \n \n x = 1 \n \n",
+    " = Second ( 2 ) = \n \n More . \n",
+]
+
+
+def test_lines_become_pages_from_raw_text_and_from_rows(tmp_path):
+    raw = "".join(PAGES)
+    (tmp_path / "wiki.raw").write_text(raw)
+    rows = ["" if line == " " else f"{line}\n" for line in raw.split("\n")[:-1]]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=3)
+    wanted = [(PAGES[0], 0), (PAGES[1], 9)]
+    assert pages_of(tmp_path / "wiki.raw") == wanted
+    assert pages_of(tmp_path / "a.parquet") == wanted
+
+
+def test_wikitext_is_cut_at_its_titles_and_nothing_is_lost(shared):
+    pages = pages_of(shared / "wikitext-2" / "wiki.test.raw")
+    raw = (shared / "wikitext-2" / "wiki.test.raw").read_text()
+    assert "".join(text for text, _ in pages) == raw
+    assert len(pages) == 62  # as the field counts them: two formulas look like titles
+    assert pages[1][0].startswith(" = Du Fu = \n")
+    rows = shared / "wikitext-2" / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet"
+    assert pages_of(rows) == pages
+
+
+@settings(deadline=None)
+@given(st.lists(st.text()), st.integers(0, 1 << 16))
+def test_held_out_depends_on_the_text_alone(texts, below):
+    array = pa.array(["skipped", *texts, "x"], pa.large_string())[1:-1]
+    wanted = [xxhash.xxh3_64_intdigest(text.encode()) % (1 << 16) < below for text in texts]
+    assert held_out(array, below).tolist() == wanted
+
+
+def test_the_share_held_out_is_what_was_asked_for():
+    texts = pa.array([f"document {n}" for n in range(20_000)], pa.large_string())
+    assert abs(held_out(texts, round(0.1 * 65536)).mean() - 0.1) < 0.01
+    assert not held_out(texts, 0).any()
+
+
+def test_batches_hold_the_same_documents():
+    maker = DocumentMaker(SOURCE, 0.5)
+    several = [
+        next(maker.documents(n, PART, [Records(n, pa.array([f"{n}", f"text {n}"]))]))
+        for n in range(10)
+    ]
+    (whole,) = in_batches(several, 1 << 20)
+    single = list(in_batches(several, 1))
+    assert [batch.texts.to_pylist() for batch in single] == [
+        [f"{n}", f"text {n}"] for n in range(10)
+    ]
+    assert whole.texts.to_pylist() == [text for batch in single for text in batch.texts.to_pylist()]
+    assert whole.parts.tolist() == np.repeat(np.arange(10), 2).tolist()
+    assert whole.records.tolist() == [r for n in range(10) for r in (n, n + 1)]
+    first = whole.first(3)
+    assert first.texts.to_pylist() == ["0", "text 0", "1"] and len(first) == 3
+
+
+def test_a_text_above_the_largest_record_is_refused(monkeypatch):
+    monkeypatch.setattr(documents, "MAX_RECORD_BYTES", 5)
+    maker = DocumentMaker(SOURCE, 0.0)
+    records = Records(40, pa.array(["12345", "123456", None, "é é"]))
+    (found,) = maker.documents(0, PART, [records])
+    assert isinstance(found, Documents)
+    assert found.texts.to_pylist() == ["12345", "é é"]
+    assert found.records.tolist() == [40, 43]
+    assert [(r["record"], r["reason"]) for r in maker.rejected] == [
+        (41, "above 128 MiB"),
+        (42, "field missing"),
+    ]

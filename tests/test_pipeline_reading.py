@@ -1,0 +1,236 @@
+"""Files -> records: every format, ranges of lines, and input that is not what it should be."""
+
+import gzip
+import io
+import itertools
+import json
+import os
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pipeline import reading
+from pipeline.documents import DocumentMaker
+from pipeline.errors import SourceError
+from pipeline.inputs import local_inputs
+from pipeline.reading import PartReader, line_blocks
+from pipeline.sources import Source
+from pipeline.units import cut_into_parts
+from pipeline_samples import write_jsonl, write_parquet
+
+SOURCE = Source(name="mine", about="", licence="")
+
+
+def read(pattern, source=SOURCE):
+    """(texts, refusals) of everything that the pattern matches."""
+    inputs = local_inputs((str(pattern),))
+    reader, maker = PartReader(inputs, source), DocumentMaker(source, 0.0)
+    texts = []
+    for number, weighed in enumerate(cut_into_parts(inputs, source)):
+        for found in maker.documents(number, weighed.part, reader.read(weighed.part)):
+            texts += found.texts.to_pylist()
+    reader.close()
+    return texts, [(entry["record"], entry["reason"]) for entry in maker.rejected]
+
+
+TEXTS = ["one", "zwei\nlines\r\nof it", "three \u2028 \x85 \u2029 apart", "\ufeffbom", "\x00", "漢"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.parquet", "a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.ndjson", "many.parquet"]
+)
+def test_every_format_gives_the_same_texts(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        write_parquet(path, TEXTS, group=2 if name == "many.parquet" else 1000)
+    else:
+        write_jsonl(path, TEXTS)
+        data = path.read_bytes()
+        if name.endswith(".zst"):
+            half = len(data) // 2
+            frames = [zstandard.compress(data[:half]), zstandard.compress(data[half:])]
+            path.write_bytes(b"".join(frames))
+        elif name.endswith(".gz"):
+            path.write_bytes(gzip.compress(data))
+    assert read(path) == (TEXTS, [])
+
+
+def test_a_text_file_is_a_document(tmp_path):
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_bytes(text.encode())
+    (tmp_path / "9.txt.gz").write_bytes(gzip.compress(b"packed"))
+    assert read(tmp_path) == ([*TEXTS, "packed"], [])
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([b"", b"a", b"bc", b"\r", b"def" * 9])), st.booleans(), st.data())
+def test_ranges_of_lines_share_none_and_lose_none(lines, ended, data):
+    text = b"\n".join(lines) + (b"\n" if ended else b"")
+    cuts = data.draw(st.lists(st.integers(0, len(text))))
+    edges = sorted({0, len(text), *cuts})
+    found = []
+    for first, last in itertools.pairwise(edges):
+        blocks = list(line_blocks(io.BytesIO(text), first, last))
+        assert None not in blocks
+        found.append(b"".join(block for block in blocks if block))
+    assert b"".join(found) == text
+    position = 0
+    for (first, last), block in zip(itertools.pairwise(edges), found, strict=True):
+        if block:
+            assert first <= position < last  # it begins with a line that begins in the range
+            assert position == 0 or text[position - 1 : position] == b"\n"
+        position += len(block)
+
+
+def test_lines_longer_than_a_block_and_than_a_record(monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 100)
+    text = b"a\n" + b"b" * 60 + b"\n" + b"c" * 500 + b"\nd\n" + b"e" * 300
+    blocks = list(line_blocks(io.BytesIO(text), 0, None))
+    assert blocks.count(None) == 2
+    lines = b"".join(block for block in blocks if block).split(b"\n")
+    assert lines == [b"a", b"b" * 60, b"d", b""]
+
+
+ODD_LINES = [
+    ('{"text": "good"}', "good"),
+    ("null", "not a JSON object"),
+    ("[1]", "not a JSON object"),
+    ('"text"', "not a JSON object"),
+    ('{"text": 7}', "wrong type"),
+    ('{"text": ["a"]}', "wrong type"),
+    ('{"text": null}', "field missing"),
+    ('{"content": "x"}', "field missing"),
+    ('{"text": ""}', "empty"),
+    ('{"text": "half a pair \\ud800"}', "invalid UTF-8"),
+    ('{"text": "cut', "not JSON"),
+    ('{"text": "a"}{"text": "b"}', "not JSON"),
+    ('{"text": "twice", "text": "last"}', "last"),
+    ('{"text": "number too large", "n": 1e999}', "number too large"),
+    ("[" * 5000, "not JSON"),
+    ('  {"text": "spaces around"}  ', "spaces around"),
+    ('{"text": "windows"}\r', "windows"),
+    ('{"text": "\\u0000 and \\ud83d\\ude00"}', "\0 and \U0001f600"),
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_odd_records_are_refused_by_number_and_never_disturb_others(tmp_path, seed):
+    lines = ODD_LINES * 3
+    random.Random(seed).shuffle(lines)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(line for line, _ in lines) + "\n\n  \n")
+    bad = {reason for _, reason in ODD_LINES} & {
+        "not a JSON object", "wrong type", "field missing", "empty", "invalid UTF-8", "not JSON",
+    }  # fmt: skip
+    texts, refused = read(path)
+    assert texts == [wanted for _, wanted in lines if wanted not in bad]
+    wanted = [(n, reason) for n, (_, reason) in enumerate(lines) if reason in bad]
+    assert sorted(refused) == wanted
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(["text", "x"]), JSON) | JSON, max_size=8))
+@example([{"text": "a"}, None])
+def test_records_of_any_json_are_read_as_json_does(values):
+    block = "".join(json.dumps(value) + "\n" for value in values).encode()
+    records = reading.parse_lines(block, 0, SOURCE)
+    assert len(records.values) == len(values)
+    for place, value in enumerate(values):
+        found = records.values[place].as_py()
+        found = found.decode() if isinstance(found, bytes) else found
+        text = value.get("text") if isinstance(value, dict) else None
+        expected = text if isinstance(text, str) and _is_unicode(text) else None
+        assert found == expected
+
+
+def _is_unicode(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def test_invalid_utf8_anywhere_is_refused_by_record(tmp_path):
+    rows = [b"good", b"bad \xff\xfe", "schön".encode(), b"\xed\xa0\x80 surrogate", None, b""]
+    strings = pa.array(rows, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": strings}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": pa.array(rows, pa.binary())}), tmp_path / "b.parquet")
+    one = [(1, "invalid UTF-8"), (3, "invalid UTF-8"), (4, "field missing"), (5, "empty")]
+    assert read(tmp_path / "a.parquet") == (["good", "schön"], one)
+    assert read(tmp_path / "b.parquet") == (["good", "schön"], one)
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "a"}\n{"text": "b\xff"}\n{"text": "c"}\n')
+    assert read(tmp_path / "c.jsonl") == (["a", "c"], [(1, "invalid UTF-8")])
+    (tmp_path / "d.txt").write_bytes(b"caf\xe9")
+    assert read(tmp_path / "d.txt") == ([], [(0, "invalid UTF-8")])
+
+
+def test_columns_of_other_string_types_are_read(tmp_path):
+    for number, kind in enumerate(
+        [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+    ):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"text": pa.array(["a", "b", "a"], kind)}), path)
+        assert read(path) == (["a", "b", "a"], [])
+
+
+@pytest.mark.parametrize("ending", [".zst", ".gz"])
+@pytest.mark.parametrize("cut", ["end", "middle", "second frame"])
+def test_a_truncated_compressed_file_is_an_error(tmp_path, ending, cut):
+    pack = zstandard.compress if ending == ".zst" else gzip.compress
+    data = b"".join(b'{"text": "%d"}\n' % random.Random(n).getrandbits(200) for n in range(5000))
+    frames = [pack(data), pack(data)]
+    packed = {
+        "end": frames[0][:-1],
+        "middle": frames[0][: len(frames[0]) // 2],
+        "second frame": frames[0] + frames[1][:9],
+    }[cut]
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(packed)
+    with pytest.raises(SourceError, match=rf"a\.jsonl{ending} is damaged .*fetch the file again"):
+        read(path)
+
+
+def test_files_that_cannot_be_read_are_named_with_the_mend(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["x"], column="content")
+    with pytest.raises(SourceError, match=r"a\.parquet has no column 'text'; it has id, content"):
+        read(tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match="'id' is int64, not text"):
+        read(tmp_path / "a.parquet", Source(name="m", about="", licence="", text_column="id"))
+    chat = Source(name="m", about="", licence="", shape="chat", text_column="content")
+    with pytest.raises(SourceError, match="not a list of turns"):
+        read(tmp_path / "a.parquet", chat)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SourceError, match=r"b\.parquet is damaged"):
+        read(tmp_path / "b.parquet")
+    for name in ("c.parquet", "c.jsonl.zst"):
+        (tmp_path / name).touch()
+        with pytest.raises(SourceError, match=r"is empty \(0 bytes\)"):
+            read(tmp_path / name)
+    (tmp_path / "d.csv").write_text("text\nx\n")
+    with pytest.raises(SourceError, match=r"d\.csv: no reader for this kind"):
+        read(tmp_path / "d.csv")
+    with pytest.raises(SourceError, match="no file matches"):
+        read(tmp_path / "nothing-*")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_named(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    path.chmod(0)
+    with pytest.raises(SourceError, match="Permission denied"):
+        read(path)

@@ -1,0 +1,91 @@
+"""The plan: parts, units, their order, and the file it is written to."""
+
+import itertools
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import units
+from pipeline.errors import PrepareError, SourceError
+from pipeline.inputs import local_inputs
+from pipeline.sources import Source
+from pipeline.units import Plan, WeighedPart, cut_into_parts, fill_units, make_plan, read_plan
+from pipeline_samples import write_jsonl, write_parquet
+from shards.format import PLAN, Part
+
+SOURCE = Source(name="mine", about="", licence="")
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(1, 100))
+def test_units_take_consecutive_parts_until_they_are_full(sizes, unit_bytes):
+    weighed = [
+        WeighedPart(Part(file=f"f{n // 3}", first=n % 3, last=n % 3 + 1), size, 2 * size)
+        for n, size in enumerate(sizes)
+    ]
+    made = fill_units(weighed, unit_bytes)
+    in_order = sorted(made, key=lambda unit: unit.first)
+    assert [unit.first for unit in in_order] == [0, *(unit.last for unit in in_order[:-1])]
+    assert in_order[-1].last == len(sizes)
+    for unit in in_order:
+        inside = sizes[unit.first : unit.last]
+        assert unit.text_bytes == sum(inside) and unit.read_bytes == 2 * sum(inside)
+        assert sum(inside[:-1]) < unit_bytes  # not one part more than needed
+        assert sum(inside) >= unit_bytes or unit is in_order[-1]
+    keys = [
+        xxhash.xxh3_64_intdigest(f"f{unit.first // 3}:{unit.first % 3}".encode()) for unit in made
+    ]
+    assert keys == sorted(keys)
+
+
+def test_every_kind_of_file_is_cut_as_described(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "LINES_BYTES", 100)
+    write_parquet(tmp_path / "a.parquet", ["word " * 50] * 25, group=10)
+    size = write_jsonl(tmp_path / "b.jsonl", ["line"] * 10).stat().st_size
+    (tmp_path / "c.jsonl.gz").write_bytes(b"x" * 30)
+    (tmp_path / "d.txt").write_bytes(b"x" * 500)
+    weighed = cut_into_parts(local_inputs((str(tmp_path),)), SOURCE)
+    cuts = [*range(0, size, 100), size]
+    assert [(w.part.file, w.part.first, w.part.last) for w in weighed] == [
+        *(("a.parquet", n, n + 1) for n in range(3)),
+        *(("b.jsonl", first, last) for first, last in itertools.pairwise(cuts)),
+        ("c.jsonl.gz", 0, 30),
+        ("d.txt", 0, 500),
+    ]
+    assert [w.text_bytes for w in weighed[3:]] == [
+        *(last - first for first, last in itertools.pairwise(cuts)), 120, 500,
+    ]  # fmt: skip
+    lines = Source(name="m", about="", licence="", shape="lines")
+    pages = cut_into_parts(local_inputs((str(tmp_path / "a.parquet"),)), lines)
+    assert [(w.part.first, w.part.last) for w in pages] == [(0, 3)]
+
+
+def test_the_listing_is_in_bytewise_order_and_relative(tmp_path):
+    for name in ("b/2.txt", "B/1.txt", "b-1.txt", "ä.txt", ".hidden.txt", "b/readme.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    inputs = local_inputs((str(tmp_path),))
+    assert [file.path for file in inputs.files] == ["B/1.txt", "b-1.txt", "b/2.txt", "ä.txt"]
+    twice = local_inputs((str(tmp_path / "b" / "*.txt"), str(tmp_path / "*" / "*.txt")))
+    assert [file.path for file in twice.files] == ["B/1.txt", "b/2.txt"]
+
+
+def test_a_plan_survives_its_file(tmp_path):
+    write_jsonl(tmp_path / "in" / "a.jsonl", ["text"] * 9)
+    plan = make_plan({"source": "mine"}, local_inputs((str(tmp_path / "in"),)), SOURCE, 1 << 20)
+    assert read_plan(tmp_path) is None
+    (tmp_path / PLAN).write_bytes(plan.to_bytes())
+    again = read_plan(tmp_path)
+    assert again == plan and again.sha256 == plan.sha256
+    assert isinstance(again, Plan)
+    (tmp_path / PLAN).write_bytes(b'{"format": "other/9"}')
+    with pytest.raises(PrepareError, match=r"units\.json is no plan of this version"):
+        read_plan(tmp_path)
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(SourceError, match=r"nothing to read in a\.jsonl \(0 bytes of text\)"):
+        make_plan({}, local_inputs((str(tmp_path),)), SOURCE, 1 << 20)
