@@ -1,0 +1,170 @@
+"""Damage is named, all of it, and repaired to the same bytes."""
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from pipeline import cli
+from pipeline.errors import PrepareError
+from pipeline.executors import Executor
+from pipeline.inspection import report, report_lines, row_lines, show_row
+from pipeline.repair import repair
+from pipeline.tokenizer import Tokenizer
+from pipeline.verify import damages
+from pipeline.work import Limit
+from pipeline_samples import TEXTS, contents, prepared, request, write_jsonl
+
+FILES = 5
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A prepared source of several units, some with refused records; the input beside it."""
+    place = tmp_path_factory.mktemp("whole")
+    for number in range(FILES):
+        rows = [*TEXTS[number * 50 : number * 50 + 50], 7] if number % 2 else TEXTS[:90]
+        write_jsonl(place / "in" / f"{number}.jsonl", rows)
+    prepared(request(place, str(place / "in"), unit_bytes=1 << 13))
+    return place
+
+
+@pytest.fixture
+def source(whole, tmp_path):
+    """A copy of its own to spoil."""
+    shutil.copytree(whole / "mine", tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def test_what_is_whole_is_found_whole(source):
+    assert list(damages(source)) == []
+    assert repair(source, (), Executor()) == []
+
+
+def spoil(folder, rng):
+    """Do one random harm; its name."""
+    files = sorted(path for path in folder.iterdir() if path.name != "units.json")
+    path = rng.choice(files)
+    data = bytearray(path.read_bytes())
+    harm = rng.choice(["flip", "cut", "extend", "remove", "swap", "zero"])
+    if harm == "flip":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif harm == "cut":
+        del data[rng.randrange(len(data)) :]
+    elif harm == "extend":
+        data += bytes([rng.randrange(256)]) * rng.randrange(1, 9)
+    elif harm == "zero":
+        first = rng.randrange(len(data))
+        data[first : first + 16] = bytes(len(data[first : first + 16]))
+    elif harm == "swap":
+        other = rng.choice([p for p in files if p.suffix == path.suffix])
+        data, there = bytearray(other.read_bytes()), data
+        other.write_bytes(there)
+    if harm == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data)
+    return f"{harm} {path.name}"
+
+
+def test_every_harm_is_noticed_and_mended(whole, source, tmp_path):
+    before = contents(whole / "mine")
+    rng = random.Random(5)
+    for turn in range(60):
+        name = spoil(source, rng)
+        if contents(source) == before:  # two equal files swapped, zeros over zeros
+            continue
+        assert list(damages(source)), name
+        if turn % 6 == 0:  # tokenizing again takes longer than noticing
+            repair(source, (str(whole / "in"),), Executor())
+            assert contents(source) == before, name
+        else:
+            shutil.rmtree(source)
+            shutil.copytree(whole / "mine", source)
+
+
+def test_a_bad_row_is_named_with_its_file(source):
+    path = next(source.glob("00001-000.npy"))
+    rows = np.load(path, mmap_mode="r+")
+    rows[3, 5] ^= 1
+    rows[7, 0] ^= 1
+    rows.flush()
+    (found,) = damages(source)
+    assert str(found) == "00001-000.npy: rows 3, 7: damaged (digests differ)"
+
+
+def test_repair_without_the_same_input_touches_nothing(whole, source, tmp_path):
+    next(source.glob("*.rows.npy")).write_bytes(b"")
+    before = contents(source)
+    with pytest.raises(PrepareError, match="name the same ones with --data-files"):
+        repair(source, (), Executor())
+    for number in range(FILES):  # the same sizes, other words
+        text = (whole / "in" / f"{number}.jsonl").read_text().replace("cat", "cow")
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number}.jsonl").write_text(text)
+    with pytest.raises(PrepareError, match="its input has changed; nothing was replaced"):
+        repair(source, (str(tmp_path / "in"),), Executor())
+    for number in range(FILES - 1):
+        (tmp_path / "in" / f"{number}.jsonl").unlink()
+    (tmp_path / "in" / f"{FILES - 1}.jsonl").write_text("{}\n")
+    with pytest.raises(PrepareError, match="which is not among the files now"):
+        repair(source, (str(tmp_path / "in"),), Executor())
+    assert contents(source) == before
+
+
+def test_repair_of_a_limited_source_cuts_where_the_limit_did(whole, tmp_path):
+    files = str(whole / "in")
+    prepared(request(tmp_path, files, unit_bytes=1 << 12, limit=Limit(documents=111)))
+    before = contents(tmp_path / "mine")
+    for path in (tmp_path / "mine").glob("*.rows.npy"):
+        path.unlink()
+    assert len(repair(tmp_path / "mine", (files,), Executor())) > 2
+    assert contents(tmp_path / "mine") == before
+
+
+def test_the_report_counts_what_is_there(whole):
+    folder = whole / "mine"
+    found = report(folder)
+    rows = [np.load(path) for path in folder.glob("*-[0-9][0-9][0-9].npy")]
+    tokens = np.concatenate([array.reshape(-1) for array in rows])
+    assert found.padding == np.count_nonzero(tokens == 0)
+    assert found.counts.sum() == np.count_nonzero(tokens) == found.manifest.n_tokens
+    assert 0 < found.cut_documents < found.manifest.n_documents
+    tokenizer = Tokenizer.load(folder / "tokenizer.model", "small")
+    told = report_lines(folder, found, tokenizer)
+    assert f"{found.cut_documents:,} run on into another row" in told
+    assert "2 wrong type" in told and found.manifest.root in told
+    as_json = found.to_json(tokenizer)
+    assert as_json["n_files"] == FILES and len(as_json["top_tokens"]) == 20
+    assert found.counts[1] == found.manifest.n_documents == 3 * 90 + 2 * 50
+
+
+def test_a_row_is_shown_as_text_with_its_documents(whole):
+    folder = whole / "mine"
+    row = show_row(folder, "train", 0)
+    assert row.pieces[0][1] and row.pieces[0][0].endswith(("barked", ".", "\n")) is not None
+    told = row_lines(row)
+    assert told.startswith("=== row 0: ") and "--- document begins" in told
+    joined = "".join(text for text, _, _ in row.pieces)
+    assert joined[:20] in (whole / "in" / row.file).read_text().replace("\\n", "\n")
+    with pytest.raises(PrepareError, match="there is no row 999999"):
+        show_row(folder, "train", 999_999)
+
+
+def test_the_commands_say_it_in_one_line(whole, source):
+    run = CliRunner()
+    good = run.invoke(cli.main, ["verify", str(whole)])
+    assert good.exit_code == 0 and good.output == f"{whole / 'mine'}: whole\n"
+    (source / "00000-000.npy").unlink()
+    bad = run.invoke(cli.main, ["verify", str(source)])
+    assert bad.exit_code == 1 and "mine/00000-000.npy: missing" in bad.output
+    mended = run.invoke(
+        cli.main, ["repair", str(source), "--data-files", str(whole / "in"), "--workers", "1"]
+    )
+    assert mended.exit_code == 0 and mended.output.endswith("whole\n")
+    shown = run.invoke(cli.main, ["inspect", str(source), "--row", "1"])
+    assert shown.exit_code == 0 and "=== row 1" in shown.output
+    nothing = run.invoke(cli.main, ["inspect", str(whole / "in")])
+    assert nothing.exit_code == 1 and nothing.output.count("\n") == 1
