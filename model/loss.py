@@ -62,16 +62,16 @@ def _cross_entropy(
             rows = slice(first, first + chunk_rows)
             h = hidden[rows].to(matmul_dtype)
             logits = (h @ head.T).to(loss.dtype)  # [n, V]
-            valid = (targets[rows] != IGNORED).to(loss.dtype)
-            target = targets[rows].clamp(min=0)[:, None]
-            lse = logits.logsumexp(dim=-1)
-            log_likelihood = logits.gather(1, target)[:, 0] - lse
-            loss += ((z_loss * lse.square() - log_likelihood) * valid).sum()
+            valid = (targets[rows, None] != IGNORED).to(loss.dtype)  # [n, 1]
+            target = targets[rows, None].clamp(min=0)
+            chosen, peak = logits.gather(1, target), logits.amax(dim=-1, keepdim=True)
+            total = logits.sub_(peak).exp_().sum(dim=-1, keepdim=True)
+            lse = peak + total.log()  # [n, 1]; the exponentials are needed again below
+            loss += ((lse - chosen + z_loss * lse.square()) * valid).sum()
             if with_grad:
                 # d/dlogits = softmax * (1 + 2 z lse) - onehot(target), and 0 where ignored
-                logits.sub_(lse[:, None]).exp_().mul_((valid * (1 + 2 * z_loss * lse))[:, None])
-                logits.scatter_add_(1, target, -valid[:, None])
-                d_logits = logits.to(matmul_dtype)
+                logits.mul_(valid * (1 + 2 * z_loss * lse) / total)
+                d_logits = logits.scatter_add_(1, target, -valid).to(matmul_dtype)
                 d_hidden[rows] = d_logits @ head
                 d_weight += d_logits.T @ h
     return loss, d_hidden, d_weight
@@ -99,6 +99,7 @@ def _(
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # zeros for the gradients' own gradients: nobody asks
     _, d_hidden, d_weight = output
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.weight_dtype = inputs[1].dtype
