@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tools.errors import EvaluationError
 from tools.protocols import (
     IGNORED,
+    PLANS,
     BosPolicy,
     Plan,
     Protocol,
@@ -20,8 +21,9 @@ from tools.protocols import (
     Window,
     document_windows,
     make_plan,
+    plan_texts,
 )
-from tools.scoring import Scorer, batches, score
+from tools.scoring import Scored, Scorer, batches, score
 
 BOS = 1
 VOCAB = 50
@@ -103,8 +105,53 @@ def test_stride_windows_are_those_of_the_hugging_face_guide() -> None:
     assert [(b, e, e - first) for b, e, first in plan.spans] == expected
 
 
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=4), st.integers(2, 40))
+def test_lm_eval_scores_each_id_of_each_page_once(sizes: list[int], context: int) -> None:
+    """The windows of the harness, which it makes of lists, made here from its own description."""
+    pages = np.split(text_ids(sum(sizes)), np.cumsum(sizes)[:-1])
+    plan = plan_texts(pages, Protocol(name="lm-eval", context=context, bos_id=BOS))
+    check_windows(plan, context)
+    assert targets_of(plan) == list(text_ids(sum(sizes)))
+    assert plan.tail_dropped == 0
+    assert list(plan.ids[plan.scored_places()]) == targets_of(plan)
+    windows = iter(plan)
+    for page in pages:
+        behind_bos = [BOS, *page]
+        for begin in range(0, len(page), context):
+            window, end = next(windows), min(begin + context, len(page))
+            assert list(window.inputs) == behind_bos[max(0, end - context) : end]
+            assert list(window.targets[window.targets != IGNORED]) == list(page[begin:end])
+    assert next(windows, None) is None
+
+
+@given(st.integers(3, 200), st.integers(3, 40), st.booleans())
+def test_llama_cpp_scores_the_second_half_of_each_whole_window(
+    n: int, context: int, has_bos: bool
+) -> None:
+    ids = text_ids(n)
+    protocol = Protocol(name="llama.cpp", context=context, bos_id=BOS if has_bos else None)
+    stream = [BOS, *ids] if has_bos else list(ids)
+    if len(stream) < context:
+        with pytest.raises(EvaluationError, match=r"too few for one llama\.cpp window"):
+            make_plan(ids, protocol)
+        return
+    plan = make_plan(ids, protocol)
+    check_windows(plan, context)
+    assert len(plan) == len(stream) // context
+    assert plan.tail_dropped == len(stream) % context
+    for number, window in enumerate(plan):
+        chunk = stream[number * context : (number + 1) * context]
+        if has_bos:
+            chunk[0] = BOS
+        assert list(window.inputs) == chunk[:-1]
+        assert list(window.targets[: context // 2]) == [IGNORED] * (context // 2)
+        assert list(window.targets[context // 2 :]) == chunk[context // 2 + 1 :]
+    assert list(ids[plan.scored_places()]) == targets_of(plan)
+
+
 def test_the_worked_example_of_the_module() -> None:
     ids = [ord(letter) for letter in "abcdefghij"]
+    bos = ord("B")
 
     def spelled(plan: Plan) -> list[tuple[str, str]]:
         return [
@@ -115,6 +162,10 @@ def test_the_worked_example_of_the_module() -> None:
     assert spelled(make_plan(ids, Protocol(context=4))) == [("abc", "bcd"), ("efg", "fgh")]
     strided = make_plan(ids, Protocol(name="stride", context=4, stride=2))
     assert spelled(strided) == [("abc", "bcd"), ("cde", "ef"), ("efg", "gh"), ("ghi", "ij")]
+    rolling = make_plan(ids, Protocol(name="lm-eval", context=4, bos_id=bos))
+    assert spelled(rolling) == [("Babc", "abcd"), ("defg", "efgh"), ("fghi", "ij")]
+    halves = make_plan(ids, Protocol(name="llama.cpp", context=4, bos_id=bos))
+    assert spelled(halves) == [("Bab", "c"), ("Bef", "g")]
 
 
 @given(st.integers(2, 120), st.integers(1, 30))
@@ -150,6 +201,10 @@ def test_limit_takes_the_first_windows() -> None:
         ({"stride": 4}, "disjoint windows have none"),
         ({"name": "stride", "stride": 8}, "stride 8: choose 1 to 7"),
         ({"name": "stride", "stride": 0}, "stride 0"),
+        ({"name": "lm-eval", "bos": "never"}, "bos 'never': choose one of start"),
+        ({"name": "lm-eval", "bos_id": None}, "has no BOS"),
+        ({"name": "llama.cpp", "context": 2}, "at least 3 ids"),
+        ({"name": "llama.cpp", "stride": 4}, "llama.cpp windows have none"),
     ],
 )
 def test_a_protocol_that_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -164,12 +219,16 @@ def uniform(tokens: torch.Tensor) -> torch.Tensor:
     return torch.zeros(*tokens.shape, VOCAB)
 
 
-@pytest.mark.parametrize("name", ["disjoint", "stride"])
+EVERY_PROTOCOL = list(PLANS)
+
+
+@pytest.mark.parametrize("name", EVERY_PROTOCOL)
 def test_uniform_logits_have_perplexity_v(name: ProtocolName) -> None:
     ids = np.random.default_rng(0).integers(0, VOCAB, 500)
-    plan = make_plan(ids, Protocol(name=name, context=64))
+    plan = make_plan(ids, Protocol(name=name, context=64, bos_id=BOS))
     scores = score(Scorer.of_logits(uniform), plan)
     assert scores.total_targets == plan.n_scored
+    assert scores.standard_error == pytest.approx(0, abs=1e-6)
     assert math.exp(scores.total_nats / scores.total_targets) == pytest.approx(VOCAB, rel=1e-6)
 
 
@@ -187,6 +246,38 @@ def test_a_bigram_table_gives_its_analytic_value() -> None:
         ).total_nats == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", EVERY_PROTOCOL)
+def test_a_bigram_table_gives_its_analytic_value_under_every_protocol(name: ProtocolName) -> None:
+    """Each scored id costs its bigram with the id before it, which is BOS where a page begins."""
+    generator = np.random.default_rng(4)
+    table = torch.from_numpy(generator.normal(size=(VOCAB, VOCAB))).float()
+    pages = [generator.integers(2, VOCAB, size) for size in (130, 41, 64)]
+    plan = plan_texts(pages, Protocol(name=name, context=16, bos_id=BOS))
+    cost = -table.double().log_softmax(dim=1).numpy()
+    before = {
+        page_begin + place: (page[place - 1] if place else BOS)
+        for page, page_begin in zip(pages, (0, 130, 171), strict=True)
+        for place in range(len(page))
+    }
+    ids = np.concatenate(pages)
+    expected = sum(cost[before[place], ids[place]] for place in plan.scored_places().tolist())
+    result = score(Scorer.of_logits(lambda tokens: table[tokens]), plan, batch_tokens=100)
+    assert result.total_nats == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_standard_error_is_that_of_means_of_clusters() -> None:
+    """As many windows again, drawn at random, have means that scatter by the standard error."""
+    generator = np.random.default_rng(5)
+    sizes = generator.integers(5, 20, (4000, 60))
+    nats = generator.normal(3.0, 1.0, sizes.shape) * sizes  # a window's targets move together
+    hits = np.zeros(60, np.bool_)
+    scores = [Scored(*pair, hits) for pair in zip(nats, sizes, strict=True)]
+    means = [each.total_nats / each.total_targets for each in scores]
+    errors = [each.standard_error for each in scores]
+    assert np.mean(np.array(errors, float)) == pytest.approx(np.std(means), rel=0.06)
+    assert Scored(nats[0][:1], sizes[0][:1], hits[:1]).standard_error is None
+
+
 def running_sum_model(tokens: torch.Tensor) -> torch.Tensor:
     """Logits that depend on all ids so far (and on no later one)."""
     state = torch.cumsum((tokens + 1).double() * 0.37, dim=1)
@@ -196,17 +287,18 @@ def running_sum_model(tokens: torch.Tensor) -> torch.Tensor:
 RUNNING_SUM = Scorer.of_logits(running_sum_model)
 
 
-def test_future_ids_change_no_scored_logit() -> None:
+@pytest.mark.parametrize("name", EVERY_PROTOCOL)
+def test_future_ids_change_no_scored_logit(name: ProtocolName) -> None:
     """Leak test: ids behind a window's scored target may change, the window's nats may not."""
     ids = np.random.default_rng(2).integers(0, VOCAB, 300)
-    protocol = Protocol(name="stride", context=32, stride=8)
+    protocol = Protocol(name=name, context=32, bos_id=BOS)
     before = score(RUNNING_SUM, make_plan(ids, protocol))
     for cut in (33, 150, 299):
         changed = ids.copy()
         changed[cut:] = (changed[cut:] + 7) % VOCAB
         plan = make_plan(changed, protocol)
         after = score(RUNNING_SUM, plan)
-        untouched = plan.spans[:, 1] <= cut
+        untouched = plan.spans[:, 1] <= cut + protocol.starts_with_bos
         assert (before.nats[untouched] == after.nats[untouched]).all()
         assert (before.nats[~untouched] != after.nats[~untouched]).all()
 

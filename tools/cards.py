@@ -13,12 +13,13 @@ def perplexity_card(result: Perplexity) -> list[str]:
     model = result.model
     card = [
         f"{result.task}: {model['model']} ({model['parameters']:,} parameters)",
-        f"  token perplexity  {_figure(result.token_perplexity)}",
+        f"  token perplexity  {_figure(result.token_perplexity)}"
+        f"{_error(result.token_perplexity_error)}",
         f"  word perplexity   {_figure(result.word_perplexity)}",
         f"  byte perplexity   {_figure(result.byte_perplexity)}",
-        f"  bits per byte     {result.bits_per_byte:.4f}",
+        f"  bits per byte     {result.bits_per_byte:.4f}{_error(result.bits_per_byte_error)}",
         f"protocol  {result.protocol}, context {result.context:,}, stride {result.stride:,}, "
-        f"BOS {result.bos}, rows joined by {result.join!r}, {model['dtype']} on {model['device']}",
+        f"BOS {result.bos}, {result.read_as}, {model['dtype']} on {model['device']}",
         f"text      {result.text_tokens:,} tokens, {result.text_bytes:,} bytes, "
         f"{result.text_words:,} words; sha256 {result.text_sha256}",
         f"scored    {result.scored_tokens:,} tokens in {result.windows:,} windows"
@@ -79,3 +80,7 @@ def _figure(value: float | None) -> str:
     if value is None:
         return "none (nothing counted, or beyond any number)"
     return f"{value:,.4f}" if value < 1e9 else f"{value:.4e}"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f" ± {_figure(value)}"

@@ -10,12 +10,14 @@ Four figures say one thing, the nats of all scored ids, divided by different cou
 Words and bytes are those of the raw text (tools/wikitext.py). Where a protocol leaves ids out (a
 dropped tail, the first id of a window, `--limit`), both are scaled by the scored ids' share of the
 text: the bytes that the scored ids stand for over the bytes that all ids stand for, exactly.
+The standard errors say how far the figures would move on other windows of the same kind of text.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -23,10 +25,10 @@ import numpy as np
 
 from tools.errors import EvaluationError
 from tools.loading import LoadedModel, max_context
-from tools.protocols import Ids, Plan, Protocol, make_plan
+from tools.protocols import Ids, Plan, Protocol, plan_texts
 from tools.scoring import Progress, score
 from tools.vocabulary import Vocabulary
-from tools.wikitext import EvaluationText
+from tools.wikitext import READ_AS, EvaluationText, Piece
 
 _LARGEST_EXPONENT: Final = 709.0
 
@@ -41,11 +43,13 @@ class Perplexity:
     byte_perplexity: float | None
     bits_per_byte: float
     nats: float
+    token_perplexity_error: float | None
+    bits_per_byte_error: float | None
     protocol: str
     context: int
     stride: int
     bos: str
-    join: str
+    read_as: str
     text_sha256: str
     text_bytes: int
     text_words: int
@@ -76,27 +80,34 @@ def measure(
     batch_tokens: int = 8192,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """The model's perplexity on a text, over the first `limit` windows (None: all)."""
+    """The model's perplexity on a text, over its first `limit` windows or pages (None: all)."""
     refuse_context(loaded, protocol.context)
     started = time.monotonic()
-    whole = make_plan(encode(loaded.vocabulary, text), protocol)
-    plan = whole[:limit]
+    pieces = text.pieces(protocol.name)
+    by_page = protocol.name == "lm-eval"
+    chosen = pieces[:limit] if by_page else pieces
+    whole = plan_texts(encode(loaded.vocabulary, chosen), protocol)
+    plan = whole if by_page else whole[:limit]
     scored = score(loaded.scorer, plan, batch_tokens=batch_tokens, progress=progress)
     share = scored_share(plan, loaded.vocabulary)
-    n_bytes, n_words = share * text.n_bytes, share * text.n_words
-    nats = scored.total_nats
+    n_bytes = share * sum(piece.n_bytes for piece in chosen)
+    n_words = share * sum(piece.n_words for piece in chosen)
+    nats, error = scored.total_nats, scored.standard_error
+    token_perplexity = perplexity(nats, scored.total_targets)
     return Perplexity(
         task=task,
-        token_perplexity=perplexity(nats, scored.total_targets),
+        token_perplexity=token_perplexity,
         word_perplexity=perplexity(nats, n_words),
         byte_perplexity=perplexity(nats, n_bytes),
         bits_per_byte=nats / math.log(2) / n_bytes,
         nats=nats,
+        token_perplexity_error=_times(error, token_perplexity),
+        bits_per_byte_error=_times(error, scored.total_targets / math.log(2) / n_bytes),
         protocol=protocol.name,
         context=protocol.context,
         stride=protocol.resolved_stride,
-        bos=protocol.bos,
-        join=text.join,
+        bos=protocol.resolved_bos,
+        read_as=READ_AS[protocol.name],
         text_sha256=text.sha256,
         text_bytes=text.n_bytes,
         text_words=text.n_words,
@@ -114,10 +125,10 @@ def measure(
     )
 
 
-def encode(vocabulary: Vocabulary, text: EvaluationText) -> Ids:
-    """The ids of the joined text, as one piece. [T]"""
-    ids = np.asarray(vocabulary.encode(text.joined), dtype=np.int64)
-    if not len(ids):
+def encode(vocabulary: Vocabulary, pieces: Sequence[Piece]) -> list[Ids]:
+    """The ids of each text, without BOS."""
+    ids = [np.asarray(vocabulary.encode(piece.text), dtype=np.int64) for piece in pieces]
+    if not sum(map(len, ids)):
         raise EvaluationError("the text is empty: name another file with --data")
     return ids
 
@@ -143,3 +154,8 @@ def perplexity(nats: float, count: float) -> float | None:
     if not count or nats / count > _LARGEST_EXPONENT:
         return None
     return math.exp(nats / count)
+
+
+def _times(error: float | None, factor: float | None) -> float | None:
+    """A standard error carried on by a figure's derivative."""
+    return None if error is None or factor is None else error * factor

@@ -12,9 +12,17 @@ make a plan, or to check one:
     stride 2     feed  a b c | c d e | e f g | g h i
                  score   b c d |     e f |     g h |     i j      each id once, never the first
 
+    lm-eval      feed  B a b c | d e f g | f g h i               B is BOS, in front of each page
+                 score a b c d | e f g h |     i j               each id once, the last window is
+                                                                 full, by ids that were scored
+    llama.cpp    feed  B a b | B e f                             the stream is B a b ... j; windows
+                 score     c |     g                             side by side, d and h turned into
+                                                                 B; scored is the second half
 **BOS**: `never` feeds the text's ids alone; `start` puts BOS in front of the text, where it counts
 as the stream's first id; `window` puts it in front of every window, which then holds one id of
-text less. Whatever the policy, BOS is never scored and no window exceeds the context.
+text less. `lm-eval` knows `start` alone; `llama.cpp` puts it in place of each window's first id
+(`window`), or leaves that id where it is (`never`: tokenizers without BOS). Whatever the policy,
+BOS is never scored and no window feeds more ids than the context.
 """
 
 from __future__ import annotations
@@ -33,33 +41,47 @@ IGNORED: Final = -100
 
 Ids = npt.NDArray[np.int64]
 BosPolicy = Literal["never", "start", "window"]
-ProtocolName = Literal["disjoint", "stride"]
+ProtocolName = Literal["disjoint", "stride", "lm-eval", "llama.cpp"]
+
+BOS_POLICIES: Final[dict[str, tuple[BosPolicy, ...]]] = {
+    "disjoint": ("never", "start", "window"),
+    "stride": ("never", "start", "window"),
+    "lm-eval": ("start",),
+    "llama.cpp": ("window", "never"),
+}
+"""What each protocol allows, its own habit first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How a text is cut into windows. `context` counts the ids of a window, BOS included."""
+    """How a text is cut into windows. `context` bounds the ids of a window, BOS included.
+
+    `bos` None is the protocol's own habit: `llama.cpp` does without where there is no `bos_id`.
+    """
 
     name: ProtocolName = "disjoint"
     context: int
     stride: int | None = None
-    bos: BosPolicy = "never"
+    bos: BosPolicy | None = None
     bos_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in get_args(ProtocolName):
             raise EvaluationError(f"protocol {self.name!r}: choose one of {', '.join(PLANS)}")
-        if self.bos not in get_args(BosPolicy):
+        if self.bos is not None and self.bos not in BOS_POLICIES[self.name]:
             raise EvaluationError(
-                f"bos {self.bos!r}: choose one of {', '.join(get_args(BosPolicy))}"
+                f"bos {self.bos!r}: choose one of {', '.join(BOS_POLICIES[self.name])} for the "
+                f"protocol {self.name}"
             )
-        if self.context < 2:
-            raise EvaluationError(f"context {self.context}: a window needs at least 2 ids")
-        if self.bos != "never" and self.bos_id is None:
-            raise EvaluationError(f"bos {self.bos!r}: this tokenizer has no BOS; choose never")
-        if self.name == "disjoint" and self.stride is not None:
+        least = 3 if self.name == "llama.cpp" else 2
+        if self.context < least:
+            raise EvaluationError(f"context {self.context}: a window needs at least {least} ids")
+        if self.resolved_bos != "never" and self.bos_id is None:
+            mend = "choose never" if "never" in BOS_POLICIES[self.name] else "choose disjoint"
+            raise EvaluationError(f"bos {self.resolved_bos!r}: this tokenizer has no BOS; {mend}")
+        if self.name != "stride" and self.stride is not None:
             raise EvaluationError(
-                f"stride {self.stride}: disjoint windows have none; leave it out or choose "
+                f"stride {self.stride}: {self.name} windows have none; leave it out or choose "
                 "the protocol stride"
             )
         if self.name == "stride" and not 1 <= self.resolved_stride < self.context:
@@ -69,16 +91,37 @@ class Protocol:
             )
 
     @property
+    def resolved_bos(self) -> BosPolicy:
+        """The BOS policy that is followed."""
+        if self.bos is not None:
+            return self.bos
+        if self.name == "llama.cpp" and self.bos_id is None:
+            return "never"
+        return BOS_POLICIES[self.name][0]
+
+    @property
     def resolved_stride(self) -> int:
         """Ids from one window's begin to the next one's (`stride`: half the context by default)."""
-        if self.name == "disjoint":
+        if self.name != "stride":
             return self.room
         return self.context // 2 if self.stride is None else self.stride
 
     @property
     def room(self) -> int:
         """Ids of the stream that fit into a window."""
-        return self.context - (self.bos == "window")
+        return self.context - (
+            self.name in ("disjoint", "stride") and self.resolved_bos == "window"
+        )
+
+    @property
+    def starts_with_bos(self) -> bool:
+        """Whether a BOS stands in front of each text's ids."""
+        return self.resolved_bos == "start" or self.replaces_by_bos
+
+    @property
+    def replaces_by_bos(self) -> bool:
+        """Whether a window's first id gives way to BOS."""
+        return self.name == "llama.cpp" and self.resolved_bos == "window"
 
 
 @dataclass(frozen=True)
@@ -91,13 +134,16 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Sequence[Window]):
-    """Windows over one text, each made when it is asked for.
+    """Windows over one text or several, each made when it is asked for.
 
-    `spans` [n, 3] are places in the stream: a window's begin, its end, and its first scored id.
+    `stream` [n] holds the texts' ids, a BOS in front of each where the protocol wants one; `own`
+    [n] says which of them are the texts'. `spans` [w, 3] are places in the stream: a window's
+    begin, its end, and its first scored id.
     """
 
     protocol: Protocol
     stream: Ids
+    own: npt.NDArray[np.bool_]
     spans: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -113,7 +159,9 @@ class Plan(Sequence[Window]):
             return replace(self, spans=self.spans[place])
         begin, end, first_scored = self.spans[place]
         content = self.stream[begin:end]
-        if self.protocol.bos == "window":
+        if self.protocol.replaces_by_bos:
+            content = np.concatenate([[self.protocol.bos_id], content[1:]])
+        elif self.protocol.resolved_bos == "window":
             content = np.concatenate([[self.protocol.bos_id], content])
         targets = content[1:].copy()
         targets[: len(targets) - (end - first_scored)] = IGNORED
@@ -121,8 +169,8 @@ class Plan(Sequence[Window]):
 
     @property
     def ids(self) -> Ids:
-        """The text's own ids, without a BOS in front. [T]"""
-        return self.stream[1:] if self.protocol.bos == "start" else self.stream
+        """The texts' own ids. [T]"""
+        return self.stream[self.own]
 
     @property
     def n_scored(self) -> int:
@@ -136,30 +184,43 @@ class Plan(Sequence[Window]):
 
     def scored_places(self) -> npt.NDArray[np.int64]:
         """Places in `ids` that are scored, in the windows' order. [n_scored]"""
-        shift = self.protocol.bos == "start"
-        ranges = [np.arange(first, end) for _, end, first in self.spans - shift]
+        number = np.cumsum(self.own) - 1
+        ranges = [number[first:end] for _, end, first in self.spans]
         return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
 
 
 def make_plan(ids: npt.ArrayLike, protocol: Protocol) -> Plan:
     """The windows of a text under a protocol; EvaluationError where the text fills none."""
-    stream = np.asarray(ids, dtype=np.int64)
-    n_ids = len(stream)
-    if protocol.bos == "start":
-        stream = np.concatenate([[protocol.bos_id], stream])
-    spans = PLANS[protocol.name](len(stream), protocol)
-    if not len(spans):
+    return plan_texts([np.asarray(ids, dtype=np.int64)], protocol)
+
+
+def plan_texts(texts: Sequence[Ids], protocol: Protocol) -> Plan:
+    """The windows of several texts, none of which reaches from one into the next."""
+    bos = np.full(int(protocol.starts_with_bos), protocol.bos_id or 0, np.int64)
+    streams, own, spans = [], [], []
+    begin = 0
+    for ids in texts:
+        streams += [bos, ids]
+        own += [np.zeros(len(bos), np.bool_), np.ones(len(ids), np.bool_)]
+        spans.append(begin + PLANS[protocol.name](len(bos) + len(ids), protocol))
+        begin += len(bos) + len(ids)
+    if not sum(map(len, spans)):
         raise EvaluationError(
-            f"the text has {n_ids} tokens, too few for one {protocol.name} window of "
-            f"{protocol.context}: choose a smaller --context"
+            f"the text has {sum(map(len, texts))} tokens, too few for one {protocol.name} window "
+            f"of {protocol.context}: choose a smaller --context"
         )
-    return Plan(protocol=protocol, stream=stream, spans=spans)
+    return Plan(
+        protocol=protocol,
+        stream=np.concatenate(streams),
+        own=np.concatenate(own),
+        spans=np.concatenate(spans),
+    )
 
 
 def disjoint_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
     """Whole windows side by side; what is left over at the end belongs to none. [n, 3]"""
     begins = np.arange(length // protocol.room, dtype=np.int64) * protocol.room
-    first_scored = begins + (protocol.bos != "window")
+    first_scored = begins + (protocol.resolved_bos != "window")
     return np.stack([begins, begins + protocol.room, first_scored], axis=1)
 
 
@@ -176,9 +237,32 @@ def stride_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
     return np.stack([begins, ends, np.concatenate([[1], ends])[:n_windows]], axis=1)
 
 
+def lm_eval_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
+    """EleutherAI's rolling windows over a page behind its BOS: every id of the page once. [n, 3]
+
+    `context` ids are fed for as many targets, so a span is one longer. The last window begins as
+    much earlier as it takes to be full.
+    """
+    first_scored = np.arange(1, length, protocol.context, dtype=np.int64)
+    ends = np.minimum(first_scored + protocol.context, length)
+    return np.stack([np.maximum(0, ends - protocol.context - 1), ends, first_scored], axis=1)
+
+
+def llama_cpp_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
+    """Whole windows side by side, of which the second half is scored. [n, 3]
+
+    The windows of llama.cpp's perplexity tool without its own stride.
+    """
+    begins = np.arange(length // protocol.context, dtype=np.int64) * protocol.context
+    first_scored = begins + protocol.context // 2 + 1
+    return np.stack([begins, begins + protocol.context, first_scored], axis=1)
+
+
 PLANS: Final[dict[str, Callable[[int, Protocol], npt.NDArray[np.int64]]]] = {
     "disjoint": disjoint_spans,
     "stride": stride_spans,
+    "lm-eval": lm_eval_spans,
+    "llama.cpp": llama_cpp_spans,
 }
 
 

@@ -6,6 +6,7 @@ function from ids to logits, so that models whose answer is known in closed form
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -30,10 +32,14 @@ _LOGITS_AT_ONCE: Final = 1 << 26
 
 @dataclass(frozen=True)
 class Scored:
-    """Of each window: the summed negative log-likelihood in nats [n] and its targets [n]."""
+    """Of each window: its summed negative log-likelihood in nats, its targets, and how it chose.
+
+    All [n]. `greedy` says whether every target was the id that the model finds most likely.
+    """
 
     nats: npt.NDArray[np.float64]
     n_targets: npt.NDArray[np.int64]
+    greedy: npt.NDArray[np.bool_]
 
     @property
     def total_nats(self) -> float:
@@ -44,6 +50,19 @@ class Scored:
     def total_targets(self) -> int:
         """Scored targets of all windows together."""
         return int(self.n_targets.sum())
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the nats a target, were other windows drawn; None for fewer than two windows.
+
+        The targets of a window are not independent of each other, so windows are what is counted:
+        the ratio estimator of cluster sampling (Cochran, Sampling Techniques, 1977, 6.3).
+        """
+        n, rate = len(self.nats), self.total_nats / max(1, self.total_targets)
+        if n < 2 or not self.total_targets:
+            return None
+        squares = float(((self.nats - rate * self.n_targets) ** 2).sum())
+        return math.sqrt(squares * n / (n - 1)) / self.total_targets
 
 
 @dataclass(frozen=True)
@@ -71,19 +90,27 @@ class Scorer:
 
     def nats(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """-log softmax(logits)[target] in fp32, 0 where the target is -100: [B, T] -> [B, T]."""
+        return self.judge(inputs, targets)[0]
+
+    def judge(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`nats` [B, T], and whether each target is the likeliest id (or -100): bool [B, T]."""
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         scored = targets != IGNORED
         wanted, features = targets[scored], self.features(inputs)[scored]  # [n], [n, D]
         surprise = torch.zeros(len(wanted), device=self.device)
+        likeliest = torch.empty_like(wanted)
         begin, end = 0, 1  # one row shows how wide the vocabulary is
         while begin < len(wanted):
             logits = self.head(features[begin:end]).float()
             chosen = logits.gather(1, wanted[begin:end, None]).squeeze(1)
             surprise[begin:end] = logits.logsumexp(dim=1) - chosen
+            likeliest[begin:end] = logits.argmax(dim=1)
             begin, end = end, end + max(1, _LOGITS_AT_ONCE // logits.shape[1])
         nats = torch.zeros(targets.shape, device=self.device)
         nats[scored] = surprise
-        return nats
+        hits = torch.ones(targets.shape, dtype=torch.bool, device=self.device)
+        hits[scored] = likeliest == wanted
+        return nats, hits
 
 
 @torch.inference_mode()
@@ -98,22 +125,31 @@ def score(
 
     Windows of about one length go through the model together, at most `batch_tokens` ids (or one
     window) at a time. Shorter ones are filled up on the right, where causal attention never looks.
+    Processes of one group (torchrun) take every so-manieth batch each, and all get the result:
+    the batches are the same for any number of them, so it is the same to the last bit.
     EvaluationError if the model answers with something that is no number.
     """
-    nats = np.zeros(len(windows))
-    n_targets = np.zeros(len(windows), np.int64)
+    figures = np.zeros((3, len(windows)))  # nats, targets, greedy
+    rank, world_size = _place_in_group()
     autocast = partial(torch.autocast, scorer.device.type, scorer.dtype)
     done = 0
     with autocast(enabled=scorer.dtype != torch.float32):
-        for places in batches([len(window.inputs) for window in windows], batch_tokens):
-            inputs, targets = _stack([windows[place] for place in places])
-            nats[places] = _within_memory(scorer, inputs, targets).cpu().double().sum(dim=1)
-            n_targets[places] = (targets != IGNORED).sum(dim=1).numpy()
-            _refuse_no_number(places, nats[places])
+        lengths = [len(window.inputs) for window in windows]
+        for number, places in enumerate(batches(lengths, batch_tokens)):
             done += len(places)
+            if number % world_size != rank:
+                continue
+            inputs, targets = _stack([windows[place] for place in places])
+            nats, hits = _within_memory(scorer, inputs, targets)
+            figures[0, places] = nats.cpu().double().sum(dim=1)
+            figures[1, places] = (targets != IGNORED).sum(dim=1).numpy()
+            figures[2, places] = hits.all(dim=1).cpu()
             if progress is not None:
                 progress(done, len(windows))
-    return Scored(nats, n_targets)
+    if world_size > 1:
+        dist.all_reduce(torch.from_numpy(figures))  # elsewhere zeros: nothing is counted twice
+    _refuse_no_number(figures[0])
+    return Scored(figures[0], figures[1].astype(np.int64), figures[2] > 0)
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -126,9 +162,16 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         begin += together
 
 
-def _within_memory(scorer: Scorer, inputs: Tensor, targets: Tensor) -> Tensor:
+def _place_in_group() -> tuple[int, int]:
+    """This process's rank and their number; alone without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _within_memory(scorer: Scorer, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     try:
-        return scorer.nats(inputs, targets)
+        return scorer.judge(inputs, targets)
     except torch.OutOfMemoryError as error:
         raise EvaluationError(
             f"{inputs.numel():,} ids at a time do not fit into the memory of {scorer.device}: "
@@ -146,11 +189,11 @@ def _stack(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def _refuse_no_number(places: Sequence[int], nats: npt.NDArray[np.float64]) -> None:
+def _refuse_no_number(nats: npt.NDArray[np.float64]) -> None:
     if np.isfinite(nats).all():
         return
     worst = int(np.flatnonzero(~np.isfinite(nats))[0])
     raise EvaluationError(
-        f"window {places[worst]}: the model's log-likelihood is {-nats[worst]}; its weights are "
+        f"window {worst}: the model's log-likelihood is {-nats[worst]}; its weights are "
         "damaged, or bf16 is too narrow for them (try --dtype fp32)"
     )

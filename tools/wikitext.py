@@ -1,19 +1,24 @@
-r"""WikiText's raw text: what its rows are, and how they are joined for scoring.
+r"""WikiText's raw text: what its rows are, and what each protocol makes of them.
 
 `wiki.test.raw` is lines that end in "\n", of which those between paragraphs hold a single space.
 The data set on the Hub is the same lines as rows: each keeps its "\n", and a blank line has become
-an empty string. The field's usual evaluation text is those rows joined by "\n\n"; so a paragraph
-is followed by three or more newlines and a blank line's space is gone. That text, 1,296,370 bytes
-for the test split, is what the `disjoint` and `stride` protocols cut into windows.
+an empty string. Four texts are made of them:
+
+    disjoint, stride   the rows joined by "\n\n": a paragraph is followed by three or more newlines
+                       and a blank line's space is gone; 1,296,370 bytes for the test split
+    llama.cpp          the file itself, without its last end of line
+    lm-eval            62 pages, each from a title to the next, detokenized
 
 Perplexity per word and per byte is always divided by the words and bytes of the **raw** text
 (241,211 and 1,290,590 for the test split), whatever was scored: it is the corpus that is being
-described, and joins and tokenizers then cancel out. Words are what white space separates.
+described, and joins and tokenizers then cancel out. Words are what white space separates; only
+`lm-eval` counts them as its harness does, which finds an empty one at each end of a page.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -33,13 +38,49 @@ JOIN: Final = "\n\n"
 _BLANK_LINE: Final = " \n"
 
 
+_DETOKENIZED: Final = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        ("s '", "s'"),
+        ("/' [0-9]/", "/'[0-9]/"),
+        *((f" @{re.escape(mark)}@ ", mark) for mark in "-,."),
+        *((f" {re.escape(mark)} ", f"{mark} ") for mark in ":;.!?,"),
+        (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+        (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+        (r"{\s*([^}]*?)\s*}", r"{\1}"),
+        (r'"\s*([^"]*?)\s*"', r'"\1"'),
+        (r"'\s*([^']*?)\s*'", r"'\1'"),
+        ("= = = =", "===="),
+        ("= = =", "==="),
+        ("= =", "=="),
+        (" ° ", "°"),
+        (" \n", "\n"),
+        ("\n ", "\n"),
+        (" N ", " 1 "),
+        (" 's", "'s"),
+    )
+)
+"""What lm-evaluation-harness does to a page, one after the other (it has the list from Megatron).
+
+Its second rule, meant for apostrophes before digits, looks for slashes: it is kept as it is there.
+"""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text scored by itself, and the words and bytes that its perplexity is counted in."""
+
+    text: str
+    n_words: int
+    n_bytes: int
+
+
 @dataclass(frozen=True)
 class EvaluationText:
-    """A text to be scored: `raw` as it is counted and named, `joined` as the model reads it."""
+    """A text to be scored: `raw` as it is counted and named, `joined` as most protocols read it."""
 
     raw: str
     joined: str
-    join: str = JOIN
 
     @property
     def n_bytes(self) -> int:
@@ -55,6 +96,46 @@ class EvaluationText:
     def sha256(self) -> str:
         """SHA-256 of the raw text's UTF-8 bytes: a local file's own digest."""
         return hashlib.sha256(self.raw.encode()).hexdigest()
+
+    def pieces(self, protocol: str) -> list[Piece]:
+        """What a protocol scores, in order."""
+        if protocol == "lm-eval":
+            return [
+                Piece(detokenized(page), len(re.split(r"\s+", page)), len(page.encode()))
+                for page in pages_of(self.raw)
+            ]
+        text = self.raw.removesuffix("\n") if protocol == "llama.cpp" else self.joined
+        return [Piece(text, self.n_words, self.n_bytes)]
+
+
+READ_AS: Final = {
+    "disjoint": f"rows joined by {JOIN!r}",
+    "stride": f"rows joined by {JOIN!r}",
+    "lm-eval": "pages, detokenized",
+    "llama.cpp": "the raw file",
+}
+"""How each protocol's text comes from the raw one."""
+
+
+def pages_of(raw: str) -> list[str]:
+    """The pages of a raw text, each from its title line to the next, as the harness cuts them.
+
+    A title is ` = Name = `; one more pair of equals signs makes it a section's.
+    """
+    pages: list[list[str]] = [[]]
+    for line in raw.split("\n"):
+        shortened = line.replace("= = =", "===").replace("= =", "==").strip()
+        if shortened.startswith("= ") and shortened.endswith(" ="):
+            pages.append([])
+        pages[-1].append(line)
+    return [page for page in map("\n".join, pages) if page.strip()]
+
+
+def detokenized(page: str) -> str:
+    """A page as it would be written: spaces before punctuation and inside brackets taken out."""
+    for pattern, replacement in _DETOKENIZED:
+        page = pattern.sub(replacement, page)
+    return page
 
 
 def from_raw(raw: str) -> EvaluationText:
