@@ -174,6 +174,9 @@ def test_damage_and_wrong_folders_are_named(tmp_path: Path) -> None:
     weights.rename(folder / "pytorch_model.bin")
     assert "only safetensors are read" in convert(folder, tmp_path / "x").output
     (folder / "model.safetensors").write_bytes(whole)
+    (folder / TOKENIZER).write_bytes(b"no model")
+    damaged = convert(folder, tmp_path / "x").output
+    assert str(folder / TOKENIZER) in damaged and "no SentencePiece model" in damaged
     (folder / TOKENIZER).unlink()
     assert "a run keeps no other kind of tokenizer" in convert(folder, tmp_path / "x").output
 

@@ -6,6 +6,7 @@ file where there is one, else tokenizer.json.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -93,10 +94,13 @@ def read_sentencepiece(folder: Path) -> Tokenizer:
             f"{folder}: no {TOKENIZER} there, and a run keeps no other kind of tokenizer: use the"
             f" model as it is (summer-eval TASK --hf {folder})"
         )
+    model = path.read_bytes()
     try:
-        return Tokenizer.load(path, name=folder.name)
-    except TokenizerError:
-        return Tokenizer(extend(path.read_bytes(), ()), folder.name)
+        with contextlib.suppress(TokenizerError):
+            return Tokenizer(model, folder.name)
+        return Tokenizer(extend(model, ()), folder.name)
+    except TokenizerError as error:
+        raise ConversionError(f"{path}: {error}") from error
 
 
 def write_folder(
