@@ -64,10 +64,11 @@ class PositionTables(DerivedBuffers):
         return Positions(*(None if table is None else table[start:end] for table in tables))
 
     def _grow(self, end: int) -> None:
-        self.length = max(end, 2 * self.length)
+        length = max(end, 2 * self.length)
         if self.config.alibi:
             check_context(end)
-            self.length = min(self.length, MAX_ALIBI_CONTEXT)
+            length = min(length, MAX_ALIBI_CONTEXT)
+        self.length = length
         table = next(self.buffers(), None)
         if table is not None:
             self.make_buffers(table.device)

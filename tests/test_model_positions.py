@@ -53,8 +53,13 @@ def test_tables_grown_under_inference_mode_serve_training() -> None:
 def test_the_exact_limit_of_alibi_is_reached_and_not_passed() -> None:
     tables = PositionTables(CONFIG)
     assert len(tables(MAX_ALIBI_CONTEXT - 1, 1).alibi_q) == 1
+    for _ in range(2):  # a refusal leaves nothing behind that a second try would fall for
+        with pytest.raises(ModelError, match="16449"):
+            tables(MAX_ALIBI_CONTEXT, 1)
+    fresh = PositionTables(CONFIG)
     with pytest.raises(ModelError, match="16449"):
-        tables(MAX_ALIBI_CONTEXT, 1)
+        fresh(MAX_ALIBI_CONTEXT, 1)
+    assert len(fresh(0, 17).cos) == 17
     free = PositionTables(ModelConfig(n_heads=2, d_model=32, seq_len=16, alibi=False))
     assert len(free(MAX_ALIBI_CONTEXT, 1).cos) == 1
 
