@@ -34,6 +34,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers are ended, locks let go
 
 
+def _part(_context: object, _option: object, text: str) -> tuple[int, int]:
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdigit() and of.isdigit()):
+        raise click.BadParameter(f"{text!r}: two numbers are meant, as in 3/8")
+    return int(number), int(of)
+
+
 def _chosen(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that choose a source and its files."""
     for option in (
@@ -80,7 +87,13 @@ def _chosen(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--loss-mask", is_flag=True, help="Chat: only the answers are targets.")
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--address", default="", help="Ray cluster; default: one on this machine.")
-@click.option("--part", default="1/1", metavar="I/N", help="Do the I-th of N parts (from 1).")
+@click.option(
+    "--part",
+    default="1/1",
+    metavar="I/N",
+    callback=_part,
+    help="Do the I-th of N parts, counted from 1: for Slurm arrays and their like.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest's facts as JSON.")
 @one_line_failures()
 def tokenize(source: str, **options: Any) -> None:
@@ -108,7 +121,7 @@ def tokenize(source: str, **options: Any) -> None:
         loss_mask=options["loss_mask"],
         limit=Limit(options["max_documents"], options["max_tokens"]),
         check_encoding=options["check_encoding"],
-        part=_part(options["part"]),
+        part=options["part"],
     )
     workers = options["workers"] or default_workers()
     executor = Executor(options["executor"], workers, options["address"])
@@ -268,13 +281,6 @@ def _tokenizer(path: Path | None) -> Tokenizer:
     from pipeline.tokenizer import Tokenizer
 
     return Tokenizer.default() if path is None else Tokenizer.load(path)
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, slash, of = text.partition("/")
-    if not (slash and number.isdigit() and of.isdigit()):
-        raise click.BadParameter(f"{text!r}: two numbers are meant, as in 3/8", param_hint="--part")
-    return int(number), int(of)
 
 
 def _tell(folder: Path, manifest: Manifest | None, as_json: bool) -> None:

@@ -1,10 +1,13 @@
 """Records -> documents: pages joined from lines, what is held out, what is refused."""
 
 import contextlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +24,7 @@ PART = Part(file="a", first=0, last=1)
 SOURCE = Source(name="mine", about="", licence="")
 
 
-def pages_of(path):
+def pages_of(path: Path) -> Any:
     source, inputs = find("wikitext2"), local_inputs((str(path),))
     (weighed,) = cut_into_parts(inputs, source)
     maker = DocumentMaker(source, 1.0)
@@ -41,7 +44,7 @@ PAGES = [
 ]
 
 
-def test_lines_become_pages_from_raw_text_and_from_rows(tmp_path):
+def test_lines_become_pages_from_raw_text_and_from_rows(tmp_path: Path) -> None:
     raw = "".join(PAGES)
     (tmp_path / "wiki.raw").write_text(raw)
     rows = ["" if line == " " else f"{line}\n" for line in raw.split("\n")[:-1]]
@@ -51,7 +54,7 @@ def test_lines_become_pages_from_raw_text_and_from_rows(tmp_path):
     assert pages_of(tmp_path / "a.parquet") == wanted
 
 
-def test_wikitext_is_cut_at_its_titles_and_nothing_is_lost(shared):
+def test_wikitext_is_cut_at_its_titles_and_nothing_is_lost(shared: Path) -> None:
     pages = pages_of(shared / "wikitext-2" / "wiki.test.raw")
     raw = (shared / "wikitext-2" / "wiki.test.raw").read_text()
     assert "".join(text for text, _ in pages) == raw
@@ -63,19 +66,19 @@ def test_wikitext_is_cut_at_its_titles_and_nothing_is_lost(shared):
 
 @settings(deadline=None)
 @given(st.lists(st.text()), st.integers(0, 1 << 16))
-def test_held_out_depends_on_the_text_alone(texts, below):
+def test_held_out_depends_on_the_text_alone(texts: list[str], below: int) -> None:
     array = pa.array(["skipped", *texts, "x"], pa.large_string())[1:-1]
     wanted = [xxhash.xxh3_64_intdigest(text.encode()) % (1 << 16) < below for text in texts]
     assert held_out(array, below).tolist() == wanted
 
 
-def test_the_share_held_out_is_what_was_asked_for():
+def test_the_share_held_out_is_what_was_asked_for() -> None:
     texts = pa.array([f"document {n}" for n in range(20_000)], pa.large_string())
     assert abs(held_out(texts, round(0.1 * 65536)).mean() - 0.1) < 0.01
     assert not held_out(texts, 0).any()
 
 
-def test_batches_hold_the_same_documents():
+def test_batches_hold_the_same_documents() -> None:
     maker = DocumentMaker(SOURCE, 0.5)
     several = [
         next(maker.documents(n, PART, [Records(n, pa.array([f"{n}", f"text {n}"]))]))
@@ -93,7 +96,7 @@ def test_batches_hold_the_same_documents():
     assert first.texts.to_pylist() == ["0", "text 0", "1"] and len(first) == 3
 
 
-def test_a_text_above_the_largest_record_is_refused(monkeypatch):
+def test_a_text_above_the_largest_record_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "MAX_RECORD_BYTES", 5)
     maker = DocumentMaker(SOURCE, 0.0)
     records = Records(40, pa.array(["12345", "123456", None, "é é"]))

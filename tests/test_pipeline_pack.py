@@ -1,6 +1,7 @@
 """Ids -> rows: nothing lost, padding at the end alone, every row's origin."""
 
 import itertools
+from typing import Any, cast
 
 import numpy as np
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from pipeline.encode import Encoded
 from pipeline.pack import Packer
 from shards.format import Facts, TokenizerInfo
+from shards.writer import ShardWriter
 
 BOS, EOS, PAD = 1, 2, 0
 
@@ -16,24 +18,26 @@ BOS, EOS, PAD = 1, 2, 0
 class Kept:
     """Takes the writer's place and keeps what it is given."""
 
-    def __init__(self):
-        self.rows, self.origins, self.masks = [], [], []
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+        self.origins: list[Any] = []
+        self.masks: list[Any] = []
 
-    def add(self, split, rows, parts, records, masks=None):
+    def add(self, split: Any, rows: Any, parts: Any, records: Any, masks: Any = None) -> None:
         assert split == "train" and len(rows) == len(parts) == len(records)
         self.rows += rows.tolist()
         self.origins += zip(parts.tolist(), records.tolist(), strict=True)
         self.masks += [] if masks is None else masks.tolist()
 
 
-def facts(seq_len, masked):
+def facts(seq_len: int, masked: bool) -> Any:
     info = TokenizerInfo(name="t", sha256="", vocab_size=99, bos_id=BOS, eos_id=EOS, pad_id=PAD)
     return Facts(source="s", dataset="", revision="", licence="", seq_len=seq_len, dtype="uint16",
                  packing="concat+mask" if masked else "concat", val_fraction=0.0,
                  tokenizer=info)  # fmt: skip
 
 
-def encoded(lengths, masked, seed):
+def encoded(lengths: list[int], masked: bool, seed: int) -> Any:
     documents = [[BOS, *range(3, 3 + n), EOS] for n in lengths]
     tokens = np.array([*itertools.chain.from_iterable(documents)], np.uint16)
     starts = np.cumsum([0, *map(len, documents)])[:-1].astype(np.int64)
@@ -47,10 +51,14 @@ def encoded(lengths, masked, seed):
     st.sampled_from([8, 16, 24]),
     st.booleans(),
 )
-def test_rows_are_the_stream_cut_and_padded(batches, seq_len, masked):
+def test_rows_are_the_stream_cut_and_padded(
+    batches: list[list[int]], seq_len: int, masked: bool
+) -> None:
     kept = Kept()
-    packer = Packer(kept, "train", facts(seq_len, masked))
-    stream, origins, targets = [], [], []
+    packer = Packer(cast(ShardWriter, kept), "train", facts(seq_len, masked))
+    stream: list[int] = []
+    origins: list[tuple[int, int]] = []
+    targets: list[bool] = []
     for number, lengths in enumerate(batches):
         batch = encoded(lengths, masked, number)
         records = np.arange(len(lengths), dtype=np.uint32) * 3
@@ -72,7 +80,7 @@ def test_rows_are_the_stream_cut_and_padded(batches, seq_len, masked):
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.data())
-def test_choosing_documents_keeps_them_whole(lengths, data):
+def test_choosing_documents_keeps_them_whole(lengths: list[int], data: Any) -> None:
     chosen = np.array(data.draw(st.lists(st.booleans(), min_size=len(lengths),
                                          max_size=len(lengths))))  # fmt: skip
     whole = encoded(lengths, True, 0)

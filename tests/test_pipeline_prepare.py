@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ from shards.reader import ShardReader, read_manifest
 # ------------------------------------------------------------------ what comes out
 
 
-def corpus(folder, n_files=6, per_file=80):
+def corpus(folder: Path, n_files: int = 6, per_file: int = 80) -> Any:
     """Files of several kinds with documents that are told apart by their numbers."""
     rng = random.Random(0)
     texts = []
@@ -47,7 +49,7 @@ def corpus(folder, n_files=6, per_file=80):
     return texts
 
 
-def test_every_document_comes_back_once_with_its_origin(tmp_path):
+def test_every_document_comes_back_once_with_its_origin(tmp_path: Path) -> None:
     texts = corpus(tmp_path / "in")
     wanted = request(tmp_path / "out", str(tmp_path / "in"))
     manifest = prepared(wanted)
@@ -81,7 +83,9 @@ SHARED = {
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_real_rows_of_each_source_are_tokenized_as_sentencepiece_does(shared, tmp_path, name):
+def test_real_rows_of_each_source_are_tokenized_as_sentencepiece_does(
+    shared: Path, tmp_path: Path, name: str
+) -> None:
     wanted = Request(
         source=find(name), tokenizer=Tokenizer.default(), out=tmp_path, seq_len=512,
         data_files=(str(shared / SHARED[name]),), val_fraction=0.02,
@@ -101,7 +105,7 @@ def test_real_rows_of_each_source_are_tokenized_as_sentencepiece_does(shared, tm
 
 
 @pytest.mark.parametrize("name", ["python-code", "python-docs"])
-def test_what_python_carries_needs_nothing_else(tmp_path, name):
+def test_what_python_carries_needs_nothing_else(tmp_path: Path, name: str) -> None:
     wanted = Request(source=find(name), tokenizer=tokenizer(), out=tmp_path, seq_len=256,
                      limit=Limit(documents=20))  # fmt: skip
     manifest = prepared(wanted)
@@ -110,7 +114,7 @@ def test_what_python_carries_needs_nothing_else(tmp_path, name):
     assert "def " in "".join(tokenizer().decode(ids) for ids in documents(tmp_path / name))
 
 
-def test_a_loss_mask_marks_the_answers(tmp_path):
+def test_a_loss_mask_marks_the_answers(tmp_path: Path) -> None:
     rows = [[{"from": "human", "value": f"question {n}"}, {"from": "gpt", "value": f"answer {n}"}]
             for n in range(50)]  # fmt: skip
     write_jsonl(tmp_path / "a.jsonl", rows, column="conversations")
@@ -118,9 +122,10 @@ def test_a_loss_mask_marks_the_answers(tmp_path):
                      val_fraction=0.0)  # fmt: skip
     assert prepared(wanted).facts.packing == "concat+mask"
     reader = ShardReader(tmp_path / "slimorca")
-    rows, masks = reader.rows(np.arange(reader.n_rows))
+    tokens, masks = reader.rows(np.arange(reader.n_rows))
+    assert masks is not None
     bits = np.unpackbits(masks, axis=1, bitorder="little").reshape(-1).astype(bool)
-    targets = rows.reshape(-1)[bits]
+    targets = tokens.reshape(-1)[bits]
     answers = [[*tokenizer().encode(f"answer {n}"), 2] for n in range(50)]
     assert targets.tolist() == [token for answer in answers for token in answer]
 
@@ -128,14 +133,14 @@ def test_a_loss_mask_marks_the_answers(tmp_path):
 # ------------------------------------------------------------------ exactly once
 
 
-def test_the_bytes_are_the_same_for_any_number_of_workers(tmp_path):
+def test_the_bytes_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
     corpus(tmp_path / "in")
     for workers in (1, 3):
         prepared(request(tmp_path / f"{workers}", str(tmp_path / "in")), workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
-def test_parts_of_an_array_give_the_same_bytes(tmp_path):
+def test_parts_of_an_array_give_the_same_bytes(tmp_path: Path) -> None:
     corpus(tmp_path / "in")
     prepared(request(tmp_path / "whole", str(tmp_path / "in")))
     for number in (3, 1, 2):
@@ -154,7 +159,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     corpus(tmp_path / "in", n_files=10, per_file=150)
     prepared(request(tmp_path / "whole", str(tmp_path / "in")))
     (tmp_path / "run.py").write_text(RUN)
@@ -175,7 +180,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
 
 
-def _wait_until_quiet(folder):
+def _wait_until_quiet(folder: Path) -> None:
     """Workers end when their parent is gone; a moment later nobody writes any more."""
     before = None
     while before != (now := sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir())):
@@ -183,7 +188,7 @@ def _wait_until_quiet(folder):
         time.sleep(0.3)
 
 
-def test_two_runs_at_once_end_well_with_the_same_bytes(tmp_path):
+def test_two_runs_at_once_end_well_with_the_same_bytes(tmp_path: Path) -> None:
     corpus(tmp_path / "in")
     prepared(request(tmp_path / "whole", str(tmp_path / "in")))
     (tmp_path / "run.py").write_text(RUN)
@@ -198,7 +203,7 @@ def test_two_runs_at_once_end_well_with_the_same_bytes(tmp_path):
     assert contents(tmp_path / "whole") == contents(tmp_path / "both")
 
 
-def test_a_finished_source_is_left_alone(tmp_path):
+def test_a_finished_source_is_left_alone(tmp_path: Path) -> None:
     corpus(tmp_path / "in", 2)
     wanted = request(tmp_path, str(tmp_path / "in"))
     manifest = prepared(wanted)
@@ -213,9 +218,11 @@ def test_a_finished_source_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [Limit(documents=120), Limit(tokens=9000), Limit(150, 30_000)])
-def test_a_limit_takes_the_same_prefix_for_any_number_of_workers(tmp_path, limit):
+def test_a_limit_takes_the_same_prefix_for_any_number_of_workers(
+    tmp_path: Path, limit: Limit
+) -> None:
     corpus(tmp_path / "in")
-    small = {"unit_bytes": 1 << 12, "limit": limit}
+    small: dict[str, Any] = {"unit_bytes": 1 << 12, "limit": limit}
     for workers in (1, 3):
         prepared(request(tmp_path / f"{workers}", str(tmp_path / "in"), **small), workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
@@ -235,7 +242,7 @@ def test_a_limit_takes_the_same_prefix_for_any_number_of_workers(tmp_path, limit
     assert len(files) > 2  # not the alphabet's first
 
 
-def test_a_limit_beyond_the_source_takes_all(tmp_path):
+def test_a_limit_beyond_the_source_takes_all(tmp_path: Path) -> None:
     texts = corpus(tmp_path / "in", 2)
     wanted = request(tmp_path, str(tmp_path / "in"), limit=Limit(tokens=10**9))
     assert prepared(wanted).n_documents == len(texts)
@@ -245,14 +252,14 @@ def test_a_limit_beyond_the_source_takes_all(tmp_path):
 # ------------------------------------------------------------------ what cannot be
 
 
-def refused(wanted, kind=PrepareError):
+def refused(wanted: Any, kind: Any = PrepareError) -> Any:
     with pytest.raises(kind) as caught:
         prepare(wanted, Executor(), Watch())
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_a_folder_begun_otherwise_is_not_touched(tmp_path):
+def test_a_folder_begun_otherwise_is_not_touched(tmp_path: Path) -> None:
     corpus(tmp_path / "in", 2)
     files = str(tmp_path / "in")
     prepared(request(tmp_path, files))
@@ -272,14 +279,14 @@ def test_a_folder_begun_otherwise_is_not_touched(tmp_path):
     assert contents(tmp_path / "mine") == before
 
 
-def test_without_one_document_there_is_no_source(tmp_path):
+def test_without_one_document_there_is_no_source(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["", 7, None])
     told = refused(request(tmp_path, str(tmp_path / "a.jsonl")))
     assert "not one document" in told and "1 empty" in told and "1 wrong type" in told
     assert not (tmp_path / "mine" / "manifest.json").exists()
 
 
-def test_refused_records_are_listed_with_file_and_number(tmp_path):
+def test_refused_records_are_listed_with_file_and_number(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["good", 7, "", "good too"])
     manifest = prepared(request(tmp_path, str(tmp_path / "a.jsonl")))
     assert dict(manifest.rejected) == {"empty": 1, "wrong type": 1}
@@ -290,14 +297,14 @@ def test_refused_records_are_listed_with_file_and_number(tmp_path):
     ]
 
 
-def test_a_missing_field_is_noticed_before_anything_is_done(tmp_path):
+def test_a_missing_field_is_noticed_before_anything_is_done(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["x"] * 50, column="content")
     told = refused(request(tmp_path, str(tmp_path / "a.jsonl")), SourceError)
     assert "no field 'text'" in told and "--text-column" in told
     assert not list((tmp_path / "mine").glob("*.npy"))
 
 
-def test_a_damaged_file_stops_the_run_and_nothing_done_is_lost(tmp_path):
+def test_a_damaged_file_stops_the_run_and_nothing_done_is_lost(tmp_path: Path) -> None:
     corpus(tmp_path / "in")
     files = tmp_path / "in"
     whole = (files / "3.parquet").read_bytes()
@@ -313,7 +320,7 @@ def test_a_damaged_file_stops_the_run_and_nothing_done_is_lost(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
-def test_without_room_on_the_disk_nothing_begins(tmp_path):
+def test_without_room_on_the_disk_nothing_begins(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS * 20)
     with (tmp_path / "b.jsonl").open("wb") as file:
         file.truncate(4 << 40)  # a hole: it takes no room itself
@@ -332,12 +339,12 @@ def test_without_room_on_the_disk_nothing_begins(tmp_path):
         ({"loss_mask": True}, "mine has none"),
     ],
 )
-def test_contradictions_are_refused(tmp_path, changes, told):
+def test_contradictions_are_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     assert told in refused(request(tmp_path, str(tmp_path / "a.jsonl"), **changes))
 
 
-def test_a_vocabulary_without_chat_markers_cannot_prepare_chat(tmp_path):
+def test_a_vocabulary_without_chat_markers_cannot_prepare_chat(tmp_path: Path) -> None:
     proto = Tokenizer.default().proto.__class__()
     proto.CopyFrom(tokenizer().proto)
     proto.pieces[3].piece = "[OTHER]"

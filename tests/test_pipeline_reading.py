@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import random
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +28,7 @@ from pipeline_samples import write_jsonl, write_parquet
 SOURCE = Source(name="mine", about="", licence="")
 
 
-def read(pattern, source=SOURCE):
+def read(pattern: Any, source: Source = SOURCE) -> Any:
     """(texts, refusals) of everything that the pattern matches."""
     inputs = local_inputs((str(pattern),))
     reader, maker = PartReader(inputs, source), DocumentMaker(source, 0.0)
@@ -44,7 +46,7 @@ TEXTS = ["one", "zwei\nlines\r\nof it", "three \u2028 \x85 \u2029 apart", "\ufef
 @pytest.mark.parametrize(
     "name", ["a.parquet", "a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.ndjson", "many.parquet"]
 )
-def test_every_format_gives_the_same_texts(tmp_path, name):
+def test_every_format_gives_the_same_texts(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name.endswith("parquet"):
         write_parquet(path, TEXTS, group=2 if name == "many.parquet" else 1000)
@@ -60,7 +62,7 @@ def test_every_format_gives_the_same_texts(tmp_path, name):
     assert read(path) == (TEXTS, [])
 
 
-def test_a_text_file_is_a_document(tmp_path):
+def test_a_text_file_is_a_document(tmp_path: Path) -> None:
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number}.txt").write_bytes(text.encode())
     (tmp_path / "9.txt.gz").write_bytes(gzip.compress(b"packed"))
@@ -69,7 +71,9 @@ def test_a_text_file_is_a_document(tmp_path):
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([b"", b"a", b"bc", b"\r", b"def" * 9])), st.booleans(), st.data())
-def test_ranges_of_lines_share_none_and_lose_none(lines, ended, data):
+def test_ranges_of_lines_share_none_and_lose_none(
+    lines: list[bytes], ended: bool, data: Any
+) -> None:
     text = b"\n".join(lines) + (b"\n" if ended else b"")
     cuts = data.draw(st.lists(st.integers(0, len(text))))
     edges = sorted({0, len(text), *cuts})
@@ -87,7 +91,7 @@ def test_ranges_of_lines_share_none_and_lose_none(lines, ended, data):
         position += len(block)
 
 
-def test_lines_longer_than_a_block_and_than_a_record(monkeypatch):
+def test_lines_longer_than_a_block_and_than_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "BLOCK_BYTES", 16)
     monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 100)
     text = b"a\n" + b"b" * 60 + b"\n" + b"c" * 500 + b"\nd\n" + b"e" * 300
@@ -120,7 +124,9 @@ ODD_LINES = [
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_odd_records_are_refused_by_number_and_never_disturb_others(tmp_path, seed):
+def test_odd_records_are_refused_by_number_and_never_disturb_others(
+    tmp_path: Path, seed: int
+) -> None:
     lines = ODD_LINES * 3
     random.Random(seed).shuffle(lines)
     path = tmp_path / "a.jsonl"
@@ -144,7 +150,7 @@ JSON = st.recursive(
 @settings(deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from(["text", "x"]), JSON) | JSON, max_size=8))
 @example([{"text": "a"}, None])
-def test_records_of_any_json_are_read_as_json_does(values):
+def test_records_of_any_json_are_read_as_json_does(values: list[Any]) -> None:
     block = "".join(json.dumps(value) + "\n" for value in values).encode()
     records = reading.parse_lines(block, 0, SOURCE)
     assert len(records.values) == len(values)
@@ -156,7 +162,7 @@ def test_records_of_any_json_are_read_as_json_does(values):
         assert found == expected
 
 
-def _is_unicode(text):
+def _is_unicode(text: str) -> Any:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -164,7 +170,7 @@ def _is_unicode(text):
     return True
 
 
-def test_invalid_utf8_anywhere_is_refused_by_record(tmp_path):
+def test_invalid_utf8_anywhere_is_refused_by_record(tmp_path: Path) -> None:
     rows = [b"good", b"bad \xff\xfe", "schön".encode(), b"\xed\xa0\x80 surrogate", None, b""]
     strings = pa.array(rows, pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": strings}), tmp_path / "a.parquet")
@@ -178,7 +184,7 @@ def test_invalid_utf8_anywhere_is_refused_by_record(tmp_path):
     assert read(tmp_path / "d.txt") == ([], [(0, "invalid UTF-8")])
 
 
-def test_columns_of_other_string_types_are_read(tmp_path):
+def test_columns_of_other_string_types_are_read(tmp_path: Path) -> None:
     for number, kind in enumerate(
         [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
     ):
@@ -189,7 +195,7 @@ def test_columns_of_other_string_types_are_read(tmp_path):
 
 @pytest.mark.parametrize("ending", [".zst", ".gz"])
 @pytest.mark.parametrize("cut", ["end", "middle", "second frame"])
-def test_a_truncated_compressed_file_is_an_error(tmp_path, ending, cut):
+def test_a_truncated_compressed_file_is_an_error(tmp_path: Path, ending: str, cut: str) -> None:
     pack = zstandard.compress if ending == ".zst" else gzip.compress
     data = b"".join(b'{"text": "%d"}\n' % random.Random(n).getrandbits(200) for n in range(5000))
     frames = [pack(data), pack(data)]
@@ -204,7 +210,7 @@ def test_a_truncated_compressed_file_is_an_error(tmp_path, ending, cut):
         read(path)
 
 
-def test_files_that_cannot_be_read_are_named_with_the_mend(tmp_path):
+def test_files_that_cannot_be_read_are_named_with_the_mend(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", ["x"], column="content")
     with pytest.raises(SourceError, match=r"a\.parquet has no column 'text'; it has id, content"):
         read(tmp_path / "a.parquet")
@@ -229,7 +235,7 @@ def test_files_that_cannot_be_read_are_named_with_the_mend(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_named(tmp_path):
+def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
     path.chmod(0)
     with pytest.raises(SourceError, match="Permission denied"):

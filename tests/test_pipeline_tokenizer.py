@@ -20,7 +20,7 @@ CONTROL = {
 SPELLINGS = [e.piece for e in DEFAULT.proto.pieces if e.type == KINDS.CONTROL] + ["<unk>", "<0x0A>"]
 
 
-def test_the_default_is_the_extended_base():
+def test_the_default_is_the_extended_base() -> None:
     info = DEFAULT.info
     assert (info.vocab_size, info.bos_id, info.eos_id, info.pad_id) == (32768, 1, 2, 0)
     assert info.name == "mistral-v3-extended"
@@ -29,7 +29,7 @@ def test_the_default_is_the_extended_base():
         assert DEFAULT.id_of(piece) in CONTROL
 
 
-def test_the_extension_changes_no_id_of_any_text():
+def test_the_extension_changes_no_id_of_any_text() -> None:
     base = processor(base_model())
     for text in [*TEXTS[:20], "  def f(x):\n\treturn x\n", "déjà vu 東京 \U0001f600", "", " "]:
         assert DEFAULT.encode(text) == base.encode(text)
@@ -37,7 +37,7 @@ def test_the_extension_changes_no_id_of_any_text():
 
 @settings(deadline=None)
 @given(st.text() | st.lists(st.sampled_from([*SPELLINGS, " ", "a"])).map("".join))
-def test_text_comes_back_and_never_becomes_a_control_piece(text):
+def test_text_comes_back_and_never_becomes_a_control_piece(text: str) -> None:
     ids = DEFAULT.encode(text)
     assert not CONTROL & set(ids)
     assert DEFAULT.decode(ids) == text.replace("\u2581", " ")
@@ -46,7 +46,7 @@ def test_text_comes_back_and_never_becomes_a_control_piece(text):
     )
 
 
-def test_extension_fills_spare_slots_and_then_appends():
+def test_extension_fills_spare_slots_and_then_appends() -> None:
     added = Tokenizer(extend(base_model(), [f"[X{n}]" for n in range(740)]), "x")
     spare = [e.piece for e in added.proto.pieces if e.piece.startswith("[control_")]
     assert spare == [] and added.vocab_size == 32768 + 740 - 737
@@ -57,7 +57,7 @@ def test_extension_fills_spare_slots_and_then_appends():
         extend(base_model(), ["[INST]"])
 
 
-def test_training_gives_the_same_bytes_and_fits_the_fast_encoder():
+def test_training_gives_the_same_bytes_and_fits_the_fast_encoder() -> None:
     again = Tokenizer(train(TEXTS, 400), "small")
     assert again.model == tokenizer().model
     assert (again.vocab_size, again.bos_id, again.eos_id, again.pad_id) == (400, 1, 2, 0)
@@ -69,7 +69,7 @@ def test_training_gives_the_same_bytes_and_fits_the_fast_encoder():
         train(["only a line"], 50_000)
 
 
-def test_a_model_that_does_not_fit_is_refused():
+def test_a_model_that_does_not_fit_is_refused() -> None:
     with pytest.raises(TokenizerError, match=r"readme is no SentencePiece model"):
         Tokenizer(b"# A page about something else\n", "readme")
     with pytest.raises(TokenizerError, match="user-defined"):

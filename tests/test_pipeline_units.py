@@ -1,6 +1,7 @@
 """The plan: parts, units, their order, and the file it is written to."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -20,7 +21,9 @@ SOURCE = Source(name="mine", about="", licence="")
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(1, 100))
-def test_units_take_consecutive_parts_until_they_are_full(sizes, unit_bytes):
+def test_units_take_consecutive_parts_until_they_are_full(
+    sizes: list[int], unit_bytes: int
+) -> None:
     weighed = [
         WeighedPart(Part(file=f"f{n // 3}", first=n % 3, last=n % 3 + 1), size, 2 * size)
         for n, size in enumerate(sizes)
@@ -40,7 +43,9 @@ def test_units_take_consecutive_parts_until_they_are_full(sizes, unit_bytes):
     assert keys == sorted(keys)
 
 
-def test_every_kind_of_file_is_cut_as_described(tmp_path, monkeypatch):
+def test_every_kind_of_file_is_cut_as_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(units, "LINES_BYTES", 100)
     write_parquet(tmp_path / "a.parquet", ["word " * 50] * 25, group=10)
     size = write_jsonl(tmp_path / "b.jsonl", ["line"] * 10).stat().st_size
@@ -62,7 +67,7 @@ def test_every_kind_of_file_is_cut_as_described(tmp_path, monkeypatch):
     assert [(w.part.first, w.part.last) for w in pages] == [(0, 3)]
 
 
-def test_the_listing_is_in_bytewise_order_and_relative(tmp_path):
+def test_the_listing_is_in_bytewise_order_and_relative(tmp_path: Path) -> None:
     for name in ("b/2.txt", "B/1.txt", "b-1.txt", "ä.txt", ".hidden.txt", "b/readme.html"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -72,7 +77,7 @@ def test_the_listing_is_in_bytewise_order_and_relative(tmp_path):
     assert [file.path for file in twice.files] == ["B/1.txt", "b/2.txt"]
 
 
-def test_a_plan_survives_its_file(tmp_path):
+def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in" / "a.jsonl", ["text"] * 9)
     plan = make_plan({"source": "mine"}, local_inputs((str(tmp_path / "in"),)), SOURCE, 1 << 20)
     assert read_plan(tmp_path) is None
@@ -85,7 +90,7 @@ def test_a_plan_survives_its_file(tmp_path):
         read_plan(tmp_path)
 
 
-def test_nothing_to_read_is_an_error(tmp_path):
+def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(SourceError, match=r"nothing to read in a\.jsonl \(0 bytes of text\)"):
         make_plan({}, local_inputs((str(tmp_path),)), SOURCE, 1 << 20)

@@ -2,6 +2,8 @@
 
 import random
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ FILES = 5
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A prepared source of several units, some with refused records; the input beside it."""
     place = tmp_path_factory.mktemp("whole")
     for number in range(FILES):
@@ -32,18 +34,18 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def source(whole, tmp_path):
+def source(whole: Path, tmp_path: Path) -> Any:
     """A copy of its own to spoil."""
     shutil.copytree(whole / "mine", tmp_path / "mine")
     return tmp_path / "mine"
 
 
-def test_what_is_whole_is_found_whole(source):
+def test_what_is_whole_is_found_whole(source: Path) -> None:
     assert list(damages(source)) == []
     assert repair(source, (), Executor()) == []
 
 
-def spoil(folder, rng):
+def spoil(folder: Path, rng: random.Random) -> Any:
     """Do one random harm; its name."""
     files = sorted(path for path in folder.iterdir() if path.name != "units.json")
     path = rng.choice(files)
@@ -69,7 +71,7 @@ def spoil(folder, rng):
     return f"{harm} {path.name}"
 
 
-def test_every_harm_is_noticed_and_mended(whole, source, tmp_path):
+def test_every_harm_is_noticed_and_mended(whole: Path, source: Path, tmp_path: Path) -> None:
     before = contents(whole / "mine")
     rng = random.Random(5)
     for turn in range(60):
@@ -85,7 +87,7 @@ def test_every_harm_is_noticed_and_mended(whole, source, tmp_path):
             shutil.copytree(whole / "mine", source)
 
 
-def test_a_bad_row_is_named_with_its_file(source):
+def test_a_bad_row_is_named_with_its_file(source: Path) -> None:
     path = next(source.glob("00001-000.npy"))
     rows = np.load(path, mmap_mode="r+")
     rows[3, 5] ^= 1
@@ -95,7 +97,9 @@ def test_a_bad_row_is_named_with_its_file(source):
     assert str(found) == "00001-000.npy: rows 3, 7: damaged (digests differ)"
 
 
-def test_repair_without_the_same_input_touches_nothing(whole, source, tmp_path):
+def test_repair_without_the_same_input_touches_nothing(
+    whole: Path, source: Path, tmp_path: Path
+) -> None:
     next(source.glob("*.rows.npy")).write_bytes(b"")
     before = contents(source)
     with pytest.raises(PrepareError, match="name the same ones with --data-files"):
@@ -114,7 +118,7 @@ def test_repair_without_the_same_input_touches_nothing(whole, source, tmp_path):
     assert contents(source) == before
 
 
-def test_repair_of_a_limited_source_cuts_where_the_limit_did(whole, tmp_path):
+def test_repair_of_a_limited_source_cuts_where_the_limit_did(whole: Path, tmp_path: Path) -> None:
     files = str(whole / "in")
     prepared(request(tmp_path, files, unit_bytes=1 << 12, limit=Limit(documents=111)))
     before = contents(tmp_path / "mine")
@@ -124,7 +128,7 @@ def test_repair_of_a_limited_source_cuts_where_the_limit_did(whole, tmp_path):
     assert contents(tmp_path / "mine") == before
 
 
-def test_the_report_counts_what_is_there(whole):
+def test_the_report_counts_what_is_there(whole: Path) -> None:
     folder = whole / "mine"
     found = report(folder)
     rows = [np.load(path) for path in folder.glob("*-[0-9][0-9][0-9].npy")]
@@ -141,7 +145,7 @@ def test_the_report_counts_what_is_there(whole):
     assert found.counts[1] == found.manifest.n_documents == 3 * 90 + 2 * 50
 
 
-def test_a_row_is_shown_as_text_with_its_documents(whole):
+def test_a_row_is_shown_as_text_with_its_documents(whole: Path) -> None:
     folder = whole / "mine"
     row = show_row(folder, "train", 0)
     assert row.pieces[0][1] and row.pieces[0][0].endswith(("barked", ".", "\n")) is not None
@@ -153,7 +157,7 @@ def test_a_row_is_shown_as_text_with_its_documents(whole):
         show_row(folder, "train", 999_999)
 
 
-def test_the_commands_say_it_in_one_line(whole, source):
+def test_the_commands_say_it_in_one_line(whole: Path, source: Path) -> None:
     run = CliRunner()
     good = run.invoke(cli.main, ["verify", str(whole)])
     assert good.exit_code == 0 and good.output == f"{whole / 'mine'}: whole\n"
