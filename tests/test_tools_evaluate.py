@@ -171,6 +171,48 @@ def test_wrong_input_is_one_clear_line(
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+def test_all_protocols_stand_side_by_side(run: Path, text_file: Path, tmp_path: Path) -> None:
+    card = tmp_path / "card.json"
+    arguments = ("wikitext2", "--run", run, "--data", text_file, "--device", "cpu", "--context", 16)
+    result = command(*arguments, "--all-protocols", "--card", card)
+    assert result.exit_code == 0, result.stderr
+    figures = json.loads(card.read_text())
+    assert [each["protocol"] for each in figures] == ["disjoint", "stride", "lm-eval", "llama.cpp"]
+    assert len({each["token_perplexity"] for each in figures}) == 4
+    for each in figures:
+        alone = json.loads(command(*arguments, "--protocol", each["protocol"], "--json").stdout)
+        assert alone["nats"] == each["nats"]
+        assert f"{each['bits_per_byte']:.4f} ± {each['bits_per_byte_error']:.4f}" in result.stdout
+    refused = command(*arguments, "--all-protocols", "--stride", 4)
+    assert refused.exit_code == 1 and "takes each as it is" in refused.stderr
+
+
+def shared_out(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tools.evaluate", *map(str, arguments), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_processes_share_the_work_and_count_nothing_twice(run: Path, text_file: Path) -> None:
+    arguments = ("wikitext2", "--run", run, "--data", text_file, "--batch-tokens", 100, "--json")
+    done = shared_out(*arguments, "--protocol", "lm-eval", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    alone = json.loads(command(*arguments, "--protocol", "lm-eval", "--device", "cpu").stdout)
+    together = json.loads(done.stdout)
+    assert together.pop("time_s") and alone.pop("time_s")
+    assert together == alone
+
+
+def test_what_fails_in_every_process_is_said_once(run: Path) -> None:
+    done = shared_out("wikitext2", "--run", run, "--data", "nowhere.raw", "--nproc", 2)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("module", ["evaluate", "generate", "plan", "report"])
 def test_help_is_instant(module: str) -> None:
     """Under half a second of CPU, which importing torch alone would exceed."""

@@ -9,15 +9,23 @@ from typing import Any
 import pytest
 import torch
 
+from model.kv_cache import KVCache
 from model.transformer import Transformer
 from shards.errors import SummerError
 from tools.errors import EvaluationError
 from tools.loading import max_context
 from tools.perplexity import measure, perplexity
-from tools.protocols import Protocol, make_plan
+from tools.protocols import PLANS, Protocol, make_plan
 from tools.scoring import Scorer, score
 from tools.vocabulary import Vocabulary
-from tools.wikitext import EvaluationText, from_raw, from_rows, read_text
+from tools.wikitext import (
+    EvaluationText,
+    detokenized,
+    from_raw,
+    from_rows,
+    pages_of,
+    read_text,
+)
 from tools_samples import (
     SEQ_LEN,
     sample_loaded,
@@ -98,17 +106,17 @@ def test_pieces_spell_the_text_byte_for_byte() -> None:
 # ---- perplexity
 
 
-@pytest.mark.parametrize("name", ["disjoint", "stride"])
+@pytest.mark.parametrize("name", list(PLANS))
 def test_a_uniform_model_has_perplexity_v(name: Any) -> None:
     loaded = uniform_loaded()
     text = from_raw(sample_text()[:3000])
-    result = measure(loaded, text, Protocol(name=name, context=SEQ_LEN))
+    result = measure(loaded, text, Protocol(name=name, context=SEQ_LEN, bos_id=1))
     assert result.token_perplexity == pytest.approx(512, rel=1e-6)
     bits = math.log2(512) * result.scored_tokens
     n_bytes = len(text.raw.encode()) * result.scored_share
     assert result.bits_per_byte == pytest.approx(bits / n_bytes, rel=1e-6)
     assert result.byte_perplexity == pytest.approx(2**result.bits_per_byte, rel=1e-6)
-    n_words = len(text.raw.split()) * result.scored_share
+    n_words = sum(piece.n_words for piece in text.pieces(name)) * result.scored_share
     assert result.word_perplexity == pytest.approx(2 ** (bits / n_words), rel=1e-5)
 
 
@@ -213,6 +221,40 @@ def test_logits_and_transformer_scorers_agree() -> None:
     plan = make_plan(sample_tokenizer().encode(sample_text()[:1500]), Protocol(context=SEQ_LEN))
     by_logits = score(Scorer.of_logits(loaded.model.logits), plan)
     assert score(loaded.scorer, plan).nats == pytest.approx(by_logits.nats, rel=1e-6)
+
+
+def test_the_score_does_not_depend_on_the_cache() -> None:
+    """Ids fed one by one into a cache, or three at a time, score as the whole does."""
+    loaded = sample_loaded()
+    ids = sample_tokenizer().encode(sample_text()[:900])
+    plan = make_plan(ids, Protocol(name="lm-eval", context=SEQ_LEN, bos_id=1))
+
+    def cached(tokens: torch.Tensor, at_once: int) -> torch.Tensor:
+        config = loaded.model.config
+        cache = KVCache(config, len(tokens), SEQ_LEN, torch.device("cpu"), torch.float32)
+        chunks = torch.split(tokens, at_once, dim=1)
+        return torch.cat([loaded.model.logits(chunk, cache) for chunk in chunks], dim=1)
+
+    whole = score(loaded.scorer, plan).nats
+    for at_once in (1, 3):
+        by_cache = Scorer.of_logits(lambda tokens, n=at_once: cached(tokens, n))  # type: ignore[misc]
+        assert score(by_cache, plan).nats == pytest.approx(whole, rel=1e-5)
+
+
+def test_pages_are_cut_at_titles_and_detokenized() -> None:
+    raw = " \n = A = \n \n One @-@ two , three . \n = = S = = \n = B = \n \n ( x ) it 's \n"
+    pages = pages_of(raw)
+    assert [page.split("\n")[0] for page in pages] == [" = A = ", " = B = "]
+    assert detokenized(pages[0]) == " = A =\n\nOne-two, three.\n== S == "
+    assert detokenized(pages[1]) == " = B =\n\n(x) it's\n"
+    assert from_raw(raw).pieces("llama.cpp")[0].text == raw[:-1]
+
+
+def test_the_harness_counts_of_wikitext(shared: Path) -> None:
+    pieces = read_text(shared / "wikitext-2" / "wiki.test.raw").pieces("lm-eval")
+    assert len(pieces) == 62
+    assert sum(piece.n_words for piece in pieces) == 241_335  # an empty one at each page's ends
+    assert sum(piece.n_bytes for piece in pieces) == 1_290_590 - 62 - 1
 
 
 def test_a_perplexity_that_is_no_number_is_none() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from tools.heldout import HeldOut, SourceScore
 from tools.perplexity import Perplexity
+from tools.questions import TaskScore
 
 
 def perplexity_card(result: Perplexity) -> list[str]:
@@ -19,15 +20,13 @@ def perplexity_card(result: Perplexity) -> list[str]:
         f"  byte perplexity   {_figure(result.byte_perplexity)}",
         f"  bits per byte     {result.bits_per_byte:.4f}{_error(result.bits_per_byte_error)}",
         f"protocol  {result.protocol}, context {result.context:,}, stride {result.stride:,}, "
-        f"BOS {result.bos}, {result.read_as}, {model['dtype']} on {model['device']}",
+        f"BOS {result.bos}, {result.read_as}",
         f"text      {result.text_tokens:,} tokens, {result.text_bytes:,} bytes, "
         f"{result.text_words:,} words; sha256 {result.text_sha256}",
         f"scored    {result.scored_tokens:,} tokens in {result.windows:,} windows"
         f"{' (a limit)' if result.limit else ''}, {result.scored_share:.4%} of the text's bytes; "
         f"tail of {result.tail_dropped:,} tokens dropped",
-        f"weights   sha256 {model['weights_sha256']}",
-        f"tokenizer {model['tokenizer']}, sha256 {model['tokenizer_sha256']}",
-        f"time      {result.time_s:.1f} s",
+        *_provenance(model, result.time_s),
     ]
     if result.beyond_training:
         card.append(
@@ -35,6 +34,52 @@ def perplexity_card(result: Perplexity) -> list[str]:
             f"{model['trained_context']:,} tokens"
         )
     return card
+
+
+def protocols_card(results: Sequence[Perplexity]) -> list[str]:
+    """One model and text under several protocols, side by side."""
+    first = results[0]
+    head = ("protocol", "text read", "context", "BOS", "scored", "token", "word", "byte", "bits")
+    rows = [
+        (
+            result.protocol,
+            result.read_as.replace("\n", "\\n"),
+            f"{result.context:,}",
+            result.bos,
+            f"{result.scored_tokens:,}",
+            _figure(result.token_perplexity) + _error(result.token_perplexity_error),
+            _figure(result.word_perplexity),
+            _figure(result.byte_perplexity),
+            f"{result.bits_per_byte:.4f}{_error(result.bits_per_byte_error)}",
+        )
+        for result in results
+    ]
+    return [
+        f"{first.task}: {first.model['model']} ({first.model['parameters']:,} parameters); "
+        "perplexities per token, word and byte; bits a byte",
+        *_aligned([head, *rows]),
+        f"text      {first.text_bytes:,} bytes, {first.text_words:,} words; sha256 "
+        f"{first.text_sha256}",
+        *_provenance(first.model, sum(result.time_s for result in results)),
+    ]
+
+
+def task_card(result: TaskScore) -> list[str]:
+    """The accuracies of a task, how it was put, and the model."""
+    few = f"{result.num_fewshot}-shot"
+    shots = f"{few} (examples: {result.examples_from})" if result.num_fewshot else few
+    cut = f", {result.truncated:,} pairs cut on the left" if result.truncated else ""
+    return [
+        f"{result.task}: {result.model['model']} ({result.model['parameters']:,} parameters)",
+        *(
+            f"  {name:<17} {_figure(figure.value)}{_error(figure.error)}"
+            for name, figure in result.metrics.items()
+        ),
+        f"put       {shots}, context {result.context:,}, BOS {result.bos}{cut}",
+        f"items     {result.items:,}{' (a limit)' if result.limit else ''} of {result.data}; "
+        f"sha256 {result.items_sha256}",
+        *_provenance(result.model, result.time_s),
+    ]
 
 
 def heldout_card(result: HeldOut) -> list[str]:
@@ -54,6 +99,14 @@ def heldout_card(result: HeldOut) -> list[str]:
         *without,
         f"weights sha256 {model['weights_sha256']}, {model['dtype']} on {model['device']}, "
         f"{result.time_s:.1f} s",
+    ]
+
+
+def _provenance(model: Mapping[str, object], time_s: float) -> list[str]:
+    return [
+        f"weights   sha256 {model['weights_sha256']}, {model['dtype']} on {model['device']}",
+        f"tokenizer {model['tokenizer']}, sha256 {model['tokenizer_sha256']}",
+        f"time      {time_s:.1f} s",
     ]
 
 

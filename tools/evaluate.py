@@ -1,18 +1,22 @@
 """summer-eval: what a model is worth on text it was not trained on, and by which rules.
 
 summer-eval wikitext2                                    the newest run, text from the Hub
-summer-eval wikitext2 --data wiki.test.raw --protocol stride --stride 512 --json
+summer-eval wikitext2 --data wiki.test.raw --all-protocols --card card.md
+summer-eval arc_easy hellaswag --hf SmolLM2-135M --limit 100
+summer-eval mmlu --num-fewshot 5 --log-items mmlu.jsonl
 summer-eval heldout --run runs/tiny --shards shards/     beside a unigram, gzip and xz
+summer-eval mmlu --nproc 8                               the work shared by eight devices
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -20,93 +24,85 @@ from model.config import ModelError
 from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
-    from tools.loading import LoadedModel
     from tools.scoring import Progress
 
+NAMES: Final = (
+    "wikitext2", "wikitext103", "heldout", "lambada", "arc_easy", "arc_challenge", "mmlu",
+    "hellaswag", "piqa", "winogrande", "openbookqa", "boolq",
+)  # fmt: skip
+PROTOCOLS: Final = ("disjoint", "stride", "lm-eval", "llama.cpp")
 _FOLDER = click.Path(path_type=Path)
+_COUNT = click.IntRange(min=1)
 
 
 @click.command(epilog="Example: summer-eval wikitext2 --data wiki.test.raw --protocol stride")
-@click.argument(
-    "tasks", nargs=-1, required=True, type=click.Choice(["wikitext2", "heldout"]), metavar="TASK..."
-)
+@click.argument("tasks", nargs=-1, required=True, type=click.Choice(NAMES), metavar="TASK...")
 @click.option("--run", type=_FOLDER, help="A run, at its newest commit.  [default: newest run]")
 @click.option("--checkpoint", type=_FOLDER, help="One commit: runs/NAME/checkpoints/step-N.")
 @click.option("--hf", type=_FOLDER, help="A Llama-family folder (safetensors, tokenizer).")
-@click.option("--data", type=_FOLDER, help="wikitext2: a local copy (.raw, .parquet, .jsonl).")
+@click.option("--data", type=_FOLDER, help="A local copy (.parquet, .jsonl; wikitext: .raw).")
 @click.option("--shards", type=_FOLDER, default=Path("shards"), help="heldout: prepared sources.")
 @click.option(
-    "--protocol", type=click.Choice(["disjoint", "stride"]), default="disjoint", show_default=True
+    "--protocol", type=click.Choice(PROTOCOLS), default="disjoint", help="Of a perplexity."
 )
+@click.option("--all-protocols", is_flag=True, help="Perplexities under each, side by side.")
 @click.option("--context", type=int, help="Ids in a window.  [default: as in training]")
 @click.option("--stride", type=int, help="Ids between windows' begins.  [default: half a window]")
 @click.option(
-    "--bos", type=click.Choice(["never", "start", "window"]), default="never", show_default=True
+    "--bos",
+    type=click.Choice(["never", "start", "window"]),
+    help="Where BOS stands.  [default: the protocol's habit; never in tasks]",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="First N windows (heldout: documents).")
-@click.option("--batch-tokens", type=click.IntRange(min=1), help="Ids through the model at once.")
+@click.option("--limit", type=_COUNT, help="First N windows, pages, documents or questions.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), default=0, help="Examples shown first.")
+@click.option("--fewshot-data", type=_FOLDER, help="A local file to take the examples from.")
+@click.option("--log-items", type=_FOLDER, help="Write each question's scores (.jsonl).")
+@click.option("--card", type=_FOLDER, help="Write the cards (.md) or all figures (.json).")
+@click.option("--batch-tokens", type=_COUNT, help="Ids through the model at once.")
+@click.option("--nproc", type=_COUNT, default=1, help="Processes that share the work.")
 @click.option("--dtype", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a task.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a score.")
 @one_line_failures(ModelError)
-def main(tasks: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Score a model: wikitext2 (perplexities under a named protocol) or heldout (of the shards)."""
+def main(
+    tasks: tuple[str, ...],
+    nproc: int,
+    as_json: bool,
+    card: Path | None,
+    log_items: Path | None,
+    **options: Any,
+) -> None:
+    """Score a model on TASKs, each under rules that its card names.
+
+    Perplexities: wikitext2, wikitext103, heldout (documents of the shards that were kept out of
+    training). Questions: lambada, arc_easy, arc_challenge, mmlu, hellaswag, piqa, winogrande,
+    openbookqa, boolq, as lm-evaluation-harness puts them.
+    """
+    if nproc > 1 and "RANK" not in os.environ:
+        from tools.sharing import run_shared
+
+        sys.exit(run_shared("tools.evaluate", sys.argv[1:], nproc))
+    from shards.files import publish_bytes
     from tools.loading import Choice, load
+    from tools.suite import Options, run_task, write_card
+    from trainer.distributed import join_world
 
     named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
-    loaded = load(Choice(**named))
-    if options["batch_tokens"] is None:
-        options["batch_tokens"] = 32_768 if loaded.device.type == "cuda" else 8192
-    for task in tasks:
-        with _progress_bar(task) as progress:
-            figures, card = _TASKS[task](loaded, options, progress)
-        click.echo(json.dumps(figures) if as_json else "\n".join(card))
-
-
-_Result = tuple[dict[str, object], list[str]]
-"""The figures for a script, and lines for a person."""
-
-
-def _wikitext2(loaded: LoadedModel, options: dict[str, Any], progress: Progress) -> _Result:
-    from tools.cards import perplexity_card
-    from tools.perplexity import measure
-    from tools.protocols import Protocol
-    from tools.wikitext import read_text
-
-    protocol = Protocol(
-        name=options["protocol"],
-        context=options["context"] or loaded.trained_context,
-        stride=options["stride"],
-        bos=options["bos"],
-        bos_id=loaded.vocabulary.bos_id,
-    )
-    result = measure(
-        loaded,
-        read_text(options["data"]),
-        protocol,
-        limit=options["limit"],
-        batch_tokens=options["batch_tokens"],
-        progress=progress,
-    )
-    return result.to_json(), perplexity_card(result)
-
-
-def _heldout(loaded: LoadedModel, options: dict[str, Any], progress: Progress) -> _Result:
-    from tools.cards import heldout_card
-    from tools.heldout import evaluate_heldout
-
-    result = evaluate_heldout(
-        loaded,
-        options["shards"],
-        context=options["context"],
-        limit=options["limit"],
-        batch_tokens=options["batch_tokens"],
-        progress=progress,
-    )
-    return result.to_json(), heldout_card(result)
-
-
-_TASKS = {"wikitext2": _wikitext2, "heldout": _heldout}
+    with join_world(named["device"]) as world:
+        loaded = load(Choice(**named))
+        outcomes = []
+        for task in tasks:
+            with _progress_bar(task) as progress:
+                outcome = run_task(task, loaded, Options(**options), progress)
+            outcomes.append(outcome)
+            if world.is_main:
+                records = map(json.dumps, outcome.figures)
+                click.echo("\n".join(records if as_json else outcome.card))
+        if world.is_main and card is not None:
+            write_card(card, outcomes)
+        if world.is_main and log_items is not None:
+            lines = (json.dumps({"task": o.task, **item}) for o in outcomes for item in o.items)
+            publish_bytes(log_items, "".join(f"{line}\n" for line in lines).encode())
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +34,8 @@ from pipeline.sources import Source, find
 from pipeline.units import cut_into_parts
 from tools.errors import EvaluationError
 
+CONFIGS: Final = {"wikitext2": "wikitext-2-raw-v1", "wikitext103": "wikitext-103-raw-v1"}
+"""What the Hub calls each corpus. Their test splits are the same text."""
 JOIN: Final = "\n\n"
 _BLANK_LINE: Final = " \n"
 
@@ -155,12 +157,12 @@ def from_rows(rows: Sequence[str]) -> EvaluationText:
     return EvaluationText(raw, JOIN.join(rows))
 
 
-def read_text(data: Path | None = None) -> EvaluationText:
-    """WikiText-2's test split from a local file, or from the Hub where none is named.
+def read_text(data: Path | None = None, corpus: str = "wikitext2") -> EvaluationText:
+    """WikiText's test split (of `wikitext2` or `wikitext103`) from a local file, or from the Hub.
 
     A parquet or jsonl file holds rows (column `text`); any other is taken as raw text.
     """
-    source = find("wikitext2")
+    source = replace(find("wikitext2"), config=CONFIGS[corpus])
     if data is None:
         return from_rows(list(_rows(_from_hub(source), source)))
     if data.is_dir():
