@@ -60,7 +60,7 @@ def test_subcommands_have_help_with_an_example() -> None:
 
 def test_readme_and_makefile_agree() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
-    for target in set(re.findall(r"`?make (\w+)`?", README)):
+    for target in map("".join, re.findall(r"^make (\w+)|`make (\w+)`", README, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target} is no target"
 
 
