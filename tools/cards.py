@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from tools.contamination import Contamination
 from tools.heldout import HeldOut, SourceScore
+from tools.ngrams import N_WORDS
 from tools.perplexity import Perplexity
 from tools.questions import TaskScore
 
@@ -79,6 +81,29 @@ def task_card(result: TaskScore) -> list[str]:
         f"items     {result.items:,}{' (a limit)' if result.limit else ''} of {result.data}; "
         f"sha256 {result.items_sha256}",
         *_provenance(result.model, result.time_s),
+    ]
+
+
+def contamination_card(result: Contamination) -> list[str]:
+    """What share of a task's items was found in training text, with examples."""
+    parts = [(f"in {result.shards}", result.in_shards)]
+    if result.seen is not None:
+        parts.append((f"seen by {result.commit}, {result.next_index:,} samples", result.seen))
+    judged = result.items - result.too_short
+    return [
+        f"contamination of {result.task}: items that share {N_WORDS} words in a row, of {judged:,} "
+        f"({result.too_short:,} more are shorter)",
+        *(
+            f"  {overlap.items:>6,} ({overlap.share:.2%}; {overlap.gram_share:.2%} of sequences) "
+            f"{where}; {overlap.text_bytes / 1e6:,.1f} MB in {overlap.time_s:.1f} s"
+            for where, overlap in parts
+        ),
+        *(
+            f"  e.g. item {each.item} in {each.source}, row {each.row} (which begins in "
+            f"{each.document}): {each.words}"
+            for each in result.in_shards.examples
+        ),
+        *(f"shards    {name}: root {root}" for name, root in result.roots.items()),
     ]
 
 

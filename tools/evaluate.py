@@ -5,6 +5,7 @@ summer-eval wikitext2 --data wiki.test.raw --all-protocols --card card.md
 summer-eval arc_easy hellaswag --hf SmolLM2-135M --limit 100
 summer-eval mmlu --num-fewshot 5 --log-items mmlu.jsonl
 summer-eval heldout --run runs/tiny --shards shards/     beside a unigram, gzip and xz
+summer-eval contamination --task arc_easy --shards shards/ --run runs/tiny
 summer-eval mmlu --nproc 8                               the work shared by eight devices
 """
 
@@ -14,7 +15,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,23 +26,30 @@ from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
     from tools.scoring import Progress
+    from tools.suite import Outcome
 
 NAMES: Final = (
     "wikitext2", "wikitext103", "heldout", "lambada", "arc_easy", "arc_challenge", "mmlu",
     "hellaswag", "piqa", "winogrande", "openbookqa", "boolq",
 )  # fmt: skip
+ALONE: Final = ("contamination",)
+"""What is named in place of tasks."""
 PROTOCOLS: Final = ("disjoint", "stride", "lm-eval", "llama.cpp")
 _FOLDER = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
 
 
 @click.command(epilog="Example: summer-eval wikitext2 --data wiki.test.raw --protocol stride")
-@click.argument("tasks", nargs=-1, required=True, type=click.Choice(NAMES), metavar="TASK...")
+@click.argument(
+    "tasks", nargs=-1, required=True, type=click.Choice([*NAMES, *ALONE]), metavar="TASK..."
+)
 @click.option("--run", type=_FOLDER, help="A run, at its newest commit.  [default: newest run]")
 @click.option("--checkpoint", type=_FOLDER, help="One commit: runs/NAME/checkpoints/step-N.")
 @click.option("--hf", type=_FOLDER, help="A Llama-family folder (safetensors, tokenizer).")
 @click.option("--data", type=_FOLDER, help="A local copy (.parquet, .jsonl; wikitext: .raw).")
-@click.option("--shards", type=_FOLDER, default=Path("shards"), help="heldout: prepared sources.")
+@click.option("--shards", type=_FOLDER, default=Path("shards"), help="Prepared sources.")
+@click.option("--contamination", is_flag=True, help="Tell each card the overlap with --shards.")
+@click.option("--task", "of", type=click.Choice(NAMES), multiple=True, help="contamination: of.")
 @click.option(
     "--protocol", type=click.Choice(PROTOCOLS), default="disjoint", help="Of a perplexity."
 )
@@ -66,6 +74,7 @@ _COUNT = click.IntRange(min=1)
 @one_line_failures(ModelError)
 def main(
     tasks: tuple[str, ...],
+    of: tuple[str, ...],
     nproc: int,
     as_json: bool,
     card: Path | None,
@@ -77,32 +86,69 @@ def main(
     Perplexities: wikitext2, wikitext103, heldout (documents of the shards that were kept out of
     training). Questions: lambada, arc_easy, arc_challenge, mmlu, hellaswag, piqa, winogrande,
     openbookqa, boolq, as lm-evaluation-harness puts them.
+
+    In place of tasks: contamination (which items of a --task stand in the training shards).
     """
+    if len(tasks) > 1 and set(tasks) & set(ALONE):
+        raise click.UsageError(f"{', '.join(ALONE)} stand alone, without other tasks")
     if nproc > 1 and "RANK" not in os.environ:
         from tools.sharing import run_shared
 
         sys.exit(run_shared("tools.evaluate", sys.argv[1:], nproc))
-    from shards.files import publish_bytes
-    from tools.loading import Choice, load
-    from tools.suite import Options, run_task, write_card
     from trainer.distributed import join_world
 
-    named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
-    with join_world(named["device"]) as world:
-        loaded = load(Choice(**named))
+    with join_world(options["device"]) as world:
         outcomes = []
-        for task in tasks:
-            with _progress_bar(task) as progress:
-                outcome = run_task(task, loaded, Options(**options), progress)
+        run = _search if tasks == ("contamination",) else _score
+        for outcome in run(of or tasks, options):
             outcomes.append(outcome)
             if world.is_main:
                 records = map(json.dumps, outcome.figures)
                 click.echo("\n".join(records if as_json else outcome.card))
-        if world.is_main and card is not None:
-            write_card(card, outcomes)
-        if world.is_main and log_items is not None:
-            lines = (json.dumps({"task": o.task, **item}) for o in outcomes for item in o.items)
-            publish_bytes(log_items, "".join(f"{line}\n" for line in lines).encode())
+        if world.is_main:
+            _write(outcomes, card, log_items)
+
+
+def _score(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
+    """Each task's outcome for the model that the options choose."""
+    from tools.loading import Choice, load
+    from tools.suite import Options, run_task
+
+    named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
+    choice = Choice(**named)
+    loaded = load(choice)
+    given = Options(**options, commit=choice.commit if options["contamination"] else None)
+    for task in tasks:
+        with _progress_bar(task) as progress:
+            yield run_task(task, loaded, given, progress)
+
+
+def _search(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
+    """The contamination of each task; with a run, also by what that has seen."""
+    from tools.cards import contamination_card
+    from tools.loading import Choice
+    from tools.suite import Options, Outcome, search_contamination
+
+    if tasks == ("contamination",):
+        raise click.UsageError("contamination needs a --task (as often as you like)")
+    named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
+    has_run = named["run"] or named["checkpoint"]
+    given = Options(**options, commit=Choice(**named).commit if has_run else None)
+    for task in tasks:
+        with _progress_bar(task) as progress:
+            found = search_contamination(task, given, progress)
+        yield Outcome(task, [found.to_json()], contamination_card(found))
+
+
+def _write(outcomes: Sequence[Outcome], card: Path | None, log_items: Path | None) -> None:
+    from shards.files import publish_bytes
+    from tools.suite import write_card
+
+    if card is not None:
+        write_card(card, outcomes)
+    if log_items is not None:
+        lines = (json.dumps({"task": o.task, **item}) for o in outcomes for item in o.items)
+        publish_bytes(log_items, "".join(f"{line}\n" for line in lines).encode())
 
 
 @contextlib.contextmanager

@@ -44,6 +44,11 @@ class Choice:
     device: str = "auto"
     dtype: Precision = "auto"
 
+    @property
+    def commit(self) -> Path | None:
+        """The committed checkpoint that is meant; None for a Hugging Face folder."""
+        return None if self.hf else self.checkpoint or newest_commit(self.run or newest_run())
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
@@ -97,11 +102,11 @@ def load(choice: Choice) -> LoadedModel:
     if len(named) > 1:
         raise LoadingError(f"{named[0]} and {named[1]}: name one of --run, --checkpoint and --hf")
     device = resolve_device(choice.device)
-    if choice.hf is not None:
-        parts: _Parts = (str(choice.hf), *read_folder(choice.hf))
-    else:
-        parts = _from_commit(choice.checkpoint or newest_commit(choice.run or newest_run()))
-    name, config, weights, vocabulary = parts
+    name, config, weights, vocabulary = (
+        (str(choice.hf), *read_folder(choice.hf))
+        if choice.hf is not None
+        else _from_commit(choice.checkpoint or newest_commit(choice.run or newest_run()))
+    )
     refuse_misfit(name, config, vocabulary)
     dtype = choice.dtype if choice.dtype != "auto" else _natural_dtype(device)
     model = _fill(name, config, weights, device)

@@ -9,6 +9,7 @@ from typing import cast
 
 from shards.files import json_bytes, publish_bytes
 from tools.cards import heldout_card, perplexity_card, protocols_card, task_card
+from tools.contamination import Contamination, contamination
 from tools.errors import EvaluationError
 from tools.heldout import evaluate_heldout
 from tools.loading import LoadedModel
@@ -24,7 +25,8 @@ from tools.wikitext import CONFIGS, read_text
 class Options:
     """What the command's options say; each task takes what concerns it.
 
-    `batch_tokens` None is 32,768 on a GPU and 8,192 elsewhere.
+    `batch_tokens` None is 32,768 on a GPU and 8,192 elsewhere. With `contamination` a card also
+    tells the overlap with `shards`, and with what the run had seen at `commit`.
     """
 
     data: Path | None = None
@@ -38,6 +40,8 @@ class Options:
     num_fewshot: int = 0
     fewshot_data: Path | None = None
     batch_tokens: int | None = None
+    contamination: bool = False
+    commit: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,31 @@ class Outcome:
 
 def run_task(name: str, loaded: LoadedModel, options: Options, progress: Progress) -> Outcome:
     """The score of a model on the task of that name."""
-    if name in CONFIGS:
-        return _perplexity(name, loaded, options, progress)
     if name == "heldout":
         return _heldout(loaded, options, progress)
+    run = _perplexity if name in CONFIGS else _questions
+    outcome = run(name, loaded, options, progress)
+    if not options.contamination:
+        return outcome
+    overlap = search_contamination(name, options, progress)
+    figures = [{**record, "contamination": overlap.to_json()} for record in outcome.figures]
+    line = f"overlap   {overlap.in_a_line}"
+    return Outcome(name, figures, [*outcome.card, line], outcome.items)
+
+
+def search_contamination(name: str, options: Options, progress: Progress) -> Contamination:
+    """The overlap of a task's items with the shards, and with what a run has seen."""
+    return contamination(
+        name,
+        options.shards,
+        data=options.data,
+        commit=options.commit,
+        limit=options.limit,
+        progress=progress,
+    )
+
+
+def _questions(name: str, loaded: LoadedModel, options: Options, progress: Progress) -> Outcome:
     setting = Setting(
         data=options.data,
         examples=options.fewshot_data,
