@@ -185,7 +185,8 @@ def test_streamed_text_is_the_tokenizers_own_decoding(text: str, opens: bool) ->
     assert joined == ("" if opens else " ") + text.replace("▁", " ")
 
 
-TEXT_IDS = [number for number, piece in enumerate(VOCABULARY.pieces) if piece]  # all it can draw
+# what has text; not the byte 0x20, which no encoder emits: as a first id it would lose its space
+TEXT_IDS = [number for number, piece in enumerate(VOCABULARY.pieces) if piece not in (b"", b" ")]
 
 
 @given(st.lists(st.sampled_from(TEXT_IDS), max_size=20))

@@ -92,8 +92,8 @@ def test_without_matplotlib_one_line_says_what_to_install(
 
 
 def test_smoothing_keeps_a_constant_and_follows_a_fall() -> None:
-    assert smoothed([3.0] * 100) == pytest.approx([3.0] * 100)
-    falling = smoothed([float(value) for value in range(1000, 0, -1)])
+    assert smoothed([3.0] * 100, 2) == pytest.approx([3.0] * 100)
+    falling = smoothed([float(value) for value in range(1000, 0, -1)], 20)
     assert falling == sorted(falling, reverse=True)
     assert falling[-1] < 60
-    assert smoothed([2.5]) == [2.5]
+    assert smoothed([2.5], 0.02) == [2.5]

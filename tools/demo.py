@@ -201,7 +201,7 @@ def close(comparison: Comparison, score: HeldOut, time_s: float) -> None:
     from tools.figures import write_loss_curve
     from tools.runlog import read_run
 
-    picture = write_loss_curve([read_run(RUN), read_run(TWIN)], DEMO / "loss.png")
+    picture = write_loss_curve([read_run(RUN)], DEMO / "loss.png")
     kept = comparison.identical and score.below_unigram >= 0.25
     publish_json(RESULT, {"identical": comparison.identical, "heldout": score.to_json()})
     heading(f"Done in {time_s:.0f} s. What was made:")

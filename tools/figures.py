@@ -14,6 +14,9 @@ from tools.runlog import RunLog
 _POINTS: Final = 4000
 """Points drawn of one curve; a screen shows no more."""
 
+SMOOTHED_SHARE: Final = 0.02
+"""Share of the longest run's steps that the strong curve averages over."""
+
 _MARKED_EVENTS: Final = {"resume", "fallback", "rollback", "skip", "mixture"}
 
 
@@ -30,13 +33,19 @@ def loss_curve_png(runs: Sequence[RunLog]) -> bytes:
     """
     figure = _figure()
     axes = figure.add_subplot()
+    # one average for all: equal losses must look equal, however long the runs are
+    over = SMOOTHED_SHARE * max(len(run.steps) for run in runs)
     for number, run in enumerate(runs):
         steps, losses = run.series("loss")
         stride = max(1, len(steps) // _POINTS)
         colour = f"C{number}"
         axes.plot(steps[::stride], losses[::stride], color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(
-            steps[::stride], smoothed(losses)[::stride], color=colour, linewidth=1.8, label=run.name
+            steps[::stride],
+            smoothed(losses, over)[::stride],
+            color=colour,
+            linewidth=1.8,
+            label=run.name,
         )
         held_out_steps, held_out = run.series("val_loss")
         if held_out:
@@ -54,9 +63,9 @@ def loss_curve_png(runs: Sequence[RunLog]) -> bytes:
     return picture.getvalue()
 
 
-def smoothed(values: Sequence[float], share: float = 0.02) -> list[float]:
-    """An exponential average over about `share` of the values, without the bias of its start."""
-    memory = 1 - 1 / max(1.0, share * len(values))
+def smoothed(values: Sequence[float], over: float) -> list[float]:
+    """An exponential average over about `over` values, without the bias of its start."""
+    memory = 1 - 1 / max(1.0, over)
     average, weight, result = 0.0, 0.0, []
     for value in values:
         average = memory * average + (1 - memory) * value

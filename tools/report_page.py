@@ -11,7 +11,7 @@ from statistics import median
 from typing import Final
 
 from shards.files import publish_bytes
-from tools.figures import loss_curve_png, smoothed
+from tools.figures import SMOOTHED_SHARE, loss_curve_png, smoothed
 from tools.runlog import RunLog
 
 _STYLE: Final = """
@@ -65,7 +65,7 @@ def _figures(run: RunLog) -> list[str]:
         f"{steps[-1]:,}" if steps else "–",
         f"{tokens[-1]:,.0f}" if tokens else "–",
         f"{losses[0]:.3f}" if losses else "–",
-        f"{smoothed(losses)[-1]:.3f}" if losses else "–",
+        f"{smoothed(losses, SMOOTHED_SHARE * len(losses))[-1]:.3f}" if losses else "–",
         f"{held_out[-1]:.3f}" if held_out else "–",
         f"{median(rates):,.0f}" if rates else "–",
         f"{max(times):,.0f} s" if times else "–",
