@@ -156,7 +156,7 @@ class _OpenShard:
 
     def __init__(self, folder: Path, manifest: Manifest, info: ShardInfo) -> None:
         facts = manifest.facts
-        self._name = f"{facts.source}: {folder / info.file}"
+        self._source, self._path = facts.source, folder / info.file
         self._mend = f"`summer-prep repair {folder}` makes it anew"
         dtype = np.dtype(facts.dtype).newbyteorder("<")
         self._data = self._array(folder / info.file, (info.n_rows, facts.seq_len), dtype)
@@ -180,22 +180,22 @@ class _OpenShard:
         try:
             return _RowFile(path, shape, dtype)
         except FileNotFoundError:
-            raise ShardError(f"{self._name}: {path.name} is missing; {self._mend}") from None
+            raise ShardError(f"{self._source}: {path} is missing; {self._mend}") from None
         except (ValueError, EOFError) as error:
             raise ShardError(
-                f"{self._name}: {path.name} is damaged ({error}); {self._mend}"
+                f"{self._source}: {path} is damaged ({error}); {self._mend}"
             ) from error
 
     def _sidecar(self, path: Path, info: ShardInfo) -> npt.NDArray[np.void]:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise ShardError(f"{self._name}: {path.name} is missing; {self._mend}") from None
+            raise ShardError(f"{self._source}: {path} is missing; {self._mend}") from None
         if hashlib.sha256(data).hexdigest() != info.rows_sha256:
-            raise ShardError(f"{self._name}: {path.name} is damaged; {self._mend}")
+            raise ShardError(f"{self._source}: {path} is damaged; {self._mend}")
         records: npt.NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
         if records.dtype != ROW_RECORD or len(records) != info.n_rows:
-            raise ShardError(f"{self._name}: {path.name} does not list {info.n_rows} rows")
+            raise ShardError(f"{self._source}: {path} does not list {info.n_rows} rows")
         return records
 
 
