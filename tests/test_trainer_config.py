@@ -1,5 +1,6 @@
 """Defaults < preset < --set, and every wrong key or value in one line."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +132,22 @@ def test_fine_tuning_takes_the_model_of_the_run_it_starts_from(tmp_path: Path) -
     assert config.model == replace(base.model, dropout=0.0)
     assert (config.optim.lr, config.init_from) == (2e-5, str(tmp_path))
     assert config.mixture == {"slimorca": 100}
+
+
+def test_fine_tuning_starts_from_the_newest_run_that_was_not_fine_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no run with a committed checkpoint"):
+        configure(preset="chat")
+    tiny = configure(preset="tiny").config
+    for age, (name, start) in enumerate([("old", ""), ("base", ""), ("chat", "runs/base")]):
+        mark = Path("runs", name, "checkpoints", "step-1", "COMMIT.json")
+        mark.parent.mkdir(parents=True)
+        mark.write_text("{}")
+        os.utime(mark, (age, age))
+        save_config(Path("runs", name), replace(tiny, init_from=start))
+    assert configure(preset="chat").config.init_from == str(Path("runs", "base"))
 
 
 def test_the_defaults_are_valid() -> None:

@@ -108,6 +108,13 @@ def test_the_reference_run_is_refused_with_the_arithmetic(
     assert "summer-1b" not in message
 
 
+def test_a_cpu_is_not_filled_to_the_brim() -> None:
+    config = configure(preset="tiny", sets=["model.seq_len=256"]).config
+    assert largest_micro_batch(config, 128, "cpu", 10**12) == 32
+    assert largest_micro_batch(config, 128, "cuda", 10**12) == 128
+    assert largest_micro_batch(config, 12, "cuda", 10**12) == 4
+
+
 def test_a_device_of_192_gb_takes_the_reference_run_whole() -> None:
     config = configure().config
     assert largest_micro_batch(config, 32, "cuda", 192 * 10**9) == 4

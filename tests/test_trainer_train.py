@@ -315,6 +315,18 @@ def test_resume_never_and_resume_from_elsewhere(shards: Path, tmp_path: Path) ->
         train(plan, tmp_path / "d", resume=str(tmp_path / "nowhere"))
 
 
+def test_going_back_to_an_earlier_commit_sets_the_later_ones_aside(
+    shards: Path, tmp_path: Path
+) -> None:
+    plan = small_plan(shards, max_steps=6, checkpoint__interval_steps=2, checkpoint__keep_last=9)
+    train(plan, tmp_path)
+    said, other = Said(), small_plan(shards, max_steps=3, optim__lr=1e-3)
+    train(other, tmp_path, resume=str(tmp_path / "checkpoints" / "step-2"), screen=said)
+    assert "! step-6 is set aside: the run goes on from before it" in said
+    assert [commit.name for commit in commits(tmp_path)] == ["step-2", "step-3"]
+    assert [line[0] for line in log_of(tmp_path)] == [1, 2, 3]
+
+
 def test_a_damaged_commit_costs_steps_and_nothing_else(shards: Path, tmp_path: Path) -> None:
     plan = small_plan(shards, max_steps=6, checkpoint__interval_steps=2)
     train(plan, tmp_path / "good")

@@ -20,6 +20,7 @@ SMALL = {
     "max_steps": 8,
     "global_batch_tokens": 256,  # 8 rows of 32
     "compile": "false",
+    "device": "cpu",
     "loader.num_workers": 0,
     "validation.interval": 0,
     "checkpoint.interval_steps": 0,

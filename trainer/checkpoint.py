@@ -45,6 +45,7 @@ from trainer.runs import COMMIT, commit_path, commits, step_of
 FORMAT: Final = "summerlm-commit/1"
 _WEIGHTS, _MOMENTS = 1, 2  # the files that tensors of each kind go to
 _DAMAGED: Final = "COMMIT.damaged.json"
+_ABANDONED: Final = "COMMIT.abandoned.json"
 
 Record = dict[str, Any]
 
@@ -178,6 +179,17 @@ def newest_proven(run: Path, world: World) -> tuple[Path, Record, list[str]] | N
             "or start anew with --out"
         )
     return None
+
+
+def abandon_after(run: Path, step: int) -> list[str]:
+    """The names of commits after `step`, which lose their mark: the run goes on from before them.
+
+    Left as they are they would be what the next resume finds newest, on another path.
+    """
+    newer = [commit for commit in commits(run) if step_of(commit) > step]
+    for commit in newer:
+        (commit / COMMIT).replace(commit / _ABANDONED)
+    return [commit.name for commit in newer]
 
 
 def purge(run: Path, config: CheckpointConfig) -> None:

@@ -25,7 +25,7 @@ from shards.files import publish_json
 from trainer.checkpoint import CheckpointConfig
 from trainer.errors import ConfigError, at_least
 from trainer.loader import LoaderConfig
-from trainer.runs import CONFIG, newest_run
+from trainer.runs import CONFIG, newest_run, runs_by_age
 from trainer.schedule import OptimConfig
 from trainer.shares import REFERENCE_SHARES
 from trainer.validation import ValidationConfig
@@ -180,8 +180,16 @@ def _assign(table: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _started_from(name: str) -> dict[str, Any]:
-    run = newest_run() if name == "newest" else Path(name)
+    run = _newest_base() if name == "newest" else Path(name)
     return {"init_from": str(run), "model": asdict(load_config(run).model)}
+
+
+def _newest_base() -> Path:
+    """The newest run that was not itself started from another (as this one will be)."""
+    for run in runs_by_age():
+        if not load_config(run).init_from:
+            return run
+    return newest_run()
 
 
 def _build(cls: type[Any], table: Mapping[str, Any], prefix: str = "") -> Any:

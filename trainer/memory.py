@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final
 
@@ -13,6 +14,9 @@ from model.loss import CHUNK_ELEMENTS
 from trainer.config import RunConfig
 
 USABLE: Final = 0.92  # of a device's memory; the rest is the driver's, the libraries' and gaps
+
+
+_CPU_TOKENS: Final = 8192  # from 2048 to 8192 tokens at a time a CPU gained 7 %
 
 
 def memory_by_part(config: RunConfig, micro_batch_size: int, device: str) -> dict[str, int]:
@@ -57,10 +61,17 @@ def _activation_bytes_per_token(config: RunConfig, device: str) -> int:
 
 def largest_micro_batch(config: RunConfig, rows: int, device: str, limit_bytes: int) -> int | None:
     """The largest power of two that divides `rows` (of one rank) and fits; None if not even 1."""
-    largest, size = None, 1
-    while rows % size == 0 and fits(memory_by_part(config, size, device), limit_bytes):
-        largest, size = size, 2 * size
-    return largest
+    if not fits(memory_by_part(config, 1, device), limit_bytes):
+        return None
+    most_tokens = _CPU_TOKENS if device == "cpu" else math.inf
+    size = 1
+    while (
+        rows % (2 * size) == 0
+        and 2 * size * config.model.seq_len <= most_tokens
+        and fits(memory_by_part(config, 2 * size, device), limit_bytes)
+    ):
+        size *= 2
+    return size
 
 
 def fits(parts: Mapping[str, int], limit_bytes: int) -> bool:

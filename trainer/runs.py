@@ -51,13 +51,18 @@ def newest_commit(run: Path) -> Path:
     raise ConfigError(f"{run}: nothing is committed yet; let it train on, or name another run")
 
 
+def runs_by_age(runs: Path = Path("runs")) -> list[Path]:
+    """The runs under `runs` that have a commit, the most recently committed first."""
+    found = {run.parent: commits(run.parent) for run in runs.glob(f"*/{CONFIG}")}
+    dated = {run: (done[-1] / COMMIT).stat().st_mtime_ns for run, done in found.items() if done}
+    return sorted(dated, key=lambda run: -dated[run])
+
+
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The run under `runs` with the most recent commit; ConfigError if there is none."""
-    found = {run.parent: commits(run.parent) for run in runs.glob(f"*/{CONFIG}")}
-    dated = [(done[-1] / COMMIT, run) for run, done in found.items() if done]
-    if not dated:
-        raise ConfigError(
-            f"{runs}: no run with a committed checkpoint; "
-            "`summer-train --shards shards/ --preset tiny` makes one"
-        )
-    return max(dated, key=lambda pair: pair[0].stat().st_mtime_ns)[1]
+    for run in runs_by_age(runs):
+        return run
+    raise ConfigError(
+        f"{runs}: no run with a committed checkpoint; "
+        "`summer-train --shards shards/ --preset tiny` makes one"
+    )

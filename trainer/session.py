@@ -90,6 +90,8 @@ def begin(
         checkpoint.restore(found.commit, network.bare, optimizer, world)
     elif config.init_from:
         _start_from(Path(config.init_from), network.bare)
+    abandoned = world.on_main(lambda: checkpoint.abandon_after(run, state.step))
+    notes += [f"! {name} is set aside: the run goes on from before it" for name in abandoned]
     world.on_main(lambda: _introduce(plan, run))
     session = Session(
         plan=plan,
@@ -194,7 +196,7 @@ def _announce(session: Session, state: State, found: Found | None, notes: list[s
     for note in notes:
         say(note)
     if found is None:
-        session.tell(f"{session.run}: starting at step 0", "start", step=0)
+        session.tell(f"{session.run}: starting at step 0", "start", step=0, notes=notes)
         return
     for complaint in found.complaints:
         session.tell(
@@ -207,6 +209,5 @@ def _announce(session: Session, state: State, found: Found | None, notes: list[s
         say(f"{session.run}: already at step {state.step}; --set max_steps=N takes it further")
     else:
         commit = str(found.commit)
-        session.tell(
-            f"resumed {commit} at step {state.step}", "resume", step=state.step, commit=commit
-        )
+        text = f"resumed {commit} at step {state.step}"
+        session.tell(text, "resume", step=state.step, commit=commit, notes=notes)
