@@ -173,7 +173,8 @@ class _OpenShard:
             whole = self._mask.read_into(row, mask) and whole
         if not whole or row_digests(tokens, mask)[0] != self.records["xxh3"][row]:
             raise ShardError(
-                f"{self._source}: {self._path} row {row} is damaged (its digest differs); {self._mend}"
+                f"{self._source}: {self._path} row {row} is damaged (its digest differs); "
+                f"{self._mend}"
             )
 
     def _array(self, path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> _RowFile:
