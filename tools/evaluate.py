@@ -6,6 +6,8 @@ summer-eval arc_easy hellaswag --hf SmolLM2-135M --limit 100
 summer-eval mmlu --num-fewshot 5 --log-items mmlu.jsonl
 summer-eval heldout --run runs/tiny --shards shards/     beside a unigram, gzip and xz
 summer-eval contamination --task arc_easy --shards shards/ --run runs/tiny
+summer-eval lambada piqa --follow runs/tiny              each new commit, beside training
+summer-eval selftest                                     can the evaluator itself be believed here?
 summer-eval mmlu --nproc 8                               the work shared by eight devices
 """
 
@@ -32,7 +34,7 @@ NAMES: Final = (
     "wikitext2", "wikitext103", "heldout", "lambada", "arc_easy", "arc_challenge", "mmlu",
     "hellaswag", "piqa", "winogrande", "openbookqa", "boolq",
 )  # fmt: skip
-ALONE: Final = ("contamination",)
+ALONE: Final = ("contamination", "selftest")
 """What is named in place of tasks."""
 PROTOCOLS: Final = ("disjoint", "stride", "lm-eval", "llama.cpp")
 _FOLDER = click.Path(path_type=Path)
@@ -45,6 +47,7 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option("--run", type=_FOLDER, help="A run, at its newest commit.  [default: newest run]")
 @click.option("--checkpoint", type=_FOLDER, help="One commit: runs/NAME/checkpoints/step-N.")
+@click.option("--follow", type=_FOLDER, help="Score each commit of a run as it appears.")
 @click.option("--hf", type=_FOLDER, help="A Llama-family folder (safetensors, tokenizer).")
 @click.option("--data", type=_FOLDER, help="A local copy (.parquet, .jsonl; wikitext: .raw).")
 @click.option("--shards", type=_FOLDER, default=Path("shards"), help="Prepared sources.")
@@ -75,6 +78,7 @@ _COUNT = click.IntRange(min=1)
 def main(
     tasks: tuple[str, ...],
     of: tuple[str, ...],
+    follow: Path | None,
     nproc: int,
     as_json: bool,
     card: Path | None,
@@ -87,10 +91,13 @@ def main(
     training). Questions: lambada, arc_easy, arc_challenge, mmlu, hellaswag, piqa, winogrande,
     openbookqa, boolq, as lm-evaluation-harness puts them.
 
-    In place of tasks: contamination (which items of a --task stand in the training shards).
+    In place of tasks: contamination (which items of a --task stand in the training shards), and
+    selftest (closed-form models through all plans; needs no data).
     """
     if len(tasks) > 1 and set(tasks) & set(ALONE):
         raise click.UsageError(f"{', '.join(ALONE)} stand alone, without other tasks")
+    if tasks == ("selftest",):
+        sys.exit(_selftest())
     if nproc > 1 and "RANK" not in os.environ:
         from tools.sharing import run_shared
 
@@ -99,14 +106,42 @@ def main(
 
     with join_world(options["device"]) as world:
         outcomes = []
-        run = _search if tasks == ("contamination",) else _score
-        for outcome in run(of or tasks, options):
+        if tasks == ("contamination",):
+            found = _search(of, options)
+        else:
+            found = _score(tasks, options) if follow is None else _follow(follow, tasks, options)
+        for outcome in found:
             outcomes.append(outcome)
             if world.is_main:
                 records = map(json.dumps, outcome.figures)
                 click.echo("\n".join(records if as_json else outcome.card))
         if world.is_main:
             _write(outcomes, card, log_items)
+
+
+def _selftest() -> int:
+    """The exit code: 0 if every check passed. Each is a line."""
+    from tools.selftest import run_checks
+
+    failed = 0
+    for check in run_checks():
+        failed += bool(check.failure)
+        word, complaint = ("FAIL", f": {check.failure}") if check.failure else ("ok", "")
+        click.echo(f"{word:<5} {check.name}{complaint} ({check.time_s:.1f} s)")
+    return int(failed > 0)
+
+
+def _follow(run: Path, tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
+    """The outcomes of each commit of a run, oldest first, until its last step."""
+    from tools.follow import follow
+
+    def evaluate(commit: Path, missing: Sequence[str]) -> Iterator[Outcome]:
+        return _score(missing, {**options, "run": None, "checkpoint": commit})
+
+    if any(options[name] for name in ("run", "checkpoint", "hf")):
+        raise click.UsageError("--follow names the run: leave --run, --checkpoint and --hf out")
+    for _, outcome in follow(run, tasks, evaluate):
+        yield outcome
 
 
 def _score(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
@@ -129,7 +164,7 @@ def _search(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
     from tools.loading import Choice
     from tools.suite import Options, Outcome, search_contamination
 
-    if tasks == ("contamination",):
+    if not tasks:
         raise click.UsageError("contamination needs a --task (as often as you like)")
     named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
     has_run = named["run"] or named["checkpoint"]
