@@ -31,7 +31,9 @@ def main() -> None:
     \b
     summer-prep tokenize --source python-code --out shards/
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers are ended, locks let go
+    # an exit like any other: workers are ended, temporary files removed
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGTERM, before))
 
 
 def _part(_context: object, _option: object, text: str) -> tuple[int, int]:
@@ -107,8 +109,9 @@ def tokenize(source: str, **options: Any) -> None:
     summer-prep tokenize --source mine --dataset ORG/NAME --text-column text
     """
     from pipeline.executors import Executor, default_workers
-    from pipeline.prepare import Request, prepare
+    from pipeline.prepare import prepare
     from pipeline.progress import Screen
+    from pipeline.recipe import Request
     from pipeline.work import Limit
 
     request = Request(

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.chat import Template
-from pipeline.columnar import ColumnarEncoder, Stream, unfit_reason
+from pipeline.columnar import Stream, unfit_reason
 from pipeline.documents import Documents
 from pipeline.errors import TokenizerError
+from pipeline.slices import SlicedEncoder
 from pipeline.tokenizer import Tokenizer
 from shards.format import Tokens, token_dtype
 
@@ -56,7 +57,7 @@ class PlainEncoder:
 def make_encoder(tokenizer: Tokenizer) -> Encoder:
     """The fastest encoder that is exact for this vocabulary."""
     if unfit_reason(tokenizer) is None:
-        return ColumnarEncoder(tokenizer)
+        return SlicedEncoder(tokenizer)
     return PlainEncoder(tokenizer)
 
 

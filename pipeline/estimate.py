@@ -10,7 +10,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +28,9 @@ from pipeline.units import Plan, Unit
 from pipeline.work import Limit
 
 SAMPLE_BYTES: Final = 1 << 20
-SAMPLE_BATCHES: Final = 64
+SAMPLE_BATCHES: Final = 4
+MOST_READ: Final = 64
+"""Parts, and batches of records of them, that are read at most: small files give one each."""
 ROOM_FACTOR: Final = 1.05
 """For sidecars, padding, and text that is unlike the sample."""
 
@@ -40,7 +42,7 @@ class Sample:
     documents: int
     text_bytes: int
     tokens: int
-    seconds: float
+    seconds_per_byte: float
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,23 @@ class Estimate:
 def take_sample(
     inputs: Inputs, source: Source, plan: Plan, encoder: Encoder, template: Template | None
 ) -> Sample:
-    """About 1 MiB of the text, read and encoded; SourceError if it is not where it should be."""
+    """Some of the text, read and encoded; SourceError if it is not where it should be."""
     reader, maker = PartReader(inputs, source), DocumentMaker(source, val_fraction=0.0)
     n = text_bytes = tokens = 0
+    read, encode, warm = _Rate(), _Rate(), _Rate()
     began = time.perf_counter()
     try:
-        for documents in in_batches(_first_documents(plan, reader, maker), SAMPLE_BYTES):
-            encoded = encode_documents(encoder, documents, template)
-            n += len(documents)
-            text_bytes += documents.texts.nbytes
+        for documents in _first_documents(plan, reader, maker):
+            found = time.perf_counter()
+            beginning = _beginning(documents)
+            encoded = encode_documents(encoder, beginning, template)
+            n += len(beginning)
+            text_bytes += beginning.texts.nbytes
             tokens += len(encoded.tokens)
-            if text_bytes >= SAMPLE_BYTES:
+            read.add(documents.texts.nbytes, found - began)
+            began = time.perf_counter()
+            (warm if encode.bytes else encode).add(beginning.texts.nbytes, began - found)
+            if text_bytes >= SAMPLE_BYTES * SAMPLE_BATCHES:
                 break
     finally:
         reader.close()
@@ -77,7 +85,25 @@ def take_sample(
             f"{maker.rejected[0]['file']}: its records have no field {source.text_column!r}: "
             "name the one that holds the text with --text-column"
         )
-    return Sample(n, text_bytes, tokens, time.perf_counter() - began)
+    if warm.bytes >= SAMPLE_BYTES:
+        encode = warm  # the first batch is slow: the encoder has not seen the common words yet
+    return Sample(n, text_bytes, tokens, read.seconds_per_byte + encode.seconds_per_byte)
+
+
+@dataclass
+class _Rate:
+    """Time spent on bytes."""
+
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, n_bytes: int, seconds: float) -> None:
+        self.bytes += n_bytes
+        self.seconds += seconds
+
+    @property
+    def seconds_per_byte(self) -> float:
+        return self.seconds / max(1, self.bytes)
 
 
 def estimate(
@@ -93,14 +119,14 @@ def estimate(
     if limit.documents is not None:
         wanted = min(wanted, limit.documents * sample.tokens / max(1, sample.documents))
     share = wanted / tokens if tokens else 0.0
-    hours = share * text_bytes * sample.seconds * per_byte / max(1, min(workers, len(units))) / 3600
+    seconds = share * text_bytes * sample.seconds_per_byte / max(1, min(workers, len(units)))
     return Estimate(
         n_files=len(plan.files),
         n_units=len(units),
         read_bytes=round(share * sum(unit.read_bytes for unit in units)),
         tokens=round(wanted),
         disk_bytes=round(wanted * token_bytes * ROOM_FACTOR),
-        hours=hours,
+        hours=seconds / 3600,
     )
 
 
@@ -115,27 +141,26 @@ def refuse_without_room(folder: Path, needed_bytes: int) -> None:
 
 
 def _first_documents(plan: Plan, reader: PartReader, maker: DocumentMaker) -> Iterator[Documents]:
-    """Documents from the beginnings of the first units, at most SAMPLE_BYTES at a time.
+    """Documents from the beginning of the plan, about SAMPLE_BYTES at a time or more.
 
-    Where there are none, as in a file of nothing but zeros, the search ends after some batches.
+    Where there are none, as in a file of nothing but zeros, the search ends after a while.
     """
     numbers = itertools.chain.from_iterable(range(u.first, u.last) for u in plan.units)
-    batches = (
+    parts = ((number, plan.parts[number]) for number in itertools.islice(numbers, MOST_READ))
+    found = (
         documents
-        for number in numbers
-        for documents in maker.documents(
-            number, plan.parts[number], reader.read(plan.parts[number])
-        )
+        for number, part in parts
+        for documents in maker.documents(number, part, reader.read(part))
     )
-    for documents in itertools.islice(batches, SAMPLE_BATCHES):
-        if len(documents):
-            yield documents.first(_within(documents, SAMPLE_BYTES))
+    yield from in_batches(itertools.islice(found, MOST_READ), SAMPLE_BYTES)
 
 
-def _within(documents: Documents, size: int) -> int:
-    """How many of the documents it takes to reach that many bytes; all if they do not."""
+def _beginning(documents: Documents) -> Documents:
+    """The first of them, and of those the first characters: about SAMPLE_BYTES of text."""
     ends = np.cumsum(np.asarray(pc.binary_length(documents.texts)))
-    texts = int(np.searchsorted(ends, size)) + 1
-    if documents.turns is None:
-        return texts
-    return int(np.searchsorted(np.cumsum(documents.turns), texts)) + 1
+    texts = int(np.searchsorted(ends, SAMPLE_BYTES)) + 1
+    if documents.turns is not None:
+        texts = int(np.searchsorted(np.cumsum(documents.turns), texts)) + 1
+    documents = documents.first(texts)
+    beginnings = pc.utf8_slice_codeunits(documents.texts, 0, SAMPLE_BYTES)
+    return replace(documents, texts=beginnings)

@@ -19,10 +19,7 @@ No other state is kept: the same command, started again after any end, does what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Final
 
 from pipeline.chat import Template
 from pipeline.encode import encoder_note, make_encoder
@@ -30,11 +27,12 @@ from pipeline.errors import PrepareError
 from pipeline.estimate import Estimate, estimate, refuse_without_room, take_sample
 from pipeline.executors import Executor
 from pipeline.hub import HubInputs, hub_inputs
-from pipeline.inputs import INTERPRETER, Inputs, embedded_inputs, local_inputs
+from pipeline.inputs import Inputs, embedded_inputs, local_inputs
+from pipeline.recipe import Request, facts_of, recipe_of, refuse_contradictions, refuse_other
 from pipeline.schedule import LimitedRun, run_all
 from pipeline.sources import Source, refuse_unavailable
 from pipeline.tokenizer import Tokenizer
-from pipeline.units import UNIT_BYTES, Plan, make_plan, read_plan
+from pipeline.units import Plan, make_plan, read_plan
 from pipeline.work import NO_LIMIT, Job, Limit, Step
 from shards.errors import ShardError
 from shards.files import create_exclusively, remove_stale_temporaries
@@ -44,33 +42,12 @@ from shards.format import (
     Facts,
     Manifest,
     Receipt,
-    TokenizerInfo,
     summarise,
     token_dtype,
     unit_name,
 )
 from shards.reader import read_manifest, read_receipt
 from shards.writer import write_manifest
-
-CHECKED_DOCUMENTS: Final = 8
-"""Documents of each unit that are compared with sentencepiece, unless told otherwise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to prepare. Without `data_files`, which are local, the source's own place is read."""
-
-    source: Source
-    tokenizer: Tokenizer
-    out: Path
-    data_files: tuple[str, ...] = ()
-    seq_len: int = 4096
-    val_fraction: float | None = None
-    loss_mask: bool = False
-    limit: Limit = NO_LIMIT
-    check_encoding: int = CHECKED_DOCUMENTS
-    part: tuple[int, int] = (1, 1)
-    unit_bytes: int = UNIT_BYTES
 
 
 class Watch:
@@ -88,7 +65,7 @@ class Watch:
 
 def prepare(request: Request, executor: Executor, watch: Watch) -> Manifest | None:
     """The finished source's manifest; None while other parts of an array are still at work."""
-    _refuse_contradictions(request)
+    refuse_contradictions(request)
     folder = (request.out / request.source.name).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale_temporaries(folder)
@@ -107,28 +84,6 @@ def prepare(request: Request, executor: Executor, watch: Watch) -> Manifest | No
     n_units = _run(request, executor, watch, job, plan)
     _refuse_nothing(folder, plan, n_units)
     return write_manifest(folder, facts, plan.parts, n_units)
-
-
-def facts_of(recipe: Mapping[str, Any]) -> Facts:
-    """What the manifest and every shard need to know of a plan's recipe."""
-    values = {field.name: recipe[field.name] for field in fields(Facts)}
-    return Facts(**{**values, "tokenizer": TokenizerInfo(**recipe["tokenizer"])})
-
-
-def source_of(recipe: Mapping[str, Any]) -> Source:
-    """The source that a plan was made for."""
-    return Source(
-        name=recipe["source"],
-        about="",
-        licence=recipe["licence"],
-        dataset=recipe["dataset"],
-        revision=recipe["revision"],
-        config=recipe["config"],
-        split=recipe["split"],
-        text_column=recipe["text_column"],
-        shape=recipe["shape"],
-        embedded=recipe["dataset"] == INTERPRETER,
-    )
 
 
 def open_inputs(source: Source, data_files: tuple[str, ...] = ()) -> Inputs:
@@ -158,11 +113,11 @@ def _settle(request: Request, folder: Path) -> tuple[Inputs, Plan]:
     _settle_tokenizer(request.tokenizer, folder)
     existing = read_plan(folder)
     inputs = _pinned(request, existing) or open_inputs(request.source, request.data_files)
-    recipe = _recipe(request, inputs)
+    recipe = recipe_of(request, inputs)
     if existing is not None:
-        _refuse_other(existing, recipe, inputs, folder)
+        refuse_other(existing, recipe, inputs, folder)
         return inputs, existing
-    plan = make_plan(recipe, inputs, request.source, request.unit_bytes)
+    plan = make_plan(recipe, inputs, request.source, recipe["unit_bytes"])
     if create_exclusively(folder / PLAN, plan.to_bytes()):
         return inputs, plan
     return _settle(request, folder)  # somebody else was first: theirs is in force
@@ -186,33 +141,6 @@ def _pinned(request: Request, existing: Plan | None) -> HubInputs | None:
     if source.revision not in ("", recipe["revision"]) or source.dataset != recipe["dataset"]:
         return None
     return HubInputs(source.dataset, recipe["revision"], existing.files, recipe["licence"])
-
-
-def _recipe(request: Request, inputs: Inputs) -> dict[str, Any]:
-    """All that the output's bytes depend on besides the listing; the first keys are the Facts."""
-    source, info = request.source, request.tokenizer.info
-    licence = source.licence
-    if isinstance(inputs, HubInputs) and licence == "unknown":
-        licence = inputs.licence or licence
-    val_fraction = source.val_fraction if request.val_fraction is None else request.val_fraction
-    return {
-        "source": source.name,
-        "dataset": inputs.dataset,
-        "revision": inputs.revision,
-        "licence": licence,
-        "seq_len": request.seq_len,
-        "dtype": token_dtype(info.vocab_size).name,
-        "packing": "concat+mask" if request.loss_mask else "concat",
-        "val_fraction": val_fraction,
-        "tokenizer": asdict(info),
-        "config": "" if request.data_files else source.config,
-        "split": "" if request.data_files else source.split,
-        "text_column": source.text_column,
-        "shape": source.shape,
-        "max_documents": request.limit.documents,
-        "max_tokens": request.limit.tokens,
-        "unit_bytes": request.unit_bytes,
-    }
 
 
 def _run(request: Request, executor: Executor, watch: Watch, job: Job, plan: Plan) -> int:
@@ -256,49 +184,6 @@ def _finished(folder: Path, facts: Facts, plan: Plan, limit: Limit) -> Manifest 
     shards = [shard for position in range(n_units) for shard in receipts[position].shards]
     complete = summarise(facts, plan.parts, shards, manifest.rejected)
     return manifest if manifest == complete else None
-
-
-def _refuse_contradictions(request: Request) -> None:
-    number, of = request.part
-    if not 1 <= number <= of:
-        raise PrepareError(
-            f"--part {number}/{of}: parts are numbered 1/{of} to {of}/{of}; for an array that "
-            "counts from 0, add one"
-        )
-    if of > 1 and request.limit != NO_LIMIT:
-        raise PrepareError(
-            "--part does not go with --max-tokens or --max-documents: where a limit falls is only "
-            "known when all units before it are done"
-        )
-    if request.loss_mask and request.source.shape != "chat":
-        raise PrepareError(
-            f"--loss-mask marks the answers of conversations, and {request.source.name} has none: "
-            "leave it out"
-        )
-    if request.loss_mask and request.seq_len % 8:
-        raise PrepareError(f"--seq-len {request.seq_len}: with --loss-mask a multiple of 8")
-    if request.source.shape == "chat":
-        Template.of(request.tokenizer)  # says so if the vocabulary has no chat markers
-    if request.seq_len < 2:
-        raise PrepareError(f"--seq-len {request.seq_len}: at least 2")
-
-
-def _refuse_other(existing: Plan, recipe: Mapping[str, Any], inputs: Inputs, folder: Path) -> None:
-    """PrepareError if the folder was begun with another recipe or other files."""
-    mend = "choose another --out, or delete the folder to begin anew"
-    for key, value in recipe.items():
-        if existing.recipe.get(key) != value:
-            was = existing.recipe.get(key)
-            raise PrepareError(f"{folder} was begun with {key} {was!r}, not {value!r}: {mend}")
-    before = {file.path: file.bytes for file in existing.files}
-    now = {file.path: file.bytes for file in inputs.files}
-    for path in sorted(before.keys() | now.keys()):
-        if before.get(path) != now.get(path):
-            sizes = [f"{size} bytes" if size is not None else "absent"
-                     for size in (before.get(path), now.get(path))]  # fmt: skip
-            raise PrepareError(
-                f"{folder} was begun with other files: {path} was {sizes[0]}, is {sizes[1]}: {mend}"
-            )
 
 
 def _refuse_nothing(folder: Path, plan: Plan, n_units: int) -> None:

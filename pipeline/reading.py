@@ -171,9 +171,10 @@ def _read_jsonl(stream: BinaryIO, part: Part, file: InputFile, source: Source) -
             yield Records(first, pa.nulls(1, pa.binary()), {0: TOO_LARGE})
             first += 1
             continue
-        records = parse_lines(block, first, source)
-        yield records
-        first += len(records.values)
+        records = [parse_lines(block, first, source)]
+        del block
+        first += len(records[0].values)
+        yield records.pop()
 
 
 def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[bytes | None]:
@@ -184,33 +185,39 @@ def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[byte
     that line is left to the next range.
     """
     end = last if last is not None else sys.maxsize
-    at, tail = _skip_line(stream, first - 1, end) if first else (0, b"")
-    while at - len(tail) < end:  # the tail begins at the beginning of a line, and it is one of ours
-        cut = tail.find(b"\n", max(0, end - 1 - (at - len(tail)))) + 1 if at >= end else 0
-        cut = cut or tail.rfind(b"\n") + 1
+    at, tail = _skip_line(stream, first - 1, end) if first else (0, bytearray())
+    searched = 0  # so many bytes of the tail hold no line end
+    while (begun := at - len(tail)) < end:  # the tail begins with a line, and it is one of ours
+        cut = tail.find(b"\n", max(searched, end - 1 - begun)) + 1 if at >= end else 0
+        cut = cut or tail.rfind(b"\n", searched) + 1
         if cut:
-            yield tail[:cut]
-            tail = tail[cut:]
+            whole = [bytes(tail[:cut])]
+            del tail[:cut]
+            searched = len(tail)
+            yield whole.pop()  # not kept here: a line may be of many megabytes
         elif len(tail) > MAX_RECORD_BYTES:
             yield None
             at, tail = _skip_line(stream, at, end)
-        elif data := stream.read(min(BLOCK_BYTES, max(end - at, 1 << 16))):
-            at, tail = at + len(data), tail + data
+            searched = 0
+        elif data := stream.read(min(BLOCK_BYTES, max(end - at, 1 << 20))):
+            searched = len(tail)
+            at += len(data)
+            tail += data
         else:
             if tail:
-                yield tail
+                yield bytes(tail)
             return
 
 
-def _skip_line(stream: BinaryIO, at: int, end: int) -> tuple[int, bytes]:
+def _skip_line(stream: BinaryIO, at: int, end: int) -> tuple[int, bytearray]:
     """Position reached and what was read behind the first line end in [at, end)."""
     if stream.seekable():
         stream.seek(at)
     while at < end and (data := stream.read(min(1 << 16, end - at))):
         at += len(data)
         if stop := data.find(b"\n") + 1:
-            return at, data[stop:]
-    return at, b""
+            return at, bytearray(data[stop:])
+    return at, bytearray()
 
 
 def parse_lines(block: bytes, first: int, source: Source) -> Records:

@@ -17,7 +17,7 @@ from pipeline.errors import PrepareError
 from pipeline.executors import Executor
 from pipeline.hub import HubInputs
 from pipeline.inputs import LOCAL, Inputs, embedded_inputs, local_inputs
-from pipeline.prepare import CHECKED_DOCUMENTS, source_of
+from pipeline.recipe import CHECKED_DOCUMENTS, source_of
 from pipeline.schedule import amount_of
 from pipeline.tokenizer import default_model
 from pipeline.units import Plan

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import PrepareError
-from pipeline.prepare import facts_of
+from pipeline.recipe import facts_of
 from pipeline.units import Plan, read_plan
 from shards.errors import ShardError
 from shards.files import is_temporary, json_bytes, sha256_file

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.executors import Executor
-from pipeline.prepare import Request, Watch, prepare
+from pipeline.prepare import Watch, prepare
+from pipeline.recipe import Request
 from pipeline.sources import Choice, find
 from pipeline.tokenizer import Tokenizer, train
 from shards.format import Manifest

@@ -16,7 +16,8 @@ import pytest
 from pipeline.errors import PrepareError, SourceError, TokenizerError
 from pipeline.estimate import refuse_without_room
 from pipeline.executors import Executor
-from pipeline.prepare import Request, Watch, prepare
+from pipeline.prepare import Watch, prepare
+from pipeline.recipe import Request
 from pipeline.sources import find
 from pipeline.tokenizer import Tokenizer, base_model, extend, processor
 from pipeline.work import Limit
@@ -321,7 +322,7 @@ def test_a_damaged_file_stops_the_run_and_nothing_done_is_lost(tmp_path: Path) -
 
 
 def test_without_room_on_the_disk_nothing_begins(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", TEXTS * 20)
+    write_jsonl(tmp_path / "a.jsonl", TEXTS * 60)
     with (tmp_path / "b.jsonl").open("wb") as file:
         file.truncate(4 << 40)  # a hole: it takes no room itself
     told = refused(request(tmp_path, str(tmp_path / "*.jsonl"), unit_bytes=1 << 42))
