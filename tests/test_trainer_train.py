@@ -148,9 +148,21 @@ def test_stopped_and_started_again_it_is_the_same_run(
     ]
 
 
+def test_a_run_that_commits_every_step_can_be_stopped(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_after(2, monkeypatch)
+    plan = small_plan(shards, max_steps=9, checkpoint__interval_steps=1)
+    assert train(plan, tmp_path).step == 2
+
+
 def test_recomputing_activations_changes_nothing(shards: Path, tmp_path: Path) -> None:
     for kind in ("none", "selective", "full"):
-        train(small_plan(shards, max_steps=3, activation_checkpointing=kind), tmp_path / kind)
+        changes: dict[str, Any] = {
+            "activation_checkpointing": kind,
+            "model__attention_dropout": 0.1,
+        }
+        train(small_plan(shards, max_steps=3, **changes), tmp_path / kind)
     assert log_of(tmp_path / "none") == log_of(tmp_path / "selective") == log_of(tmp_path / "full")
     assert same_weights(tmp_path / "none", tmp_path / "full")
 
