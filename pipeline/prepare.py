@@ -19,7 +19,9 @@ No other state is kept: the same command, started again after any end, does what
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Final
 
 from pipeline.chat import Template
 from pipeline.encode import encoder_note, make_encoder
@@ -35,7 +37,7 @@ from pipeline.tokenizer import Tokenizer
 from pipeline.units import Plan, make_plan, read_plan
 from pipeline.work import NO_LIMIT, Job, Limit, Step
 from shards.errors import ShardError
-from shards.files import create_exclusively, remove_stale_temporaries
+from shards.files import create_exclusively, publish_bytes, remove_stale_temporaries
 from shards.format import (
     PLAN,
     TOKENIZER,
@@ -48,6 +50,9 @@ from shards.format import (
 )
 from shards.reader import read_manifest, read_receipt
 from shards.writer import write_manifest
+
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+"""What a full disk is called; numpy tells of an array half written without any number."""
 
 
 class Watch:
@@ -67,9 +72,8 @@ def prepare(request: Request, executor: Executor, watch: Watch) -> Manifest | No
     """The finished source's manifest; None while other parts of an array are still at work."""
     refuse_contradictions(request)
     folder = (request.out / request.source.name).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_stale_temporaries(folder)
     inputs, plan = _settle(request, folder)
+    remove_stale_temporaries(folder)
     facts = facts_of(plan.recipe)
     if (manifest := _finished(folder, facts, plan, request.limit)) is not None:
         return manifest
@@ -81,7 +85,18 @@ def prepare(request: Request, executor: Executor, watch: Watch) -> Manifest | No
         plan_sha256=plan.sha256,
         check_encoding=request.check_encoding,
     )
-    n_units = _run(request, executor, watch, job, plan)
+    try:
+        n_units = _run(request, executor, watch, job, plan)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        told = error.strerror or "no space left on the device"
+        raise PrepareError(
+            f"{folder}: {told}: make room and start the same command again, it goes on where it "
+            "stopped"
+        ) from error
+    finally:
+        remove_stale_temporaries(folder)
     _refuse_nothing(folder, plan, n_units)
     return write_manifest(folder, facts, plan.parts, n_units)
 
@@ -110,26 +125,35 @@ def receipts_of(folder: Path, plan: Plan) -> dict[int, Receipt]:
 
 def _settle(request: Request, folder: Path) -> tuple[Inputs, Plan]:
     """The inputs and the plan in force: the folder's, if it has one, else a new one."""
-    _settle_tokenizer(request.tokenizer, folder)
-    existing = read_plan(folder)
-    inputs = _pinned(request, existing) or open_inputs(request.source, request.data_files)
+    plan = read_plan(folder)
+    if plan is not None:
+        _refuse_other_tokenizer(plan, request.tokenizer, folder)
+    inputs = _pinned(request, plan) or open_inputs(request.source, request.data_files)
     recipe = recipe_of(request, inputs)
-    if existing is not None:
-        refuse_other(existing, recipe, inputs, folder)
-        return inputs, existing
-    plan = make_plan(recipe, inputs, request.source, recipe["unit_bytes"])
-    if create_exclusively(folder / PLAN, plan.to_bytes()):
-        return inputs, plan
-    return _settle(request, folder)  # somebody else was first: theirs is in force
+    if plan is None:
+        plan = make_plan(recipe, inputs, request.source, recipe["unit_bytes"])
+        folder.mkdir(parents=True, exist_ok=True)
+        if not create_exclusively(folder / PLAN, plan.to_bytes()):
+            return _settle(request, folder)  # somebody else was first: theirs is in force
+    else:
+        refuse_other(plan, recipe, inputs, folder)
+    _keep_tokenizer(request.tokenizer, folder / TOKENIZER)
+    return inputs, plan
 
 
-def _settle_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    path = folder / TOKENIZER
-    if not create_exclusively(path, tokenizer.model) and path.read_bytes() != tokenizer.model:
+def _refuse_other_tokenizer(plan: Plan, tokenizer: Tokenizer, folder: Path) -> None:
+    if plan.recipe["tokenizer"]["sha256"] != tokenizer.info.sha256:
         raise PrepareError(
             f"{folder} was begun with another tokenizer than {tokenizer.name}: give that one "
-            f"(--tokenizer {path}), choose another --out, or delete the folder to begin anew"
+            f"(--tokenizer {folder / TOKENIZER}), choose another --out, or delete the folder to "
+            "begin anew"
         )
+
+
+def _keep_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Put the model beside the shards; the plan names its digest: anything else is damage."""
+    if not path.exists() or path.read_bytes() != tokenizer.model:
+        publish_bytes(path, tokenizer.model)
 
 
 def _pinned(request: Request, existing: Plan | None) -> HubInputs | None:

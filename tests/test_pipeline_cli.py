@@ -121,6 +121,13 @@ def test_wrong_usage_has_exit_code_2(arguments: tuple[Any, ...]) -> None:
     assert run(*arguments).exit_code == 2
 
 
+def test_a_try_that_could_not_begin_leaves_nothing_behind(tmp_path: Path) -> None:
+    """With nothing there, the next try may be made with another tokenizer."""
+    out = tmp_path / "shards"
+    assert run("tokenize", "--source", "books3", "--out", out).exit_code == 1
+    assert not out.exists()
+
+
 def test_vocabularies_are_learnt_extended_and_shown(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     learnt, more = tmp_path / "a.model", tmp_path / "b.model"

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import pytest
 from pipeline.errors import PrepareError, SourceError, TokenizerError
 from pipeline.estimate import refuse_without_room
 from pipeline.executors import Executor
+from pipeline.inputs import local_inputs
 from pipeline.prepare import Watch, prepare
-from pipeline.recipe import Request
+from pipeline.recipe import Request, recipe_of
 from pipeline.sources import find
 from pipeline.tokenizer import Tokenizer, base_model, extend, processor
 from pipeline.work import Limit
@@ -189,6 +191,26 @@ def _wait_until_quiet(folder: Path) -> None:
         time.sleep(0.3)
 
 
+RUN_ON_RAY = """
+import sys
+from pathlib import Path
+from pipeline.executors import Executor
+from pipeline.prepare import Watch, prepare
+from pipeline_samples import request
+prepare(request(Path(sys.argv[1]), sys.argv[2]), Executor("ray"), Watch())
+"""
+
+
+def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    corpus(tmp_path / "in")
+    prepared(request(tmp_path / "whole", str(tmp_path / "in")))
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), "tests", "."])
+    command = [sys.executable, "-c", RUN_ON_RAY, str(tmp_path / "ray"), str(tmp_path / "in")]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "ray")
+
+
 def test_two_runs_at_once_end_well_with_the_same_bytes(tmp_path: Path) -> None:
     corpus(tmp_path / "in")
     prepared(request(tmp_path / "whole", str(tmp_path / "in")))
@@ -241,6 +263,21 @@ def test_a_limit_takes_the_same_prefix_for_any_number_of_workers(
     files = {manifest.parts[ShardReader(tmp_path / "1" / "mine").origin(i)[1]].file
              for i in range(manifest.n_rows - manifest.n_val_rows)}  # fmt: skip
     assert len(files) > 2  # not the alphabet's first
+
+
+@pytest.mark.parametrize(
+    ("limit", "unit_bytes"),
+    [
+        (Limit(), 256 << 20),
+        (Limit(tokens=1), 4 << 20),
+        (Limit(tokens=1 << 30), 64 << 20),
+        (Limit(tokens=1 << 40), 256 << 20),
+        (Limit(documents=1 << 20, tokens=1 << 40), 2500 << 14),
+    ],
+)
+def test_a_limit_makes_smaller_units(limit: Limit, unit_bytes: int, tmp_path: Path) -> None:
+    wanted = request(tmp_path, "unused", limit=limit, unit_bytes=None)
+    assert recipe_of(wanted, local_inputs((__file__,)))["unit_bytes"] == unit_bytes
 
 
 def test_a_limit_beyond_the_source_takes_all(tmp_path: Path) -> None:
@@ -329,6 +366,35 @@ def test_without_room_on_the_disk_nothing_begins(tmp_path: Path) -> None:
     assert "GB are needed" in told and "--max-tokens" in told
     assert not list((tmp_path / "mine").glob("*.npy"))
     refuse_without_room(tmp_path, 1)
+
+
+RUN_SHORT_OF_ROOM = """
+import resource, sys
+from pathlib import Path
+from pipeline.errors import PrepareError
+from pipeline_samples import prepared, request
+resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # as far as a full disk lets one write
+try:
+    prepared(request(Path(sys.argv[1]), sys.argv[2], unit_bytes=1 << 16))
+except PrepareError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
+    corpus(tmp_path / "in")
+    small: dict[str, Any] = {"unit_bytes": 1 << 16}
+    prepared(request(tmp_path / "whole", str(tmp_path / "in"), **small))
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    for name in ("tokenizer.model", "units.json"):  # the plan was made while there was room
+        shutil.copy(tmp_path / "whole" / "mine" / name, tmp_path / "out" / "mine")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", "."])}
+    command = [sys.executable, "-c", RUN_SHORT_OF_ROOM, str(tmp_path / "out"), str(tmp_path / "in")]
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert ": make room and start the same command again" in told.stdout
+    assert not [path for path in (tmp_path / "out" / "mine").iterdir() if path.name[0] == "."]
+    prepared(request(tmp_path / "out", str(tmp_path / "in"), **small))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
