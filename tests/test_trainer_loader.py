@@ -14,7 +14,7 @@ from shards_samples import make_source
 from trainer.errors import TrainingError
 from trainer.faults import named_faults
 from trainer.loader import HostBatch, Loader, LoaderConfig, MicroBatches, Stretch, to_device
-from trainer.mixture import BatchShape, DataOrder, Phase, dropout_keys
+from trainer.mixture import BatchShape, DataOrder, Located, Phase, dropout_keys
 from trainer_samples import ALONE, make_shards
 
 CPU = torch.device("cpu")
@@ -74,7 +74,8 @@ def test_rows_are_those_that_the_order_names(tmp_path: Path) -> None:
     shards = make_shards(tmp_path)
     batches = batches_of(shards, BatchShape(8, 8, 1), 1)
     indices = np.arange(100, 120)
-    host, located = batches.gather(indices), batches._order.locate(indices)
+    located = batches._order.locate(indices)
+    host = batches.gather(indices, located)
     assert host.tokens.dtype == torch.uint16
     for place in range(20):
         name = batches._order.sources[located.source[place]]
@@ -107,7 +108,8 @@ def test_a_masked_source_beside_a_plain_one(tmp_path: Path) -> None:
     make_source(tmp_path / "chat", n_rows=20, seq_len=32, masked=True)
     batches = batches_of(tmp_path, BatchShape(8, 8, 1), 1)
     indices = np.arange(8)
-    located, host = batches._order.locate(indices), batches.gather(indices)
+    located = batches._order.locate(indices)
+    host = batches.gather(indices, located)
     assert host.is_target is not None
     for place in range(8):
         name = batches._order.sources[located.source[place]]
@@ -144,7 +146,7 @@ def test_a_flipped_bit_is_named_and_never_trained_on(tmp_path: Path, num_workers
 
 def test_a_worker_that_dies_is_an_error_with_a_mend(tmp_path: Path) -> None:
     class Deadly(MicroBatches):
-        def gather(self, indices: np.ndarray) -> HostBatch:
+        def gather(self, indices: np.ndarray, located: Located) -> HostBatch:
             os._exit(9)
 
     good = batches_of(make_shards(tmp_path), BatchShape(8, 8, 1), 1)
