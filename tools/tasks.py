@@ -107,9 +107,11 @@ def _openbookqa(row: Record) -> Question:
 def _piqa(row: Record) -> Question:
     context = f"Question: {_stem(row, 'goal', 'Question: ')}\nAnswer:"
     if "goal" in row:
-        choices = (row["sol1"], row["sol2"])
-        return Question(contexts=(context,), choices=choices, gold=int(row["label"]))
-    return _asked(context, row)
+        choices, gold = (row["sol1"], row["sol2"]), row["label"]
+    else:
+        (first, second), gold = row["choices"], row["gold"]  # a file of another task has more
+        choices = (first, second)
+    return Question(contexts=(context,), choices=choices, gold=int(gold))
 
 
 def _boolq(row: Record) -> Question:

@@ -1,0 +1,241 @@
+"""Ours and lm-evaluation-harness on the same weights and items: the same figures.
+
+The harness computes with transformers' Llama, or with our model registered in it; its own task
+files are used, with local rows in place of the Hub's. Needs lm_eval and transformers.
+"""
+
+import importlib
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tools.hugging_face import write_folder
+from tools.loading import Choice, LoadedModel, load
+from tools.perplexity import measure
+from tools.protocols import Protocol
+from tools.questions import Answer, Setting, TaskScore, evaluate_task
+from tools.records import read_records
+from tools.tasks import TASKS
+from tools.wikitext import detokenized, from_raw, pages_of
+from tools_samples import sample_model, sample_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+N_ITEMS = 12
+
+YAML = {
+    "lambada": "lambada/lambada_openai.yaml", "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml", "hellaswag": "hellaswag/hellaswag.yaml",
+    "piqa": "piqa/piqa.yaml", "winogrande": "winogrande/default.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml", "boolq": "super_glue/boolq/default.yaml",
+    "mmlu": "mmlu/default/mmlu_abstract_algebra.yaml",
+}  # fmt: skip
+FILES = {
+    "lambada": "lambada_openai_test", "openbookqa": "openbook_qa", "mmlu": "mmlu_test",
+    **{name: name for name in ("arc_easy", "arc_challenge", "piqa", "winogrande", "boolq")},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def harness() -> Iterator[Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lm_eval = pytest.importorskip("lm_eval")
+        pytest.importorskip("transformers")
+        importlib.import_module("lm_eval.models.huggingface")
+        import tools.harness  # noqa: F401
+
+        yield lm_eval
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    model = sample_model(alibi=False, layer_scale=False, n_kv_heads=1, seq_len=448)
+    weights = {name: values.detach() for name, values in model.named_parameters()}
+    folder = tmp_path_factory.mktemp("harness") / "llama"
+    folder.mkdir()
+    write_folder(folder, model.config, weights, sample_tokenizer())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> LoadedModel:
+    return load(Choice(hf=folder, device="cpu", dtype="fp32"))
+
+
+Ask = Callable[[dict[str, Any], int], Any]
+
+
+@pytest.fixture(scope="module", params=["transformers", "summerlm"])
+def ask(request: pytest.FixtureRequest, harness: Any, folder: Path) -> Ask:
+    """What the harness says to a task: with transformers' model, and with ours inside it."""
+    if request.param == "summerlm":
+        model = harness.api.registry.get_model("summerlm")(hf=str(folder), device="cpu")
+    else:
+        model = harness.models.huggingface.HFLM(
+            pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, add_bos_token=False
+        )
+
+    def run(config: dict[str, Any], num_fewshot: int) -> Any:
+        bootstrapped = "perplexity" in str(config["metric_list"])  # slow, and no use here
+        found = harness.simple_evaluate(
+            model=model,
+            tasks=[config],
+            num_fewshot=num_fewshot,
+            bootstrap_iters=int(not bootstrapped),
+            verbosity="ERROR",
+        )
+        name = config["task"]
+        return found["results"][name], found["samples"][name]
+
+    return run
+
+
+def read_yaml(harness: Any, name: str) -> dict[str, Any]:
+    """A task file of the harness; its reader has moved between its releases."""
+    try:
+        from lm_eval.tasks._yaml_loader import load_yaml as read
+    except ImportError:
+        from lm_eval.utils import load_yaml_config as read
+    found: dict[str, Any] = read(Path(harness.__file__).parent / "tasks" / name)
+    return found
+
+
+def task_config(
+    harness: Any, name: str, rows: list[dict[str, Any]], folder: Path
+) -> dict[str, Any]:
+    """The harness' own definition of a task, over rows in a local file."""
+    config = read_yaml(harness, YAML[name])
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = ("train", "validation", "test", "dev")
+    config |= {
+        "task": f"{name}_local",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(path) for split in splits}},
+        "fewshot_config": {"sampler": "first_n"},
+    }
+    config |= {"test_split": "test", "fewshot_split": "test"}
+    config.pop("tag", None)
+    config.pop("group", None)
+    return config
+
+
+def hub_row(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A local row in the Hub's columns, which the harness reads."""
+    if name in ("lambada", "mmlu", "hellaswag"):
+        return row
+    if name == "winogrande":
+        first, second = row["context_options"]
+        common = len(first)
+        while not second.startswith(first[:common]) or first[:common][-1:] not in ("", " "):
+            common -= 1
+        sentence = f"{first[:common]}_ {row['continuation']}"
+        options = {"option1": first[common:], "option2": second[common:]}
+        return {"sentence": sentence, **options, "answer": str(row["gold"] + 1)}
+    query, choices = row["query"], row.get("choices", [])
+    if name == "piqa":
+        goal = query.removeprefix("Question: ").removesuffix("\n")
+        return {"goal": goal, "sol1": choices[0], "sol2": choices[1], "label": row["gold"]}
+    if name == "boolq":
+        passage, _, question = query.removeprefix("Passage: ").partition("\nQuestion: ")
+        return {"passage": passage, "question": question[:-1], "label": row["gold"]}
+    labels = "ABCDE"[: len(choices)]
+    answers = {
+        "choices": {"text": choices, "label": list(labels)},
+        "answerKey": labels[row["gold"]],
+    }
+    if name == "openbookqa":
+        return {"question_stem": query, **answers}
+    return {"question": query.removeprefix("Question: "), **answers}
+
+
+def hellaswag_rows() -> list[dict[str, Any]]:
+    endings = ["falls [step] over  it.", " smiles [title] and goes.", "runs.", "Sits [x] down"]
+    return [
+        {
+            "activity_label": f"Skiing {n}", "ctx_a": "A man [header] stands.",
+            "ctx_b": "the MAN", "endings": endings, "label": str(n % 4),
+        }
+        for n in range(N_ITEMS)
+    ]  # fmt: skip
+
+
+def local_rows(shared: Path, name: str) -> list[dict[str, Any]]:
+    if name == "hellaswag":
+        return hellaswag_rows()
+    records = read_records(shared / f"eval/{FILES[name]}.even.jsonl", TASKS[name].table)
+    return [dict(row) for row in records.rows[:N_ITEMS]]
+
+
+def our_score(
+    ours: LoadedModel, name: str, rows: list[dict[str, Any]], folder: Path, num_fewshot: int
+) -> tuple[TaskScore, list[Answer]]:
+    path = folder / f"{name}-ours.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return evaluate_task(ours, TASKS[name], Setting(data=path, num_fewshot=num_fewshot))
+
+
+@pytest.mark.parametrize("num_fewshot", [0, 2])
+@pytest.mark.parametrize("name", YAML)
+def test_tasks_have_the_harness_log_likelihoods_and_metrics(
+    harness: Any, ask: Ask, ours: LoadedModel, shared: Path, tmp_path: Path, name: str,
+    num_fewshot: int,
+) -> None:  # fmt: skip
+    rows = local_rows(shared, name)
+    config = task_config(harness, name, [hub_row(name, row) for row in rows], tmp_path)
+    results, samples = ask(config, num_fewshot)
+    score, answers = our_score(ours, name, rows, tmp_path, num_fewshot)
+    assert len(samples) == len(answers) == N_ITEMS
+    for sample in samples:
+        theirs = sample["filtered_resps"]
+        answer = answers[sample["doc_id"]]
+        likelihoods = [float(each[0]) for each in theirs]
+        assert answer.log_likelihoods.tolist() == pytest.approx(likelihoods, rel=1e-6, abs=1e-5)
+        assert answer.greedy.tolist() == [str(each[1]) == "True" for each in theirs]
+    for metric, figure in score.metrics.items():
+        assert figure.value == pytest.approx(results[f"{metric},none"], rel=1e-6)
+        if name != "lambada":
+            assert figure.error == pytest.approx(results[f"{metric}_stderr,none"], rel=1e-9)
+
+
+def test_wikitext_has_the_harness_perplexities(
+    harness: Any, ask: Ask, ours: LoadedModel, shared: Path, tmp_path: Path
+) -> None:
+    raw = (shared / "wikitext-2" / "wiki.test.raw").read_text(encoding="utf-8")
+    text = from_raw("".join(page[:5000] + "\n" for page in pages_of(raw)[:3]))
+    pages = pages_of(text.raw)
+    path = tmp_path / "pages.jsonl"
+    path.write_text("".join(json.dumps({"page": page}) + "\n" for page in pages))
+    config = read_yaml(harness, "wikitext/wikitext.yaml")
+    for page in pages:
+        assert config["doc_to_target"]({"page": page}) == detokenized(page)
+    splits = ("train", "validation", "test")
+    config |= {
+        "task": "wikitext_local",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(path) for split in splits}},
+    }
+    results, _ = ask(config, 0)
+    result = measure(ours, text, Protocol(name="lm-eval", context=448, bos_id=1))
+    theirs = {name.removesuffix(",none"): value for name, value in results.items()}
+    assert result.windows > 3 * len(pages)
+    assert result.word_perplexity == pytest.approx(theirs["word_perplexity"], rel=1e-5)
+    assert result.byte_perplexity == pytest.approx(theirs["byte_perplexity"], rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(theirs["bits_per_byte"], rel=1e-6)
+
+
+def test_our_model_in_the_harness_goes_on_with_a_text(harness: Any, folder: Path) -> None:
+    model = harness.api.registry.get_model("summerlm")(hf=str(folder), device="cpu")
+    settings = {"until": ["\n"], "max_gen_toks": 5}
+    once, again = (model._complete("def parse", settings) for _ in range(2))
+    assert once == again and "\n" not in once
+    with pytest.raises(Exception, match="summerlm has none such"):
+        harness.api.registry.get_model("summerlm")(hf=str(folder), device="cpu", colour="red")
