@@ -6,6 +6,7 @@ code of a data set is ever run. Bytes come through `HfFileSystem` in ranges.
 
 from __future__ import annotations
 
+import functools
 import io
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ PATIENCE_S: Final = 300.0
 """How long reading goes on trying without a byte."""
 LONGEST_PAUSE_S: Final = 30.0
 BLOCK_BYTES: Final = 16 << 20
+PATHS_AT_ONCE: Final = 500
 BUILDERS: Final = {"parquet": "parquet", "jsonl": "json", "text": "text"}
 
 
@@ -36,35 +38,36 @@ class HubInputs:
 
     def open(self, path: str) -> BinaryIO:
         """The bytes of one file of the listing."""
-        size = next(file.bytes for file in self.files if file.path == path)
         url = f"hf://datasets/{self.dataset}@{self.revision}/{path}"
-        return cast(BinaryIO, io.BufferedReader(PatientFile(url, size, self.patience_s), 1 << 20))
+        file = PatientFile(url, self._sizes[path], self.patience_s)
+        return cast(BinaryIO, io.BufferedReader(file, 1 << 20))
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {file.path: file.bytes for file in self.files}
 
 
 def hub_inputs(source: Source) -> HubInputs:
     """The source's files at the commit its revision names now; SourceError says what is amiss."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, HfFileSystem
 
     try:
         info = HfApi().dataset_info(
             source.dataset, revision=source.revision or None, timeout=CONNECT_S
         )
-        found = HubInputs(
-            dataset=source.dataset,
-            revision=str(info.sha),
-            files=_listing(source, str(info.sha)),
-            licence=_licence(info),
-        )
-        with found.open(found.files[0].path) as first:
+        sha = str(info.sha)
+        files = _listing(source, sha)
+        url = f"hf://datasets/{source.dataset}@{sha}/{files[0].path}"
+        with HfFileSystem().open(url, cache_type="none", size=files[0].bytes) as first:
             first.read(1)  # a gated data set lists its files for everybody
     except Exception as error:
         raise _explained(error, source) from error
-    return found
+    return HubInputs(source.dataset, sha, files, _licence(info))
 
 
 def _listing(source: Source, sha: str) -> tuple[InputFile, ...]:
     from datasets import load_dataset_builder
-    from huggingface_hub import HfFileSystem
+    from huggingface_hub import HfApi
 
     prefix = f"hf://datasets/{source.dataset}@{sha}/"
     if source.patterns:
@@ -81,12 +84,14 @@ def _listing(source: Source, sha: str) -> tuple[InputFile, ...]:
             f"{source.dataset} has no split {source.split!r} (it has {', '.join(splits)}): "
             "choose one with --split"
         )
-    system = HfFileSystem()
-    files = [
-        listed(url.removeprefix(prefix), system.info(url)["size"])
-        for url in dict.fromkeys(splits[source.split])
-    ]
-    return tuple(sorted(files, key=lambda file: file.path.encode()))
+    paths = sorted({url.removeprefix(prefix) for url in splits[source.split]}, key=str.encode)
+    files: list[InputFile] = []
+    for first in range(0, len(paths), PATHS_AT_ONCE):
+        some = paths[first : first + PATHS_AT_ONCE]
+        found = HfApi().get_paths_info(source.dataset, some, revision=sha, repo_type="dataset")
+        sizes = {entry.path: entry.size for entry in found if hasattr(entry, "size")}
+        files += [listed(path, sizes[path]) for path in some]
+    return tuple(files)
 
 
 class PatientFile(io.RawIOBase):

@@ -12,6 +12,7 @@ comes later, from whichever machine, reads it there.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -89,7 +90,7 @@ class Plan:
         units = tuple(Unit(**unit) for unit in value.pop("units"))
         return cls(value, files, parts, units)
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         """What receipts name the plan by."""
         return hashlib.sha256(self.to_bytes()).hexdigest()

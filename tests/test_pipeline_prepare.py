@@ -117,6 +117,15 @@ def test_what_python_carries_needs_nothing_else(tmp_path: Path, name: str) -> No
     assert "def " in "".join(tokenizer().decode(ids) for ids in documents(tmp_path / name))
 
 
+def test_a_vocabulary_above_65536_makes_uint32_rows(tmp_path: Path) -> None:
+    large = Tokenizer(extend(base_model(), [f"[X{n}]" for n in range(33_600)]), "large")
+    write_jsonl(tmp_path / "a.jsonl", TEXTS[:40])
+    manifest = prepared(request(tmp_path, str(tmp_path / "a.jsonl"), tokenizer=large))
+    assert manifest.facts.dtype == "uint32" and manifest.facts.tokenizer.vocab_size > 65_536
+    found = sorted(large.decode(ids) for ids in documents(tmp_path / "mine"))
+    assert found == sorted(TEXTS[:40])
+
+
 def test_a_loss_mask_marks_the_answers(tmp_path: Path) -> None:
     rows = [[{"from": "human", "value": f"question {n}"}, {"from": "gpt", "value": f"answer {n}"}]
             for n in range(50)]  # fmt: skip
