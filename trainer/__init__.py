@@ -1,19 +1,34 @@
 """Training: `summer-train` turns shards into weights. It knows rows of ids and never sees text.
 
-config.py       every key, its default, presets, --set
-shares.py       which sources are drawn, and how much of each
-mixture.py      sample number -> source, epoch, row: the data order as a pure function
-loader.py       rows -> micro-batches on the device
-plan.py         the configuration, the data and the machine, brought together before step 1
-memory.py       bytes a device needs, by part      devices.py   what known devices have
-schedule.py     learning rate as a function of step
-optimizer.py    AdamW, clipping with exact token weights, skipped updates
-distributed.py  ranks, reductions, threads         launch.py    one process for each device
-parallel.py     compile, checkpoint and replicate the model
-checkpoint.py   commits: all of a run's state, proven by digests
-runs.py         where a run keeps things
-guard.py        which updates were refused, and when that is too often
-validation.py   held-out loss of each source
-metrics.py      metrics.jsonl, events.jsonl, TensorBoard    screen.py  what a person sees
-train.py        the loop                           cli.py       the command
+Before the first step:
+    config.py       every key, its default, presets, --set
+    shares.py       which sources are drawn, and how much of each
+    plan.py         the configuration, the data and the machine brought together, or refused
+    memory.py       bytes that a device needs, by part
+    devices.py      what known devices have
+    start.py        from a command line to a plan, to one process or several
+    launch.py       one process for each device, through torchrun
+    session.py      a run opened or resumed, committed and closed
+
+The loop:
+    train.py        one page: loader, model, gradients, update, log, commit
+    mixture.py      sample number -> source, epoch, row: the data order as a pure function
+    loader.py       rows -> micro-batches on the device
+    parallel.py     the model compiled, recomputed and replicated
+    schedule.py     the learning rate as a function of the step
+    optimizer.py    AdamW, clipping with exact token weights, refused updates
+    tally.py        a step's numbers, reduced once and read one step late
+    validation.py   held-out loss of each source
+    guard.py        how many refused updates are too many
+
+What stays:
+    runs.py         where a run keeps things
+    state.py        what changes while it trains, and how it is found again
+    checkpoint.py   commits: all of that on disk, proven by digests
+    metrics.py      metrics.jsonl, events.jsonl, TensorBoard
+    logbook.py      a step's numbers made into a line
+    screen.py       what a person sees
+
+distributed.py (ranks), signals.py (asked to stop), faults.py (processes lost) and errors.py serve
+all of them; cli.py is the command.
 """

@@ -98,7 +98,7 @@ def configure(
     explicit = frozenset(".".join(path) for path, _ in changes)
     table = _read_preset(preset or REFERENCE) if file is None else _read_toml(file)
     base = {"preset": (preset or REFERENCE) if file is None else file.stem}
-    table = {**base, **table, **({} if shards is None else {"shards": shards})}
+    table = {**base, **table, **({} if shards is None else {"shards": str(Path(shards))})}
     init_from = next((v for path, v in changes if path == ("init_from",)), table.get("init_from"))
     if init_from:
         table |= _started_from(str(init_from))
@@ -125,9 +125,9 @@ def save_config(run: Path, config: RunConfig) -> None:
     publish_json(run / CONFIG, asdict(config))
 
 
-def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[object, object]]:
-    """Dotted keys whose values differ, with both values."""
-    before, after = dict(flatten(asdict(old))), dict(flatten(asdict(new)))
+def differences(old: Mapping[str, Any], new: RunConfig) -> dict[str, tuple[object, object]]:
+    """Dotted keys in which a stored configuration and a new one differ, with both values."""
+    before, after = dict(flatten(old)), dict(flatten(asdict(new)))
     keys = dict.fromkeys([*before, *after])
     return {
         key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)

@@ -40,13 +40,13 @@ class Request:
     nnodes: str = "1"
     torchrun: Mapping[str, str] = field(default_factory=dict)
 
-    def for_rank(self) -> list[str]:
+    def for_rank(self, run: Path) -> list[str]:
         """The command line of one rank. What torchrun is told is left out: it reads these too."""
         options = {
             "--shards": self.shards,
             "--preset": self.preset,
             "--config": self.file,
-            "--out": self.out,
+            "--out": run,
             "--resume": self.resume,
         }
         given = [text for k, v in options.items() if v is not None for text in (k, str(v))]
@@ -75,9 +75,9 @@ def start(request: Request, stream: TextIO) -> int:
         if plan.shape.world_size == 1:
             return _train(plan, run, request, screen)
         launch = Launch(n_local, request.nnodes, _options(request.torchrun))
-        screen.say(launch_line(launch, request.for_rank()))
+        screen.say(launch_line(launch, request.for_rank(run)))
         os.environ[PLAN_SHOWN] = "yes"  # the ranks inherit it
-    run_on_all(launch, request.for_rank())
+    run_on_all(launch, request.for_rank(run))
     return _ended_as(run)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer import checkpoint
 from trainer.checkpoint import Record
-from trainer.config import RunConfig, flatten
+from trainer.config import differences
 from trainer.distributed import World
 from trainer.errors import CheckpointError, ConfigError
 from trainer.mixture import DataOrder, Phase
@@ -99,8 +97,8 @@ def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
 
     ConfigError for what must not: the model, the seed, the tokenizer, a source's content.
     """
-    differences = list(_differences(record["config"], plan.config))
-    for key, old, new in differences:
+    changes = differences(record["config"], plan.config)
+    for key, (old, new) in changes.items():
         if key.startswith("model.") or key == "seed":
             raise ConfigError(
                 f"{key} is {new} and was {old} in this run: go on with --set {key}={old} (or the "
@@ -129,11 +127,4 @@ def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
     )
     if state.phases[-1].weights != plan.weights:
         state.phases += (Phase(state.next_index, plan.weights),)
-    return state, [f"changed: {key} was {old}, is {new}" for key, old, new in differences]
-
-
-def _differences(old: dict[str, Any], new: RunConfig) -> Iterator[tuple[str, object, object]]:
-    before, after = dict(flatten(old)), dict(flatten(asdict(new)))
-    for key in dict.fromkeys([*before, *after]):
-        if before.get(key) != after.get(key):
-            yield key, before.get(key), after.get(key)
+    return state, [f"changed: {key} was {old}, is {new}" for key, (old, new) in changes.items()]
