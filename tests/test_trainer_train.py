@@ -28,9 +28,10 @@ from trainer.checkpoint import load_weights
 from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigError, TrainingError
 from trainer.metrics import read_lines
+from trainer.optimizer import make_optimizer
 from trainer.runs import commits, newest_commit
 from trainer.train import Outcome, train
-from trainer_samples import make_shards, small_plan
+from trainer_samples import ALONE, make_shards, small_plan
 
 
 @pytest.fixture(autouse=True)
@@ -268,6 +269,15 @@ def test_what_must_not_change_on_resume(
         train(small_plan(shards, max_steps=4, **changes), tmp_path)
     assert log_of(tmp_path) == before
     assert load_config(tmp_path).max_steps == 2
+
+
+def test_weights_without_a_state_are_no_run_to_go_on_with(shards: Path, tmp_path: Path) -> None:
+    plan = small_plan(shards)
+    model = Transformer(plan.config.model)
+    tensors = checkpoint.tensors_of(model, make_optimizer(model, plan.config.optim))
+    checkpoint.save(tmp_path, tensors, {"step": 0}, ALONE)
+    with pytest.raises(ConfigError, match="start from it with --set init_from=ITS_RUN"):
+        train(plan, tmp_path)
 
 
 def test_other_data_are_refused_on_resume(shards: Path, tmp_path: Path) -> None:

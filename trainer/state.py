@@ -97,6 +97,11 @@ def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
 
     ConfigError for what must not: the model, the seed, the tokenizer, a source's content.
     """
+    if "config" not in record:
+        raise ConfigError(
+            "this commit holds weights and no state of training: start from it with "
+            "--set init_from=ITS_RUN and another --out"
+        )
     changes = differences(record["config"], plan.config)
     for key, (old, new) in changes.items():
         if key.startswith("model.") or key == "seed":
