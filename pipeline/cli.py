@@ -74,8 +74,16 @@ def _chosen(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Path(path_type=Path),
     help="SentencePiece .model; default: Mistral's v3 vocabulary, extended.",
 )
-@click.option("--max-documents", type=click.IntRange(1), help="Take a fair sample of so many.")
-@click.option("--max-tokens", type=click.IntRange(1), help="Take a fair sample of so many.")
+@click.option(
+    "--max-documents",
+    type=click.IntRange(1),
+    help="Take so many documents: a fair sample, the same for any number of workers.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    help="The same by tokens, up to the end of the document that reaches so many.",
+)
 @click.option(
     "--val-fraction", type=click.FloatRange(0, 1), help="Documents held out; default: 0.001."
 )

@@ -7,6 +7,7 @@ encode_documents(encoder, ...)  the same for documents, conversations among them
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -54,8 +55,12 @@ class PlainEncoder:
         return Stream(tokens, np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(documents)])
 
 
+@functools.lru_cache(maxsize=1)
 def make_encoder(tokenizer: Tokenizer) -> Encoder:
-    """The fastest encoder that is exact for this vocabulary."""
+    """The fastest encoder that is exact for this vocabulary; the same one again if it is asked for.
+
+    The words that it has seen serve the next unit.
+    """
     if unfit_reason(tokenizer) is None:
         return SlicedEncoder(tokenizer)
     return PlainEncoder(tokenizer)

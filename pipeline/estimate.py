@@ -135,7 +135,7 @@ def refuse_without_room(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise PrepareError(
-            f"{folder}: about {needed_bytes / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB are "
+            f"{folder}: about {needed_bytes / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are "
             "free: choose a larger disk with --out, or take a part with --max-tokens"
         )
 

@@ -24,7 +24,6 @@ from shards.format import Facts, TokenizerInfo, token_dtype
 CHECKED_DOCUMENTS: Final = 8
 """Documents of each unit that are compared with sentencepiece, unless told otherwise."""
 
-
 LIMITED_UNITS: Final = 64
 LEAST_UNIT_BYTES: Final = 4 << 20
 TYPICAL_DOCUMENT_BYTES: Final = 2500

@@ -12,6 +12,7 @@ A text without any such place for megabytes is encoded in one slice, however lon
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.columnar import SPACE, ColumnarEncoder, Stream, cut_table
+from pipeline.columnar import SPACE, ColumnarEncoder, Flags, Stream, cut_table
 from pipeline.tokenizer import Tokenizer
 
 SLICE_BYTES: Final = 8 << 20
@@ -34,9 +35,13 @@ class SlicedEncoder:
     """The columnar encoder, given at most about 8 MiB at a time."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._encoder = ColumnarEncoder(tokenizer)
-        self._cuts = cut_table(tokenizer).reshape(256, 256).T  # [prev, next]
+        self._tokenizer, self._encoder = tokenizer, ColumnarEncoder(tokenizer)
         self._has_space = any(entry.piece == SPACE for entry in tokenizer.proto.pieces)
+
+    @functools.cached_property
+    def _cuts(self) -> Flags:
+        """[prev, next]: whether text may be cut between two bytes."""
+        return cut_table(self._tokenizer).reshape(256, 256).T
 
     def encode(self, texts: pa.Array) -> Stream:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""

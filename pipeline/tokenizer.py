@@ -72,6 +72,12 @@ class Tokenizer:
         """The extended base vocabulary, `mistral-v3-extended`."""
         return cls(default_model(), DEFAULT_NAME)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.info == other.info
+
+    def __hash__(self) -> int:
+        return hash(self.info)
+
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, str]]:
         return Tokenizer, (self.model, self.name)
 

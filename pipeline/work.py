@@ -14,7 +14,6 @@ from pipeline.chat import Template
 from pipeline.documents import DocumentMaker, Documents, in_batches
 from pipeline.encode import (
     Encoded,
-    Encoder,
     check_against_sentencepiece,
     encode_documents,
     make_encoder,
@@ -26,7 +25,7 @@ from pipeline.reading import PartReader
 from pipeline.sources import Source
 from pipeline.tokenizer import Tokenizer
 from pipeline.units import Plan, read_plan
-from shards.format import TOKENIZER, Facts, Receipt, unit_name
+from shards.format import TOKENIZER, Facts, Receipt, TokenizerInfo, unit_name
 from shards.writer import ShardWriter
 
 
@@ -145,7 +144,8 @@ class UnitEncoder:
     """Encodes a unit's documents; compares the first ones of each unit with sentencepiece."""
 
     def __init__(self, job: Job) -> None:
-        self._tokenizer, self._encoder = _encoder(job.folder / TOKENIZER, job.facts.tokenizer.name)
+        self._tokenizer = _tokenizer(job.folder / TOKENIZER, job.facts.tokenizer)
+        self._encoder = make_encoder(self._tokenizer)
         self._template = Template.of(self._tokenizer) if job.source.shape == "chat" else None
         self._to_check = job.check_encoding
 
@@ -159,10 +159,14 @@ class UnitEncoder:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(path: Path, name: str) -> tuple[Tokenizer, Encoder]:
-    """One a process: its words seen so far serve the next unit."""
-    tokenizer = Tokenizer.load(path, name)
-    return tokenizer, make_encoder(tokenizer)
+def _tokenizer(path: Path, info: TokenizerInfo) -> Tokenizer:
+    tokenizer = Tokenizer.load(path, info.name)
+    if tokenizer.info != info:
+        raise PrepareError(
+            f"{path} is not {info.name} any more (its digest differs): start the same command "
+            "again, which puts it back"
+        )
+    return tokenizer
 
 
 @functools.lru_cache(maxsize=1)

@@ -372,7 +372,7 @@ def test_without_room_on_the_disk_nothing_begins(tmp_path: Path) -> None:
     with (tmp_path / "b.jsonl").open("wb") as file:
         file.truncate(4 << 40)  # a hole: it takes no room itself
     told = refused(request(tmp_path, str(tmp_path / "*.jsonl"), unit_bytes=1 << 42))
-    assert "GB are needed" in told and "--max-tokens" in told
+    assert "MB are needed" in told and "--max-tokens" in told
     assert not list((tmp_path / "mine").glob("*.npy"))
     refuse_without_room(tmp_path, 1)
 
