@@ -21,8 +21,9 @@ from lm_eval.api.registry import register_model
 
 from tools.errors import EvaluationError
 from tools.generation import Generation, write
-from tools.loading import Choice, LoadedModel, Precision, load
-from tools.protocols import IGNORED, Protocol, Window, plan_texts
+from tools.loading import Choice, Precision, load
+from tools.protocols import Protocol, plan_texts
+from tools.questions import pair_window
 from tools.sampling import Sampling
 from tools.scoring import score
 
@@ -54,15 +55,6 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         if left := options.keys() - {"batch_size", "max_batch_size"}:
             raise EvaluationError(f"model_args {', '.join(sorted(left))}: summerlm has none such")
 
-    @classmethod
-    def of(cls, loaded: LoadedModel, context: int | None = None) -> SummerLM:
-        """A model that is loaded already."""
-        made = cls.__new__(cls)
-        TemplateLM.__init__(made)
-        made.loaded, made.batch_tokens, made.add_bos_token = loaded, 8192, False
-        made.max_length = context or loaded.trained_context
-        return made
-
     @property
     def tokenizer_name(self) -> str:
         """What the harness' cache calls the tokenizer."""
@@ -90,7 +82,8 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[tuple[float, bool]]:
         windows = [
-            _window(before + after, len(after), self.max_length) for _, before, after in requests
+            pair_window(before + after, len(after), self.max_length)
+            for _, before, after in requests
         ]
         scored = score(self.loaded.scorer, windows, batch_tokens=self.batch_tokens)
         return list(zip((-scored.nats).tolist(), scored.greedy.tolist(), strict=True))
@@ -126,14 +119,6 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         if self.prefix_token_id is None:
             raise EvaluationError("this tokenizer has no BOS to start an empty context with")
         return self.prefix_token_id
-
-
-def _window(ids: list[int], n_scored: int, max_length: int) -> Window:
-    """The pair's ids, at most `max_length` of them fed, the last `n_scored` to be foreseen."""
-    kept = np.array(ids[-(max_length + 1) :], np.int64)
-    targets = kept[1:].copy()
-    targets[: max(0, len(targets) - n_scored)] = IGNORED
-    return Window(kept[:-1], targets)
 
 
 if __name__ == "__main__":

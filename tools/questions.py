@@ -191,11 +191,16 @@ def compile_pairs(
         if bos_id is not None or not before:
             ids = [_first_id(vocabulary) if bos_id is None else bos_id, *ids]
         truncated += len(ids) > context + 1
-        kept = np.array(ids[-(context + 1) :], np.int64)
-        targets = kept[1:].copy()
-        targets[: max(0, len(targets) - n_scored)] = IGNORED
-        windows.append(Window(kept[:-1], targets))
+        windows.append(pair_window(ids, n_scored, context))
     return windows, truncated
+
+
+def pair_window(ids: Sequence[int], n_scored: int, context: int) -> Window:
+    """The window of a pair's ids, the last `n_scored` as targets, `context` fed at most."""
+    kept = np.array(ids[-(context + 1) :], np.int64)
+    targets = kept[1:].copy()
+    targets[: max(0, len(targets) - n_scored)] = IGNORED
+    return Window(kept[:-1], targets)
 
 
 def encode_pair(encode: Encode, before: str, after: str) -> tuple[list[int], int]:
