@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, Protocol
@@ -30,12 +31,11 @@ ENDINGS: Final[dict[str, Kind]] = {
     ".txt": "text",
     ".text": "text",
     ".raw": "text",
-    ".md": "text",
-    ".rst": "text",
     ".py": "text",
 }
 LOCAL: Final = "local files"
 INTERPRETER: Final = "the Python interpreter"
+CARDS: Final = ("README", "LICENSE", "LICENCE")
 COMPRESSIONS: Final = {".zst": "zstd", ".gz": "gzip"}
 
 
@@ -142,28 +142,48 @@ class PythonDocs:
 
 
 def local_inputs(patterns: tuple[str, ...]) -> LocalInputs:
-    """The files that the patterns match; a folder stands for every readable file below it.
+    """The files that the patterns match; a folder stands for all data files below it.
 
-    Paths are listed relative to the deepest folder that the patterns name without a wildcard.
+    A data set's card beside the data (README, LICENSE) is left out. Paths are listed relative to
+    the deepest folder that the patterns name without a wildcard.
     """
-    found: set[str] = set()
+    found: set[Path] = set()
     bases = []
     for pattern in patterns:
-        pattern = str(Path(pattern).expanduser())
-        if Path(pattern).is_dir():
-            matches = [str(p) for p in Path(pattern).rglob("*") if layout_of(p.name) and _plain(p)]
-            bases.append(pattern)
-        else:
-            matches = [name for name in glob.glob(pattern, recursive=True) if Path(name).is_file()]  # noqa: PTH207
-            bases.append(_fixed_folder(pattern))
+        matches, base = _matches(str(Path(pattern).expanduser()))
         if not matches:
             raise SourceError(
                 f"no file matches {pattern!r}: check the path and quote the pattern, so that the "
                 "shell leaves it alone"
             )
-        found |= {os.path.abspath(name) for name in matches}  # noqa: PTH100
-    base = Path(os.path.commonpath([os.path.abspath(name) for name in bases]))  # noqa: PTH100
-    return LocalInputs(base, _listing(base, [Path(name) for name in found]))
+        found |= matches
+        bases.append(base)
+    base = Path(os.path.commonpath(bases))
+    return LocalInputs(base, _listing(base, found))
+
+
+def _matches(pattern: str) -> tuple[set[Path], Path]:
+    """The files that a pattern means, and the deepest folder in front of its first wildcard."""
+    base = Path(pattern)
+    if base.is_file():
+        return {_absolute(base)}, _absolute(base.parent)
+    if base.is_dir():
+        below = [path for path in base.rglob("[!.]*") if path.is_file()]
+        kinds = {path: layout.kind for path in below if (layout := layout_of(path.name))}
+        # beside tables, text files are notes and scripts
+        found = {path for path, kind in kinds.items() if kind != "text"} or set(kinds)
+    else:
+        while glob.has_magic(str(base)):
+            base = base.parent
+        names = glob.iglob(pattern, recursive=True)  # noqa: PTH207 - a Path's glob takes no absolute
+        found = {path for path in map(Path, names) if path.is_file()}
+    data = {_absolute(path) for path in found if not path.name.upper().startswith(CARDS)}
+    return data, _absolute(base)
+
+
+def _absolute(path: Path) -> Path:
+    """Without `..`, but with links left as they are named."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def embedded_inputs(source: Source) -> Inputs:
@@ -181,7 +201,7 @@ def embedded_inputs(source: Source) -> Inputs:
     return LocalInputs(folder, _listing(folder, files), INTERPRETER, version)
 
 
-def _listing(base: Path, paths: list[Path]) -> tuple[InputFile, ...]:
+def _listing(base: Path, paths: Iterable[Path]) -> tuple[InputFile, ...]:
     files = []
     for path in paths:
         name = path.relative_to(base).as_posix()
@@ -191,15 +211,3 @@ def _listing(base: Path, paths: list[Path]) -> tuple[InputFile, ...]:
             raise SourceError(f"{path!r}: its name is not UTF-8: rename the file") from None
         files.append(listed(name, path.stat().st_size))
     return tuple(sorted(files, key=lambda file: file.path.encode()))
-
-
-def _fixed_folder(pattern: str) -> str:
-    """The deepest folder in front of the first wildcard."""
-    folder = Path(pattern).parent
-    while glob.has_magic(str(folder)):
-        folder = folder.parent
-    return str(folder)
-
-
-def _plain(path: Path) -> bool:
-    return path.is_file() and not any(part.startswith(".") for part in path.parts[-1:])

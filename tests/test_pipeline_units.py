@@ -51,7 +51,7 @@ def test_every_kind_of_file_is_cut_as_described(
     size = write_jsonl(tmp_path / "b.jsonl", ["line"] * 10).stat().st_size
     (tmp_path / "c.jsonl.gz").write_bytes(b"x" * 30)
     (tmp_path / "d.txt").write_bytes(b"x" * 500)
-    weighed = cut_into_parts(local_inputs((str(tmp_path),)), SOURCE)
+    weighed = cut_into_parts(local_inputs((str(tmp_path / "*"),)), SOURCE)
     cuts = [*range(0, size, 100), size]
     assert [(w.part.file, w.part.first, w.part.last) for w in weighed] == [
         *(("a.parquet", n, n + 1) for n in range(3)),
@@ -75,6 +75,21 @@ def test_the_listing_is_in_bytewise_order_and_relative(tmp_path: Path) -> None:
     assert [file.path for file in inputs.files] == ["B/1.txt", "b-1.txt", "b/2.txt", "ä.txt"]
     twice = local_inputs((str(tmp_path / "b" / "*.txt"), str(tmp_path / "*" / "*.txt")))
     assert [file.path for file in twice.files] == ["B/1.txt", "b/2.txt"]
+
+
+def test_a_data_sets_card_and_scripts_are_no_data(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "data" / "a.jsonl", ["text"])
+    for name in ("README.md", "LICENSE.txt", "loader.py", "notes.txt", ".gitattributes"):
+        (tmp_path / "data" / name).write_text("x")
+    for pattern in (tmp_path, tmp_path / "data", tmp_path / "data" / "*.jsonl"):
+        (file,) = local_inputs((str(pattern),)).files
+        assert file.path.endswith("a.jsonl")
+    (notes,) = local_inputs((str(tmp_path / "data" / "[Nn]*.txt"),)).files
+    assert notes.path == "notes.txt"
+    (card,) = local_inputs((str(tmp_path / "data" / "LICENSE.txt"),)).files  # named, so meant
+    assert card.path == "LICENSE.txt"
+    with pytest.raises(SourceError, match="no file matches"):
+        local_inputs((str(tmp_path / "data" / "LIC*"),))
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
