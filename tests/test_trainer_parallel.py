@@ -29,6 +29,7 @@ def gradients(**changes: object) -> tuple[float, dict[str, torch.Tensor]]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own, compiling
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_compiled_and_recomputed_blocks_give_the_same_gradients() -> None:
     loss, plain = gradients()
     torch._dynamo.reset()
