@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.executors import Submit
 from pipeline.units import Unit
 from pipeline.work import NO_LIMIT, Amount, Limit
-from shards.format import Receipt, ShardInfo, unit_name
+from shards.format import Receipt, ShardInfo
 
 
 def run_all(
@@ -73,14 +73,14 @@ class LimitedRun:
             unit_done()
         for future in self._running.values():
             future.result()
-        for position in range(n_units, len(self._units)):
-            remove_unit(self._folder, position)
+        remove_units(self._folder, lambda number: number >= n_units)
         return n_units
 
     def _begin(self, position: int, limit: Limit) -> None:
         if position in self._running:
             return
-        remove_unit(self._folder, position)  # an earlier try may have gone further
+        # an earlier try may have gone further
+        remove_units(self._folder, lambda number: number == position)
         self._limits[position] = limit
         self._running[position] = self._submit(position, limit)
 
@@ -106,8 +106,9 @@ def amount_of(shards: Iterable[ShardInfo]) -> Amount:
     return Amount(sum(s.n_documents for s in shards), sum(s.n_tokens for s in shards))
 
 
-def remove_unit(folder: Path, position: int) -> None:
-    """Take back what was published of a unit, its receipt first."""
-    name = unit_name(position)
-    for path in (folder / f"{name}.json", *sorted(folder.glob(f"{name}[-.]*"))):
-        path.unlink(missing_ok=True)
+def remove_units(folder: Path, chosen: Callable[[int], bool]) -> None:
+    """Take back what was published of the units whose numbers are chosen, receipts first."""
+    files = ((path, path.name.split(".")[0].split("-")[0]) for path in folder.iterdir())
+    found = [path for path, unit in files if unit.isdigit() and chosen(int(unit))]
+    for path in sorted(found, key=lambda path: path.suffix != ".json"):
+        path.unlink()
