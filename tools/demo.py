@@ -58,7 +58,7 @@ SETTINGS: Final = {
     "checkpoint.interval_steps": COMMIT_EVERY,
     "checkpoint.keep_every": COMMIT_EVERY,
 }
-PROMPT: Final = "def "
+PROMPT: Final = "def __init__(self, "
 
 
 @one_line_failures()
@@ -189,7 +189,7 @@ def show_samples() -> None:
 
     for step in (COMMIT_EVERY, STEPS // 2, STEPS):
         loaded = load(Choice(checkpoint=commit_of(RUN, step).parent))
-        options = Generation(max_tokens=60, sampling=Sampling(temperature=0.7, top_k=40, seed=1))
+        options = Generation(max_tokens=60, sampling=Sampling(temperature=0.5, top_k=40, seed=2))
         text = complete(loaded, PROMPT, options)
         print(f"  step {step}:")
         print("\n".join(f"    | {line}" for line in (PROMPT + text).splitlines()[:8]))
