@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from shards.files import publish_json
 from tools.interruption import (
@@ -146,7 +146,7 @@ def _flip_a_bit(commit: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def _events(run: Path) -> list[dict[str, object]]:
+def _events(run: Path) -> list[dict[str, Any]]:
     path = run / "events.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
