@@ -30,5 +30,6 @@ def machine(*packages: str) -> str:
 
 def spread(values: Sequence[float], unit: str) -> str:
     """Median and range, in three digits."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.3g} ({low:.3g} .. {high:.3g}) {unit}"
+    figures = (statistics.median(values), min(values), max(values))
+    middle, low, high = (f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in figures)
+    return f"{middle} ({low} .. {high}) {unit}".rstrip()
