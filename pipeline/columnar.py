@@ -20,6 +20,7 @@ Nothing here makes a Python string of a document.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ _MARKER: Final = b"\xff"
 _NO_DUMMY_PREFIX: Final = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
 _CACHED_WORD_BYTES: Final = 64  # longer ones rarely come twice
 _CACHED_WORDS: Final = 1 << 18
+_COUNTED: Final = 8  # of so many words one is counted: which are common shows all the same
 _CHUNK: Final = 1 << 15  # pairs looked up at a time: table, pairs and result stay in the L1 cache
 
 Flags = npt.NDArray[np.bool_]
@@ -104,24 +106,34 @@ class ColumnarEncoder:
         self._table = cut_table(tokenizer)
         self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
         self._words = pa.array([_MARKER], pa.binary())
-        self._ids = pa.array([self._packed([self._eos, self._bos])], pa.binary())
+        marker = np.array([self._eos, self._bos], self.dtype).tobytes()
+        self._ids = pa.array([marker], pa.binary())
         self._uses = np.zeros(1, np.int64)
 
     def encode(self, texts: pa.Array) -> Stream:
         """The stream of an array of strings, valid UTF-8 without nulls, 2 GiB at most."""
         words = self._cut(_joined(texts))
-        index = pc.index_in(words, value_set=self._words)
-        known, ids = self._words, self._ids
-        if index.null_count:
-            new = pc.unique(pc.filter(words, pc.is_null(index)))
-            known = pa.concat_arrays([known, new])
-            ids = pa.concat_arrays([ids, self._encode_words(new)])
-            index = pc.index_in(words, value_set=known)
+        index, known, ids = self._look_up(words)
         stream = ids.take(index)
         places = np.asarray(index)
         starts = _offsets(stream)[np.flatnonzero(places == 0)].astype(np.int64)
         self._remember(known, ids, places)
         return Stream(self._finished(stream), starts // self.dtype.itemsize)
+
+    def _look_up(self, words: Any) -> tuple[Any, Any, Any]:
+        """Each word's place among the words known now, these words, and the ids of each."""
+        index = pc.index_in(words, value_set=self._words)
+        if not index.null_count:
+            return index, self._words, self._ids
+        # only the unknown are hashed again: looking all up a second time cost a third of a batch
+        unknown = pc.is_null(index)
+        new = words.filter(unknown).dictionary_encode()
+        places = pc.add(new.indices, pa.scalar(len(self._words), pa.int32()))
+        return (
+            pc.replace_with_mask(index, unknown, places),
+            pa.concat_arrays([self._words, new.dictionary]),
+            pa.concat_arrays([self._ids, self._encode_words(new.dictionary)]),
+        )
 
     def _finished(self, stream: Any) -> Tokens:
         """The tokens: every marker began with the EOS of the document before; shift by one."""
@@ -149,26 +161,30 @@ class ColumnarEncoder:
     def _encode_words(self, words: Any) -> Any:
         """The packed ids of each word, from sentencepiece."""
         encoded = self._processor.encode([word.decode() for word in words.to_pylist()])
-        return pa.array([self._packed(ids) for ids in encoded], pa.binary())
+        sizes = np.fromiter(map(len, encoded), np.int64, len(encoded)) * self.dtype.itemsize
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+        ids = np.fromiter(itertools.chain.from_iterable(encoded), self.dtype)
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(ids)]
+        return pa.Array.from_buffers(pa.binary(), len(encoded), buffers)
 
-    def _packed(self, ids: list[int]) -> bytes:
-        return np.array(ids, self.dtype).tobytes()
-
-    def _remember(self, words: Any, ids: Any, places: npt.NDArray[np.int64]) -> None:
+    def _remember(self, words: Any, ids: Any, places: npt.NDArray[np.int32]) -> None:
         """Keep the words worth keeping; when there are too many, the half that was used most."""
-        uses = np.bincount(places, minlength=len(words))
+        uses = np.bincount(places[::_COUNTED], minlength=len(words))
         uses[: len(self._uses)] += self._uses
         if len(words) == len(self._words):
             self._uses = uses
             return
-        keep = np.flatnonzero(pc.less_equal(pc.binary_length(words), _CACHED_WORD_BYTES))
-        if len(keep) > _CACHED_WORDS:
+        known = len(self._words)
+        short = pc.less_equal(pc.binary_length(words[known:]), _CACHED_WORD_BYTES)
+        words = pa.concat_arrays([self._words, words[known:].filter(short)])
+        ids = pa.concat_arrays([self._ids, ids[known:].filter(short)])
+        uses = np.concatenate([uses[:known], uses[known:][np.asarray(short)]])
+        if len(words) > _CACHED_WORDS:
             uses[0] = np.iinfo(np.int64).max // 2  # the marker stays, and stays first
-            keep = np.sort(keep[np.argsort(-uses[keep], kind="stable")[: _CACHED_WORDS // 2]])
-            uses = uses // 2  # what was common long ago makes room in time
-        if len(keep) < len(words):
+            keep = np.sort(np.argsort(-uses, kind="stable")[: _CACHED_WORDS // 2])
             words, ids = words.take(pa.array(keep)), ids.take(pa.array(keep))
-        self._words, self._ids, self._uses = words, ids, uses[keep]
+            uses = uses[keep] // 2  # what was common long ago makes room in time
+        self._words, self._ids, self._uses = words, ids, uses
 
 
 def _joined(texts: Any) -> Bytes:
