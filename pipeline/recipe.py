@@ -17,15 +17,13 @@ from pipeline.hub import HubInputs
 from pipeline.inputs import INTERPRETER, Inputs
 from pipeline.sources import Source
 from pipeline.tokenizer import Tokenizer
-from pipeline.units import UNIT_BYTES, Plan
+from pipeline.units import LEAST_UNIT_BYTES, UNIT_BYTES, UNITS_WANTED, Plan
 from pipeline.work import NO_LIMIT, Limit
 from shards.format import Facts, TokenizerInfo, token_dtype
 
 CHECKED_DOCUMENTS: Final = 8
 """Documents of each unit that are compared with sentencepiece, unless told otherwise."""
 
-LIMITED_UNITS: Final = 64
-LEAST_UNIT_BYTES: Final = 4 << 20
 TYPICAL_DOCUMENT_BYTES: Final = 2500
 TYPICAL_TOKEN_BYTES: Final = 4
 
@@ -45,7 +43,7 @@ class Request:
     check_encoding: int = CHECKED_DOCUMENTS
     part: tuple[int, int] = (1, 1)
     unit_bytes: int | None = None
-    """Text in a unit; by default 256 MiB, or less so that a limit takes from many places."""
+    """Text in a unit at most; by default 256 MiB, less if a limit is to take from many places."""
 
 
 def refuse_contradictions(request: Request) -> None:
@@ -106,10 +104,10 @@ def _unit_bytes(request: Request) -> int:
     if request.unit_bytes is not None:
         return request.unit_bytes
     documents, tokens = request.limit.documents, request.limit.tokens
-    expected = [UNIT_BYTES * LIMITED_UNITS]
+    expected = [UNIT_BYTES * UNITS_WANTED]
     expected += [] if documents is None else [documents * TYPICAL_DOCUMENT_BYTES]
     expected += [] if tokens is None else [tokens * TYPICAL_TOKEN_BYTES]
-    return max(LEAST_UNIT_BYTES, min(expected) // LIMITED_UNITS)
+    return max(LEAST_UNIT_BYTES, min(expected) // UNITS_WANTED)
 
 
 def facts_of(recipe: Mapping[str, Any]) -> Facts:

@@ -2,7 +2,8 @@
 
     part    a parquet row group; 64 MiB of lines; a whole file of any other kind
     unit    consecutive parts of the listing, about 256 MiB: what one worker does in one go, and
-            what is done again after a crash (some seconds of work)
+            what is done again after a crash (some seconds of work). Of a small listing a 64th,
+            8 MiB at least: in units of 256 MiB, 100 MB would keep one of many workers busy
     order   by XXH3-64 of the unit's first `<path>:<first>`, so that any prefix of the units is a
             fair sample of the whole and not the alphabet's first files
 
@@ -32,6 +33,8 @@ from shards.format import PLAN, Part, parse_json
 
 PLAN_FORMAT: Final = "summerlm-units/1"
 UNIT_BYTES: Final = 256 << 20
+LEAST_UNIT_BYTES: Final = 8 << 20
+UNITS_WANTED: Final = 64
 LINES_BYTES: Final = 64 << 20
 EXPANSION: Final = 4
 """Text bytes expected of one byte of a compressed file."""
@@ -117,7 +120,7 @@ def make_plan(recipe: Mapping[str, Any], inputs: Inputs, source: Source, unit_by
     if not sum(part.text_bytes for part in weighed):
         names = ", ".join(file.path for file in inputs.files[:3]) or "the listing"
         raise SourceError(f"{source.name}: there is nothing to read in {names} (0 bytes of text)")
-    units = fill_units(weighed, unit_bytes)
+    units = fill_units(weighed, min(unit_bytes, _share(sum(part.text_bytes for part in weighed))))
     return Plan(recipe, inputs.files, tuple(w.part for w in weighed), tuple(units))
 
 
@@ -152,7 +155,7 @@ def _parts_of(inputs: Inputs, source: Source, file: InputFile) -> list[WeighedPa
                             file.bytes * EXPANSION, file.bytes)]  # fmt: skip
     step = file.bytes
     if file.layout.kind == "jsonl" and source.shape != "lines":
-        step = LINES_BYTES
+        step = min(LINES_BYTES, _share(file.bytes))
     cuts = [*range(0, file.bytes, max(1, step)), file.bytes] if file.bytes else [0, 0]
     return [
         WeighedPart(Part(file=file.path, first=first, last=last), last - first, last - first)
@@ -184,6 +187,11 @@ def _row_groups(inputs: Inputs, source: Source, file: InputFile) -> list[Weighed
         WeighedPart(Part(file=file.path, first=group, last=group + 1), text, packed)
         for group, (text, packed) in enumerate(sizes)
     ]
+
+
+def _share(n_bytes: int) -> int:
+    """A 64th of something, but no less than the smallest unit."""
+    return max(LEAST_UNIT_BYTES, n_bytes // UNITS_WANTED)
 
 
 def _refuse_empty(file: InputFile) -> None:

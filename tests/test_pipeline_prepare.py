@@ -278,7 +278,7 @@ def test_a_limit_takes_the_same_prefix_for_any_number_of_workers(
     ("limit", "unit_bytes"),
     [
         (Limit(), 256 << 20),
-        (Limit(tokens=1), 4 << 20),
+        (Limit(tokens=1), 8 << 20),
         (Limit(tokens=1 << 30), 64 << 20),
         (Limit(tokens=1 << 40), 256 << 20),
         (Limit(documents=1 << 20, tokens=1 << 40), 2500 << 14),

@@ -109,3 +109,15 @@ def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(SourceError, match=r"nothing to read in a\.jsonl \(0 bytes of text\)"):
         make_plan({}, local_inputs((str(tmp_path),)), SOURCE, 1 << 20)
+
+
+@pytest.mark.parametrize(("n_files", "n_units"), [(3, 2), (6, 3), (15, 5), (30, 10)])
+def test_a_small_listing_has_units_for_many_workers(
+    n_files: int, n_units: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "LEAST_UNIT_BYTES", 2000)
+    monkeypatch.setattr(units, "UNITS_WANTED", 5)
+    for n in range(n_files):
+        (tmp_path / f"{n:02}.txt").write_bytes(b"x" * 1000)
+    inputs = local_inputs((str(tmp_path / "*.txt"),))
+    assert len(make_plan({}, inputs, SOURCE, 3000).units) == n_units
