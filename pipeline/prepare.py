@@ -20,6 +20,7 @@ No other state is kept: the same command, started again after any end, does what
 from __future__ import annotations
 
 import errno
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -37,7 +38,13 @@ from pipeline.tokenizer import Tokenizer
 from pipeline.units import Plan, make_plan, read_plan
 from pipeline.work import NO_LIMIT, Job, Limit, Step
 from shards.errors import ShardError
-from shards.files import create_exclusively, publish_bytes, remove_stale_temporaries
+from shards.files import (
+    create_exclusively,
+    fsync_folder,
+    one_at_a_time,
+    publish_bytes,
+    remove_stale_temporaries,
+)
 from shards.format import (
     PLAN,
     TOKENIZER,
@@ -73,10 +80,7 @@ def prepare(request: Request, executor: Executor, watch: Watch) -> Manifest | No
     refuse_contradictions(request)
     folder = (request.out / request.source.name).absolute()
     inputs, plan = _settle(request, folder)
-    remove_stale_temporaries(folder)
     facts = facts_of(plan.recipe)
-    if (manifest := _finished(folder, facts, plan, request.limit)) is not None:
-        return manifest
     job = Job(
         folder=folder,
         source=request.source,
@@ -85,20 +89,24 @@ def prepare(request: Request, executor: Executor, watch: Watch) -> Manifest | No
         plan_sha256=plan.sha256,
         check_encoding=request.check_encoding,
     )
-    try:
-        n_units = _run(request, executor, watch, job, plan)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        told = error.strerror or "no space left on the device"
-        raise PrepareError(
-            f"{folder}: {told}: make room and start the same command again, it goes on where it "
-            "stopped"
-        ) from error
-    finally:
+    with _alone(folder, request.limit):
         remove_stale_temporaries(folder)
-    _refuse_nothing(folder, plan, n_units)
-    return write_manifest(folder, facts, plan.parts, n_units)
+        if (manifest := _finished(folder, facts, plan, request.limit)) is not None:
+            return manifest
+        try:
+            n_units = _run(request, executor, watch, job, plan)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            told = error.strerror or "no space left on the device"
+            raise PrepareError(
+                f"{folder}: {told}: make room and start the same command again, it goes on where "
+                "it stopped"
+            ) from error
+        finally:
+            remove_stale_temporaries(folder)
+        _refuse_nothing(folder, plan, n_units)
+        return write_manifest(folder, facts, plan.parts, n_units)
 
 
 def open_inputs(source: Source, data_files: tuple[str, ...] = ()) -> Inputs:
@@ -107,6 +115,15 @@ def open_inputs(source: Source, data_files: tuple[str, ...] = ()) -> Inputs:
         return local_inputs(data_files)
     refuse_unavailable(source)
     return embedded_inputs(source) if source.embedded else hub_inputs(source)
+
+
+def _alone(folder: Path, limit: Limit) -> AbstractContextManager[None]:
+    """Under a limit, one run at a time in a folder; the next goes on where it ends or is ended.
+
+    It begins units ahead, uncut, and takes back what is behind the limit: two at once took away
+    each other's files. Without one all runs write the same bytes, and need not know of each other.
+    """
+    return nullcontext() if limit == NO_LIMIT else one_at_a_time(folder / PLAN)
 
 
 def receipts_of(folder: Path, plan: Plan) -> dict[int, Receipt]:
@@ -133,6 +150,7 @@ def _settle(request: Request, folder: Path) -> tuple[Inputs, Plan]:
     if plan is None:
         plan = make_plan(recipe, inputs, request.source, recipe["unit_bytes"])
         folder.mkdir(parents=True, exist_ok=True)
+        fsync_folder(folder.parent)
         if not create_exclusively(folder / PLAN, plan.to_bytes()):
             return _settle(request, folder)  # somebody else was first: theirs is in force
     else:

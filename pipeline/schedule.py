@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.executors import Submit
 from pipeline.units import Unit
 from pipeline.work import NO_LIMIT, Amount, Limit
+from shards.files import fsync_folder
 from shards.format import Receipt, ShardInfo
 
 
@@ -110,5 +111,10 @@ def remove_units(folder: Path, chosen: Callable[[int], bool]) -> None:
     """Take back what was published of the units whose numbers are chosen, receipts first."""
     files = ((path, path.name.split(".")[0].split("-")[0]) for path in folder.iterdir())
     found = [path for path, unit in files if unit.isdigit() and chosen(int(unit))]
-    for path in sorted(found, key=lambda path: path.suffix != ".json"):
+    receipts = [path for path in found if path.suffix == ".json"]
+    for path in receipts:
         path.unlink()
+    if receipts:
+        fsync_folder(folder)  # or a loss of power could bring back a receipt without its shards
+    for path in found:
+        path.unlink(missing_ok=True)

@@ -84,6 +84,14 @@ def create_exclusively(path: Path, data: bytes) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """A block that no other process is in for the same file; the dead do not block it."""
+    with path.open("r+b") as file:
+        _lock(file)
+        yield
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, lower-case hex."""
     with path.open("rb") as file:
@@ -108,10 +116,7 @@ def _temporary(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     while True:
         temporary = path.with_name(f".{path.name}.tmp-{host}-{os.getpid()}-{next(_count)}")
         with temporary.open("wb") as file:
-            with contextlib.suppress(
-                OSError
-            ):  # a file system without locks: nothing is removed there
-                fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file)
             if not temporary.exists():  # someone tidied up between the open and the lock
                 continue
             try:
@@ -119,6 +124,12 @@ def _temporary(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
             finally:
                 temporary.unlink(missing_ok=True)
             return
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Wait for the lock, and keep it until the file is closed."""
+    with contextlib.suppress(OSError):  # a file system without locks: temporaries stay there
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _flush_to_device(file: IO[bytes]) -> None:
