@@ -37,7 +37,7 @@ _NO_DUMMY_PREFIX: Final = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_pre
 _CACHED_WORD_BYTES: Final = 64  # longer ones rarely come twice
 _CACHED_WORDS: Final = 1 << 18
 _COUNTED: Final = 8  # of so many words one is counted: which are common shows all the same
-_CHUNK: Final = 1 << 15  # pairs looked up at a time: table, pairs and result stay in the L1 cache
+_WINDOW: Final = 1 << 16  # bytes cut at a time: what is made of them stays in the cache
 
 Flags = npt.NDArray[np.bool_]
 Bytes = npt.NDArray[np.uint8]
@@ -75,10 +75,10 @@ def cut_table(tokenizer: Tokenizer) -> Flags:
     """[256 * 256], indexed prev + 256 * next: whether text may be cut between two bytes."""
     table = np.ones((256, 256), np.bool_)  # [prev, next]
     table[:, 0x80:0xC0] = False  # inside a character
-    for piece in _matched_pieces(tokenizer):
-        for spelling in (piece, piece.replace(SPACE, " ")):
-            data = np.frombuffer(spelling.encode(), np.uint8)
-            table[data[:-1], data[1:]] = False
+    pieces = _MARKER.join(piece.encode() for piece in _matched_pieces(tokenizer))
+    for spelling in (pieces, pieces.replace(SPACE.encode(), b" ")):
+        data = np.frombuffer(spelling, np.uint8)
+        table[data[:-1], data[1:]] = False
     # a space and a literal U+2581 (E2 96 81) are one symbol, so runs of both hold together
     table[0x81, 0x20] = table[0x20, 0xE2] = False
     table[0xFF, :] = table[:, 0xFF] = True
@@ -146,17 +146,20 @@ class ColumnarEncoder:
 
     def _cut(self, text: Bytes) -> Any:
         """The words of the text, an Arrow binary array over its bytes."""
-        cut = np.empty(max(0, len(text) - 1), np.bool_)  # cut[i]: between bytes i and i+1
-        for parity in (0, 1):
-            pairs = text[parity : len(text) - (len(text) - parity) % 2].view("<u2")
-            flags = np.empty(_CHUNK, np.bool_)
-            for first in range(0, len(pairs), _CHUNK):
-                here = pairs[first : first + _CHUNK]
-                found = self._table.take(here, out=flags[: len(here)], mode="clip")
-                cut[parity + 2 * first : parity + 2 * (first + len(here)) : 2] = found
-        offsets = np.concatenate([[0], np.flatnonzero(cut) + 1, [len(text)]]).astype(np.int32)
-        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(text)]
-        return pa.Array.from_buffers(pa.binary(), len(offsets) - 1, buffers)
+        offsets = np.empty(len(text) + 2, np.int32)  # pages that are never written cost nothing
+        offsets[0], n = 0, 1
+        flags = np.empty(_WINDOW, np.bool_)  # flags[i]: between bytes i and i+1 of the window
+        for first in range(0, len(text) - 1, _WINDOW):
+            window = text[first : first + _WINDOW + 1]
+            for parity in (0, 1):
+                pairs = window[parity : len(window) - (len(window) - parity) % 2].view("<u2")
+                flags[parity : parity + 2 * len(pairs) : 2] = self._table.take(pairs, mode="clip")
+            cuts = np.flatnonzero(flags[: len(window) - 1])
+            np.add(cuts, first + 1, out=offsets[n : n + len(cuts)], casting="unsafe")
+            n += len(cuts)
+        offsets[n] = len(text)
+        buffers = [None, pa.py_buffer(offsets[: n + 1]), pa.py_buffer(text)]
+        return pa.Array.from_buffers(pa.binary(), n, buffers)
 
     def _encode_words(self, words: Any) -> Any:
         """The packed ids of each word, from sentencepiece."""
