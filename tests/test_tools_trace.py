@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 
 import pipeline_samples
 from shards.reader import ShardReader
-from tools.provenance import TraceError, rows_of_document
+from tools.errors import TraceError
+from tools.provenance import rows_of_document
 from tools.trace import main
 from tools.tracing import RunTrace
 from trainer.metrics import read_lines

@@ -27,7 +27,6 @@ from tools.records import read_records
 from tools.scoring import Progress
 from tools.tasks import find_task, read_questions
 from tools.tracing import RunTrace
-from tools.vocabulary import sentencepiece_bytes
 from tools.wikitext import CONFIGS, pages_of, read_text
 from trainer.checkpoint import read_record
 
@@ -247,7 +246,7 @@ class _Speller:
     """Ids -> normalised text, by one gather of bytes (joining pieces takes three times as long)."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        pieces = [normalised(p) for p in sentencepiece_bytes(Tokenizer.load(folder / TOKENIZER))]
+        pieces = [normalised(p) for p in Tokenizer.load(folder / TOKENIZER).token_bytes]
         self.barrier_id = manifest.facts.tokenizer.bos_id
         pieces[self.barrier_id] = BARRIER
         self.sizes = np.array([len(piece) for piece in pieces], np.int32)

@@ -1,7 +1,7 @@
-"""A run of ours -> a Hugging Face Llama, and back; nothing counts until the logits agree.
+"""A run of ours -> a Hugging Face folder, and back; nothing counts until ids and logits agree.
 
 What is written goes into a folder beside the target, is read back from there by the other side,
-and gets its name when both have computed the same logits.
+and gets its name when both have read the same ids and computed the same logits.
 """
 
 from __future__ import annotations
@@ -9,51 +9,60 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
-from model.config import ModelConfig, count_params
-from model.transformer import Transformer
+from model.config import count_params
+from pipeline.inputs import embedded_inputs
+from pipeline.sources import find
 from pipeline.tokenizer import Tokenizer
 from shards.files import fsync_folder, publish_bytes
 from shards.format import TOKENIZER
+from tools.errors import ConversionError
 from tools.hugging_face import (
-    is_llama_folder,
+    TOKENIZER_JSON,
+    is_hub_folder,
+    is_own_architecture,
     read_model,
     read_sentencepiece,
     write_folder,
 )
-from tools.llama import ConversionError
-from tools.loading import Choice, LoadedModel, load
-from trainer.checkpoint import load_weights, save
+from tools.loading import Choice, LoadedModel, load, refuse_misfit
+from tools.model_card import model_card
+from tools.vocabulary import Vocabulary
+from trainer.checkpoint import save
 from trainer.config import RunConfig, save_config
 from trainer.distributed import World
 from trainer.runs import COMMIT, newest_commit
 
 Format = Literal["hf", "summer"]
 ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
-_PROBES = (
+_REAL_TEXT_BYTES: Final = 1_000_000
+_PROBES: Final = (
     "The quick brown fox, 3.14 times.\n\n  def f(x):\n\treturn x  # twice\n",
     " a leading space, a trailing one ",
     "naïve façade, 東京, Ελλάδα, 😀, \u2028 and \x00",
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Converted:
-    """What was made, and how far its logits are from the original's."""
+class _Checked(NamedTuple):
+    """A model whose logits were compared, and how far they are from the original's."""
 
     source: str
-    target: Path
-    format: Format
     parameters: int
     largest_difference: float
     limit: float
+
+
+class Converted(NamedTuple):
+    """What was made."""
+
+    target: Path
+    format: Format
+    checked: _Checked
 
 
 def convert(source: Path, target: Path, wanted: Format | None = None) -> Converted:
@@ -61,7 +70,7 @@ def convert(source: Path, target: Path, wanted: Format | None = None) -> Convert
 
     ConversionError where the model has no equal on the other side, or where the logits differ.
     """
-    have: Format = "hf" if is_llama_folder(source) else "summer"
+    have: Format = "hf" if is_hub_folder(source) else "summer"
     made: Format = "summer" if have == "hf" else "hf"
     if wanted not in (None, made):
         raise ConversionError(
@@ -71,95 +80,96 @@ def convert(source: Path, target: Path, wanted: Format | None = None) -> Convert
         raise ConversionError(f"{target} exists: give --to a new folder")
     _transformers()  # before work starts, not after it
     with _beside(target) as folder:
-        converted = (_to_summer if made == "summer" else _to_hugging_face)(source, folder, target)
-        if not converted.largest_difference <= converted.limit:  # so that NaN fails too
+        checked = (_to_summer if made == "summer" else _to_hugging_face)(source, folder)
+        if not checked.largest_difference <= checked.limit:  # so that NaN fails too
             raise ConversionError(
                 f"{source}: the converted model's logits differ by"
-                f" {converted.largest_difference:.2g} (limit {converted.limit:.2g}), so nothing was"
+                f" {checked.largest_difference:.2g} (limit {checked.limit:.2g}), so nothing was"
                 " kept: this is a bug of ours, please report it with the folder's config.json"
             )
-    return converted
+    return Converted(target, made, checked)
 
 
-def _to_summer(source: Path, folder: Path, target: Path) -> Converted:
+def _to_summer(source: Path, folder: Path) -> _Checked:
     """A run with one commit, at step 0: `--run` reads it and `init_from` trains on from it."""
     config, weights = read_model(source)
     tokenizer = read_sentencepiece(source)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConversionError(
-            f"{source}: {TOKENIZER} has {tokenizer.vocab_size:,} entries and the weights are made"
-            f" for {config.vocab_size:,}: put the model's own tokenizer back"
-        )
+    refuse_misfit(str(source), config, Vocabulary.of_sentencepiece(tokenizer))
+    if (source / TOKENIZER_JSON).is_file():
+        _compare_ids(source, tokenizer)
     save_config(folder, RunConfig(preset="converted", model=config))
     publish_bytes(folder / TOKENIZER, tokenizer.model)
     record = {"step": 0, "next_index": 0, "converted_from": source.name}
     save(folder, {f"model.{name}": weight for name, weight in weights.items()}, record, ALONE)
-    tokens = _tokens(config)
-    logits = _logits(config, load_weights(newest_commit(folder)), tokens)
-    difference, limit = same_logits(source, logits, tokens)
-    return Converted(
-        source=str(source),
-        target=target,
-        format="summer",
-        parameters=count_params(config),
-        largest_difference=difference,
-        limit=limit,
-    )
+    made = load(Choice(checkpoint=newest_commit(folder), device="cpu", dtype="fp32"))
+    theirs = _transformers().AutoModelForCausalLM
+    if is_own_architecture(source):  # its code is ours: the folder's copy might be anybody's
+        from tools.modeling_summerlm import SummerLMForCausalLM as theirs  # noqa: N813
+    return _compare_logits(str(source), made, theirs.from_pretrained, source, {})
 
 
-def _to_hugging_face(source: Path, folder: Path, target: Path) -> Converted:
-    loaded = _load_ours(source)
-    model, config = loaded.model, loaded.model.config
-    run = source.resolve().parents[1] if (source / COMMIT).is_file() else source
-    tokenizer = Tokenizer.load(run / TOKENIZER)
-    write_folder(folder, config, model.state_dict(), tokenizer)
-    _compare_ids(folder, tokenizer)
-    tokens = _tokens(config)
-    with torch.no_grad():
-        logits = model.logits(tokens)
-    difference, limit = same_logits(folder, logits, tokens)
-    return Converted(
-        source=loaded.name,
-        target=target,
-        format="hf",
-        parameters=count_params(config),
-        largest_difference=difference,
-        limit=limit,
-    )
-
-
-def _load_ours(source: Path) -> LoadedModel:
+def _to_hugging_face(source: Path, folder: Path) -> _Checked:
     if not source.is_dir():
         raise ConversionError(f"{source}: no such folder: name a run or a Hugging Face folder")
-    if (source / COMMIT).is_file():
-        return load(Choice(checkpoint=source, device="cpu", dtype="fp32"))
-    return load(Choice(run=source, device="cpu", dtype="fp32"))
+    commit = source if (source / COMMIT).is_file() else newest_commit(source)
+    loaded = load(Choice(checkpoint=commit, device="cpu", dtype="fp32"))
+    tokenizer = Tokenizer.load(commit.resolve().parents[1] / TOKENIZER)
+    write_folder(folder, loaded.model.config, loaded.model.state_dict(), tokenizer)
+    publish_bytes(folder / "README.md", model_card(commit, loaded).encode())
+    _compare_ids(folder, tokenizer)
+    theirs = _transformers().AutoModelForCausalLM.from_pretrained
+    code = {"trust_remote_code": True} if is_own_architecture(folder) else {}  # just written
+    return _compare_logits(loaded.name, loaded, theirs, folder, code)
 
 
 def _compare_ids(folder: Path, tokenizer: Tokenizer) -> None:
     """ConversionError unless transformers gives our ids for texts of every kind."""
-    theirs = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    for text in _PROBES:
-        if theirs(text, add_special_tokens=False).input_ids != tokenizer.encode(text):
+    theirs = _transformers().AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    for text in (*_PROBES, *_real_texts()):
+        ids = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        if ids != tokenizer.encode(text):
             raise ConversionError(
-                f"{tokenizer.name}: transformers gives other ids for {text!r}, so nothing was kept:"
-                " this is a bug of ours, please report it with the tokenizer.model"
+                f"{folder}: transformers reads other ids from its {TOKENIZER_JSON} than"
+                f" SentencePiece from its {TOKENIZER}, for {text[:60]!r}, so nothing was kept: put"
+                " the two files back that belong together"
             )
 
 
-def same_logits(folder: Path, logits: Tensor, tokens: Tensor) -> tuple[float, float]:
-    """The largest difference to what transformers computes from the folder, and the limit for it.
+def _real_texts() -> Iterator[str]:
+    """About a megabyte of this interpreter's library, code and prose."""
+    room = _REAL_TEXT_BYTES
+    for source in ("python-docs", "python-code"):
+        inputs = embedded_inputs(find(source))
+        for file in inputs.files:
+            with inputs.open(file.path) as opened:
+                text = opened.read(_REAL_TEXT_BYTES // 20).decode(errors="ignore")
+            yield text
+            room -= len(text)
+            if room <= 0:
+                return
 
-    The limit is 1e-4, or 1e-4 of the largest logit where that is above 1.
+
+def _compare_logits(
+    name: str, ours: LoadedModel, theirs: Callable[..., Any], folder: Path, code: dict[str, bool]
+) -> _Checked:
+    """How far our logits are from those that transformers computes from the folder.
+
+    On random ids and on real text, as long as the model's context up to 512 ids. The limit is 1e-4,
+    or 1e-4 of the largest logit where that is above 1.
     """
-    hub = _transformers()
-    theirs = hub.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
-    )
-    with torch.no_grad():
-        expected = theirs.eval()(tokens).logits
+    length = min(512, ours.trained_context)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, ours.model.config.vocab_size, (length,), generator=generator)
+    read = torch.tensor(list(ours.vocabulary.encode(next(_real_texts())))[:length])
+    tokens = torch.stack([drawn, read])
+    model = theirs(folder, dtype=torch.float32, local_files_only=True, **code)
+    with torch.inference_mode():
+        expected = model.eval()(tokens).logits
+        difference = (ours.model.logits(tokens) - expected).abs().max().item()
     limit = 1e-4 * max(1.0, expected.abs().max().item())
-    return (logits - expected).abs().max().item(), limit
+    return _Checked(name, count_params(ours.model.config), difference, limit)
 
 
 def _transformers() -> Any:
@@ -174,22 +184,6 @@ def _transformers() -> Any:
     hub.utils.logging.set_verbosity_error()
     hub.utils.logging.disable_progress_bar()
     return hub
-
-
-def _logits(config: ModelConfig, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    with torch.device("meta"):
-        model = Transformer(config)
-    model.to_empty(device="cpu")
-    model.load_state_dict(weights)
-    with torch.no_grad():
-        return model.eval().logits(tokens)
-
-
-def _tokens(config: ModelConfig) -> Tensor:
-    """Random ids [2, T]: what to compare logits on."""
-    shape = (2, min(64, config.seq_len))
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, config.vocab_size, shape, generator=generator)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,10 @@
-"""summer-convert: a run of ours <-> a Llama-family folder of Hugging Face.
+"""summer-convert: a run of ours <-> a folder of Hugging Face.
 
+summer-convert --from runs/tiny --to tiny-hf                  then AutoModelForCausalLM ...
 summer-convert --from TinyLlama-1.1B --to runs/tinyllama      then summer-eval ... --run
-summer-convert --from runs/tiny --to tiny-hf                  where model.alibi=false
+
+A run with model.alibi=false becomes a plain LlamaForCausalLM. With ALiBi its code goes along, and
+transformers runs it with trust_remote_code=True.
 """
 
 from __future__ import annotations
@@ -34,16 +37,19 @@ def main(source: Path, target: Path, wanted: Format | None) -> None:
     from tools.conversion import convert
 
     done = convert(source, target, wanted)
+    checked = done.checked
     click.echo(
-        f"{done.source} -> {done.target} ({done.format}, {done.parameters:,} parameters)\n"
-        f"logits differ from transformers' by {done.largest_difference:.1e} at most"
-        f" (limit {done.limit:.1e}, fp32)"
+        f"{checked.source} -> {done.target} ({done.format}, {checked.parameters:,} parameters)\n"
+        f"ids equal SentencePiece's; logits differ from transformers' by"
+        f" {checked.largest_difference:.1e} at most (limit {checked.limit:.1e}, fp32)"
     )
     if done.format == "summer":
         click.echo(
             f"use it:  summer-eval wikitext2 --run {done.target}\n"
             f"         summer-train --shards shards/ --set init_from={done.target}"
         )
+    else:
+        click.echo(f"use it:  see {done.target / 'README.md'}")
 
 
 if __name__ == "__main__":

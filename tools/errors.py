@@ -21,6 +21,14 @@ class GenerationError(ToolError):
     """A prompt or a way of sampling that cannot be."""
 
 
+class ConversionError(ToolError):
+    """A model that the other side cannot compute, or a folder that does not hold it whole."""
+
+
+class TraceError(ToolError):
+    """A step, a rank or a document that a run does not have."""
+
+
 class PlanError(ToolError):
     """A plan for a machine or a budget that does not add up."""
 

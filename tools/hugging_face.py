@@ -1,5 +1,7 @@
-"""A Llama-family folder as Hugging Face lays it out: config.json, safetensors, a tokenizer.
+"""A model's folder as Hugging Face lays it out: config.json, safetensors, a tokenizer.
 
+The model is one of the Llama family, or with ALiBi one of our own architecture, whose code
+(tools/modeling_summerlm.py) lies beside its weights; that copy is never run from here.
 Weights are read from safetensors alone: a pickle can run code. The tokenizer is the SentencePiece
 file where there is one, else tokenizer.json.
 """
@@ -10,7 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,15 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, ModelError
 from pipeline.errors import TokenizerError
 from pipeline.tokenizer import Tokenizer, extend
 from shards.files import publish_bytes, publish_json
 from shards.format import TOKENIZER
+from tools.errors import ConversionError
 from tools.llama import (
-    ConversionError,
     config_from_llama,
     config_to_llama,
+    is_llama,
     weights_from_llama,
     weights_to_llama,
 )
@@ -34,15 +37,23 @@ from tools.tokenizer_json import piece_bytes, tokenizer_config, tokenizer_json
 from tools.vocabulary import Vocabulary
 
 CONFIG: Final = "config.json"
+MODELING: Final = "modeling_summerlm.py"
+OWN: Final = "summerlm"
+"""Our architecture's `model_type`."""
 TOKENIZER_JSON: Final = "tokenizer.json"
 _WHOLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _FILE_BYTES: Final = 5_000_000_000
 
 
-def is_llama_folder(folder: Path) -> bool:
+def is_hub_folder(folder: Path) -> bool:
     """Whether a config.json is there that names a Hugging Face architecture."""
     return (folder / CONFIG).is_file() and "model_type" in _read_json(folder / CONFIG)
+
+
+def is_own_architecture(folder: Path) -> bool:
+    """Whether the folder's model is one that only our own code computes."""
+    return _read_json(folder / CONFIG).get("model_type") == OWN
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], Vocabulary]:
@@ -55,11 +66,17 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], Vocabular
 def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Shape and weights by our names, fp32."""
     try:
-        config = config_from_llama(_read_json(folder / CONFIG))
+        described = _read_json(folder / CONFIG)
+        is_own = described.get("model_type") == OWN
+        config = _config_from_own(described) if is_own else config_from_llama(described)
         theirs: dict[str, Tensor] = {}
         for path in _weight_files(folder):
             theirs |= load_file(path)
-        weights = weights_from_llama(config, theirs)
+        weights = (
+            {name: tensor.float() for name, tensor in theirs.items()}
+            if is_own
+            else weights_from_llama(config, theirs)
+        )
     except ConversionError as error:
         raise ConversionError(f"{folder}: {error}") from error
     except SafetensorError as error:
@@ -106,13 +123,57 @@ def read_sentencepiece(folder: Path) -> Tokenizer:
 def write_folder(
     folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> None:
-    """Write a LlamaForCausalLM folder, fp32; ConversionError where a Llama cannot compute it."""
-    described = config_to_llama(config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
-    publish_json(folder / CONFIG, described)
+    """Write a folder that transformers loads, fp32: a LlamaForCausalLM, or with our own code."""
+    ends = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    if is_llama(config):
+        described, theirs = config_to_llama(config), weights_to_llama(config, weights)
+    else:
+        described, theirs = _own_config(config), dict(weights)
+        publish_bytes(folder / MODELING, Path(__file__).with_name(MODELING).read_bytes())
+    publish_json(folder / CONFIG, {**described, **ends, "dtype": "float32"})
+    no_text = [i for i in range(config.vocab_size) if not _is_text(tokenizer, i)]
+    publish_json(folder / "generation_config.json", {**ends, "suppress_tokens": no_text})
     publish_bytes(folder / TOKENIZER, tokenizer.model)
     publish_json(folder / TOKENIZER_JSON, tokenizer_json(tokenizer))
     publish_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config.seq_len))
-    groups = list(_in_files(weights_to_llama(config, weights)))
+    _write_weights(folder, theirs)
+
+
+def _own_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of our own architecture: our names, and where its code is."""
+    module = MODELING.removesuffix(".py")
+    return {
+        "architectures": ["SummerLMForCausalLM"],
+        "model_type": OWN,
+        "auto_map": {
+            "AutoConfig": f"{module}.SummerLMConfig",
+            "AutoModelForCausalLM": f"{module}.SummerLMForCausalLM",
+        },
+        **asdict(config),
+    }
+
+
+def _config_from_own(described: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig(**{each.name: described[each.name] for each in fields(ModelConfig)})
+    except (KeyError, TypeError, ModelError) as error:
+        raise ConversionError(
+            f"config.json describes no model of summer-convert ({error}): fetch it again"
+        ) from error
+
+
+def _is_text(tokenizer: Tokenizer, number: int) -> bool:
+    """Whether generation may draw an id: text, or the end of it."""
+    within = number < tokenizer.vocab_size
+    return number == tokenizer.eos_id or (within and bool(tokenizer.token_bytes[number]))
+
+
+def _write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    groups = list(_in_files(weights))
     names = [_WHOLE] if len(groups) == 1 else _numbered(len(groups))
     for name, group in zip(names, groups, strict=True):
         publish_bytes(folder / name, save(group, metadata={"format": "pt"}))
@@ -175,7 +236,9 @@ def _of_tokenizer_json(folder: Path) -> Vocabulary:
         raise ConversionError(
             f"{folder}: reading {TOKENIZER_JSON} needs transformers: pip install 'summerlm[hf]'"
         ) from error
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     raw = (folder / TOKENIZER_JSON).read_bytes()
     spelled = piece_bytes(json.loads(raw))
     pieces = tuple(spelled.get(number, b"") for number in range(max(spelled) + 1))

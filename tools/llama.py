@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig, ModelError
-from tools.errors import ToolError
+from tools.errors import ConversionError
 
 FAMILY: Final = ("llama", "mistral")
 _DEFAULT_THETA: Final = 10_000.0
@@ -30,10 +30,6 @@ _JOINED: Final = {
     "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
 }
 _SCALES: Final = {"attention.out.weight": "attention_scale", "ffn.down.weight": "ffn_scale"}
-
-
-class ConversionError(ToolError):
-    """A model that the other side cannot compute, or a folder that does not hold it whole."""
 
 
 def config_from_llama(theirs: Mapping[str, Any]) -> ModelConfig:
@@ -65,19 +61,13 @@ def config_from_llama(theirs: Mapping[str, Any]) -> ModelConfig:
         raise ConversionError(f"config.json describes a model that cannot be: {error}") from error
 
 
-def config_to_llama(ours: ModelConfig, *, bos_id: int, eos_id: int) -> dict[str, Any]:
-    """A config.json for our shape; ConversionError where a Llama cannot compute it."""
-    if ours.alibi:
-        raise ConversionError(
-            "model.alibi=true: LlamaForCausalLM adds no ALiBi to its attention, so it would compute"
-            " another model; only runs trained with model.alibi=false can be exported"
-            " (summer-eval and summer-generate use this one as it is)"
-        )
-    if not ours.rope:
-        raise ConversionError(
-            "model.rope=false: LlamaForCausalLM always turns queries and keys by RoPE, so it would"
-            " compute another model; only runs trained with model.rope=true can be exported"
-        )
+def is_llama(ours: ModelConfig) -> bool:
+    """Whether a LlamaForCausalLM computes the same: it always has RoPE, and never ALiBi."""
+    return ours.rope and not ours.alibi
+
+
+def config_to_llama(ours: ModelConfig) -> dict[str, Any]:
+    """The config.json of a LlamaForCausalLM of our shape."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -98,9 +88,6 @@ def config_to_llama(ours: ModelConfig, *, bos_id: int, eos_id: int) -> dict[str,
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "dtype": "float32",
     }
 
 

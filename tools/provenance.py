@@ -15,13 +15,9 @@ import numpy.typing as npt
 
 from shards.format import ROW_RECORD, Manifest
 from shards.reader import ShardReader
-from tools.errors import ToolError
+from tools.errors import TraceError
 
 _NAME: Final = re.compile(r"(?P<file>.+?)(?:#(?P<part>\d+))?:(?P<record>\d+)")
-
-
-class TraceError(ToolError):
-    """A step, a rank or a document that a run does not have."""
 
 
 def document_name(manifest: Manifest, part: int, record: int) -> str:

@@ -7,28 +7,56 @@ dummy prefix in front, and the merges are ordered by the scores that SentencePie
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pipeline.tokenizer import Tokenizer
+from pipeline.tokenizer import CHAT_PIECES, Tokenizer
 
 SPACE: Final = "▁"
+
+_CHAT: Final = r"""
+{%- if messages and messages[0]['role'] == 'system' -%}
+  {%- set system, turns = messages[0]['content'], messages[1:] -%}
+{%- else -%}
+  {%- set system, turns = '', messages -%}
+{%- endif -%}
+{%- if turns and turns[-1]['role'] == 'user' and not add_generation_prompt -%}
+  {%- set turns = turns[:-1] -%}
+{%- endif -%}
+{%- if not turns -%}
+  {{- raise_exception('no answer: for a question alone, give add_generation_prompt=True') -}}
+{%- endif -%}
+{{- bos_token -}}
+{%- for turn in turns -%}
+  {%- set asks = loop.index0 % 2 == 0 -%}
+  {%- if turn['role'] != ('user' if asks else 'assistant') -%}
+    {{- raise_exception('turns out of order: user and assistant take turns, user first') -}}
+  {%- endif -%}
+  {%- set text = turn['content'] if asks else turn['content'].rstrip(' ') -%}
+  {%- if not text -%}{{- raise_exception('empty turn') -}}{%- endif -%}
+  {%- if system and loop.first -%}{%- set text = system ~ '\n\n' ~ text -%}{%- endif -%}
+  {%- for marker in MARKERS -%}
+    {%- if marker in text -%}
+      {{- raise_exception('a turn spells ' ~ marker ~ ', which would become that marker') -}}
+    {%- endif -%}
+  {%- endfor -%}
+  {{- '[INST]' ~ text ~ '[/INST]' if asks else text ~ eos_token -}}
+{%- endfor -%}
+"""
+"""pipeline/chat.py for transformers. There markers are put in by id and texts stay text; here a
+text that spells one would forge it, so it is refused."""
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The vocabulary as a tokenizer.json."""
-    proto, kinds = tokenizer.proto, tokenizer.proto.SentencePiece
+    proto = tokenizer.proto
     ids = {entry.piece: number for number, entry in enumerate(proto.pieces)}
-    special = (kinds.CONTROL, kinds.UNKNOWN)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            _added(number, entry.piece)
-            for number, entry in enumerate(proto.pieces)
-            if entry.type in special
-        ],
+        "added_tokens": [_added(ids[piece], piece) for piece in _markers(tokenizer)],
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(tokenizer)},
         "pre_tokenizer": None,
         "post_processor": _bos_in_front(proto.pieces[tokenizer.bos_id].piece, tokenizer.bos_id),
@@ -46,15 +74,27 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
     """The tokenizer_config.json that goes with it."""
-    pieces = tokenizer.proto.pieces
-    return {
+    pieces, markers = tokenizer.proto.pieces, _markers(tokenizer)
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": pieces[tokenizer.bos_id].piece,
         "eos_token": pieces[tokenizer.eos_id].piece,
         "unk_token": pieces[tokenizer.pad_id].piece,
+        "pad_token": pieces[tokenizer.pad_id].piece,
+        "padding_side": "left",
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
+    if not set(CHAT_PIECES) <= set(markers):
+        return config
+    return {**config, "chat_template": _CHAT.strip().replace("MARKERS", json.dumps(markers))}
+
+
+def _markers(tokenizer: Tokenizer) -> list[str]:
+    """The pieces that stand for something else than their spelling."""
+    kinds = tokenizer.proto.SentencePiece
+    special = (kinds.CONTROL, kinds.UNKNOWN)
+    return [entry.piece for entry in tokenizer.proto.pieces if entry.type in special]
 
 
 def piece_bytes(description: Mapping[str, Any]) -> dict[int, bytes]:

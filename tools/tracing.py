@@ -17,7 +17,8 @@ import numpy as np
 from pipeline.tokenizer import Tokenizer
 from shards.format import TOKENIZER, Manifest
 from shards.reader import ShardReader, find_sources
-from tools.provenance import TraceError, document_name, rows_of_document
+from tools.errors import TraceError
+from tools.provenance import document_name, rows_of_document
 from trainer.checkpoint import read_record
 from trainer.config import RunConfig, load_config
 from trainer.metrics import read_lines

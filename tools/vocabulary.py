@@ -40,7 +40,7 @@ class Vocabulary:
             name=tokenizer.name,
             encode=tokenizer.encode,
             decode=tokenizer.decode,
-            pieces=sentencepiece_bytes(tokenizer),
+            pieces=tokenizer.token_bytes,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             sha256=tokenizer.info.sha256,
@@ -54,20 +54,6 @@ class Vocabulary:
     def n_bytes(self) -> npt.NDArray[np.int64]:
         """Bytes of text that each id stands for. [V]"""
         return np.array([len(piece) for piece in self.pieces], np.int64)
-
-
-def sentencepiece_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:
-    """What each id stands for in a text, in bytes: U+2581 is a space, `<0x0A>` one byte."""
-    kinds = tokenizer.proto.SentencePiece
-    pieces = []
-    for entry in tokenizer.proto.pieces:
-        if entry.type == kinds.BYTE:
-            pieces.append(bytes([int(entry.piece[3:-1], 16)]))
-        elif entry.type == kinds.NORMAL:
-            pieces.append(entry.piece.replace("▁", " ").encode())
-        else:
-            pieces.append(b"")
-    return tuple(pieces)
 
 
 def _chat_template(tokenizer: Tokenizer) -> Template | None:
