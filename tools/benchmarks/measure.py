@@ -1,17 +1,70 @@
-"""What every benchmark prints: the machine, and a median with its spread."""
+"""What every benchmark needs: the machine, a process and what it cost, a median with its spread."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
-from importlib.metadata import version
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+_RUN = """
+import ctypes, json, os, resource, subprocess, sys, time
+cores = json.loads(sys.argv[1])
+if cores and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(36, 1)  # become the parent of orphans: a fork server's work counts too
+start = time.perf_counter()
+done = subprocess.run(sys.argv[2:], capture_output=True, text=True)
+wall_s = time.perf_counter() - start
+try:
+    while True:
+        os.wait()
+except ChildProcessError:
+    pass
+use = resource.getrusage(resource.RUSAGE_CHILDREN)
+if done.returncode:
+    sys.exit(done.stderr[-2000:] or done.stdout[-2000:])
+print(json.dumps([wall_s, use.ru_utime + use.ru_stime, use.ru_maxrss / 1024, done.stdout]))
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a finished process and its children cost; the memory is that of the largest one."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
+    output: str
+
+
+def run(
+    command: Sequence[str], cores: int = 0, environment: Mapping[str, str] | None = None
+) -> Done:
+    """Run a command, on the first `cores` cores if that is not 0, in the hands of a small parent.
+
+    The parent has no other child, so that what it is told of children is about this command.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, str(cores), *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return Done(*json.loads(done.stdout))
 
 
 def machine(*packages: str) -> str:
-    """One line that tells what this was measured on."""
+    """One line that tells what this was measured on; of packages that are not there, nothing."""
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -21,11 +74,17 @@ def machine(*packages: str) -> str:
         platform.machine(),
     )
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    versions = "".join(f", {name} {version(name)}" for name in packages)
     return (
-        f"{cpu}, {os.cpu_count()} cores, {memory_gb:.0f} GB; "
-        f"Python {platform.python_version()}{versions}"
+        f"{cpu}, {os.cpu_count()} cores, {memory_gb:.0f} GB, load {os.getloadavg()[0]:.1f}; "
+        f"Python {platform.python_version()}{''.join(map(_version, packages))}"
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return f", {package} {version(package)}"
+    except PackageNotFoundError:
+        return ""
 
 
 def spread(values: Sequence[float], unit: str) -> str:

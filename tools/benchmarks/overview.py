@@ -11,17 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from measure import machine, spread
+from measure import Done, machine, run, spread
 
 COMMANDS = ("pipeline.cli", "trainer.cli", "tools.evaluate", "tools.generate")
 
@@ -48,7 +46,7 @@ def start_up(repeats: int) -> list[tuple[str, str, str]]:
     """CPU seconds of each command's --help."""
     rows = []
     for command in COMMANDS:
-        seconds = [run([command, "--help"]).cpu_s for _ in range(repeats)]
+        seconds = [run_module([command, "--help"]).cpu_s for _ in range(repeats)]
         rows.append((f"`{command} --help`", spread(seconds, "s of CPU"), f"{repeats} processes"))
     return rows
 
@@ -59,7 +57,7 @@ def preparation(folder: Path, repeats: int) -> list[tuple[str, str, str]]:
     text_bytes = write_corpus(corpus)
     rates, peaks = [], []
     for attempt in range(repeats):
-        done = run(
+        done = run_module(
             ["pipeline.cli", "tokenize", "--source", "code", "--data-files", str(corpus),
              "--seq-len", "256", "--workers", "1", "--out", str(folder / f"shards-{attempt}")]
         )  # fmt: skip
@@ -91,7 +89,9 @@ def training(folder: Path, steps: int) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
     for name in ("cold", "warm"):
         out = folder / name
-        done = run([*arguments, "--out", str(out)], TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"))
+        done = run_module(
+            [*arguments, "--out", str(out)], TORCHINDUCTOR_CACHE_DIR=str(folder / "cache")
+        )
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         rates = [line["tokens_per_s"] for line in lines[len(lines) // 4 :]]
         stepping_s = lines[-1]["time_s"] - lines[0]["time_s"]
@@ -107,31 +107,9 @@ def training(folder: Path, steps: int) -> list[tuple[str, str, str]]:
     return rows
 
 
-@dataclass(frozen=True)
-class Done:
-    """What a finished process cost; the memory is that of its largest single process."""
-
-    wall_s: float
-    cpu_s: float
-    peak_mb: float
-
-
-def run(arguments: Sequence[str], **environment: str) -> Done:
-    """Run a module as a process, measured by a small parent that has no other child."""
-    code = (
-        "import json, resource, subprocess, sys, time; start = time.perf_counter(); "
-        "done = subprocess.run(sys.argv[1:], capture_output=True, text=True); "
-        "use = resource.getrusage(resource.RUSAGE_CHILDREN); "
-        "done.returncode and sys.exit(done.stderr[-2000:] or done.stdout[-2000:]); "
-        "wall_s, cpu_s = time.perf_counter() - start, use.ru_utime + use.ru_stime; "
-        "print(json.dumps([wall_s, cpu_s, use.ru_maxrss]))"
-    )
-    command = [sys.executable, "-c", code, sys.executable, "-m", *arguments]
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
-    wall_s, cpu_s, peak_kib = json.loads(done.stdout.splitlines()[-1])
-    return Done(wall_s, cpu_s, peak_kib / 1024)
+def run_module(arguments: Sequence[str], **environment: str) -> Done:
+    """Run a module as a process."""
+    return run([sys.executable, "-m", *arguments], environment=environment)
 
 
 if __name__ == "__main__":
