@@ -165,7 +165,7 @@ class Bench:
             pairs = [theirs / mine for theirs, mine in zip(wall, ours, strict=True)]
             yield (
                 f"| {name} | {spread([self.corpus.text_bytes / 1e6 / s for s in wall], '')} "
-                f"| {spread(pairs, 'x')} | {spread(wall, '')} "
+                f"| {spread(pairs, 'x') if name != 'ours' else ''} | {spread(wall, '')} "
                 f"| {statistics.median(done.wall_s for done in start[name]):.2f} "
                 f"| {statistics.median(done.cpu_s for done in whole[name]):.1f} "
                 f"| {max(done.peak_mb for done in whole[name]):.0f} MB "
