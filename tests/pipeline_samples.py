@@ -2,6 +2,7 @@
 
 import functools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,20 @@ def write_jsonl(path: Path, rows: list[Any], column: str = "text") -> Path:
     path.write_text("".join(json.dumps({"id": n, column: row}) + "\n"
                             for n, row in enumerate(rows)))  # fmt: skip
     return path
+
+
+def corpus(folder: Path, n_files: int = 6, per_file: int = 80) -> Any:
+    """Files of several kinds with documents that are told apart by their numbers."""
+    rng = random.Random(0)
+    texts = []
+    for number in range(n_files):
+        rows = [f"{number}/{n} {rng.choice(TEXTS) * rng.randrange(4)}" for n in range(per_file)]
+        texts += rows
+        if number % 2:
+            write_parquet(folder / f"{number}.parquet", rows, group=30)
+        else:
+            write_jsonl(folder / f"{number}.jsonl", rows)
+    return texts
 
 
 def request(out: Path, files: str, name: str = "mine", **changes: Any) -> Request:

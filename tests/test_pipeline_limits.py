@@ -1,0 +1,65 @@
+"""Limits: the same fair prefix of a source for any number of workers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.inputs import local_inputs
+from pipeline.recipe import recipe_of
+from pipeline.work import Limit
+from pipeline_samples import (
+    contents,
+    corpus,
+    documents,
+    prepared,
+    request,
+)
+from shards.reader import ShardReader, read_manifest
+
+
+@pytest.mark.parametrize("limit", [Limit(documents=120), Limit(tokens=9000), Limit(150, 30_000)])
+def test_a_limit_takes_the_same_prefix_for_any_number_of_workers(
+    tmp_path: Path, limit: Limit
+) -> None:
+    corpus(tmp_path / "in")
+    small: dict[str, Any] = {"unit_bytes": 1 << 12, "limit": limit}
+    for workers in (1, 3):
+        prepared(request(tmp_path / f"{workers}", str(tmp_path / "in"), **small), workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    manifest = read_manifest(tmp_path / "1" / "mine")
+    longest = max(len(ids) for ids in documents(tmp_path / "1" / "mine"))
+    if limit.documents is not None:
+        assert manifest.n_documents <= limit.documents
+    if limit.tokens is not None:
+        assert manifest.n_tokens < limit.tokens + longest
+    reached = (
+        (limit.documents or 10**9) - manifest.n_documents,
+        (limit.tokens or 10**9) - manifest.n_tokens,
+    )
+    assert min(reached) <= 0
+    files = {manifest.parts[ShardReader(tmp_path / "1" / "mine").origin(i)[1]].file
+             for i in range(manifest.n_rows - manifest.n_val_rows)}  # fmt: skip
+    assert len(files) > 2  # not the alphabet's first
+
+
+@pytest.mark.parametrize(
+    ("limit", "unit_bytes"),
+    [
+        (Limit(), 256 << 20),
+        (Limit(tokens=1), 8 << 20),
+        (Limit(tokens=1 << 30), 64 << 20),
+        (Limit(tokens=1 << 40), 256 << 20),
+        (Limit(documents=1 << 20, tokens=1 << 40), 2500 << 14),
+    ],
+)
+def test_a_limit_makes_smaller_units(limit: Limit, unit_bytes: int, tmp_path: Path) -> None:
+    wanted = request(tmp_path, "unused", limit=limit, unit_bytes=None)
+    assert recipe_of(wanted, local_inputs((__file__,)))["unit_bytes"] == unit_bytes
+
+
+def test_a_limit_beyond_the_source_takes_all(tmp_path: Path) -> None:
+    texts = corpus(tmp_path / "in", 2)
+    wanted = request(tmp_path, str(tmp_path / "in"), limit=Limit(tokens=10**9))
+    assert prepared(wanted).n_documents == len(texts)
+    assert prepared(wanted).n_documents == len(texts)

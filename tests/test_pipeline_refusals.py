@@ -1,0 +1,161 @@
+"""Requests that cannot be met, input that is spoilt, a disk without room."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import PrepareError, SourceError, TokenizerError
+from pipeline.estimate import refuse_without_room
+from pipeline.executors import Executor
+from pipeline.prepare import Watch, prepare
+from pipeline.tokenizer import Tokenizer
+from pipeline.work import Limit
+from pipeline_samples import (
+    TEXTS,
+    contents,
+    corpus,
+    prepared,
+    request,
+    tokenizer,
+    write_jsonl,
+)
+
+
+def refused(wanted: Any, kind: Any = PrepareError) -> Any:
+    with pytest.raises(kind) as caught:
+        prepare(wanted, Executor(), Watch())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_begun_otherwise_is_not_touched(tmp_path: Path) -> None:
+    corpus(tmp_path / "in", 2)
+    files = str(tmp_path / "in")
+    prepared(request(tmp_path, files))
+    before = contents(tmp_path / "mine")
+    told = refused(request(tmp_path, files, seq_len=128))
+    assert "begun with seq_len 64, not 128" in told and "--out" in told
+    assert "another tokenizer than mistral-v3-extended" in refused(
+        request(tmp_path, files, tokenizer=Tokenizer.default())
+    )
+    assert "max_tokens None, not 5" in refused(request(tmp_path, files, limit=Limit(tokens=5)))
+    write_jsonl(tmp_path / "in" / "0.jsonl", ["changed"])
+    assert "0.jsonl was" in refused(request(tmp_path, files))
+    (tmp_path / "in" / "0.jsonl").unlink()
+    assert "0.jsonl was" in refused(request(tmp_path, files)) and "absent" in refused(
+        request(tmp_path, files)
+    )
+    assert contents(tmp_path / "mine") == before
+
+
+def test_without_one_document_there_is_no_source(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["", 7, None])
+    told = refused(request(tmp_path, str(tmp_path / "a.jsonl")))
+    assert "not one document" in told and "1 empty" in told and "1 wrong type" in told
+    assert not (tmp_path / "mine" / "manifest.json").exists()
+
+
+def test_refused_records_are_listed_with_file_and_number(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["good", 7, "", "good too"])
+    manifest = prepared(request(tmp_path, str(tmp_path / "a.jsonl")))
+    assert dict(manifest.rejected) == {"empty": 1, "wrong type": 1}
+    lines = (tmp_path / "mine" / "00000.rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"reason": "wrong type", "file": "a.jsonl", "record": 1},
+        {"reason": "empty", "file": "a.jsonl", "record": 2},
+    ]
+
+
+def test_a_missing_field_is_noticed_before_anything_is_done(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["x"] * 50, column="content")
+    told = refused(request(tmp_path, str(tmp_path / "a.jsonl")), SourceError)
+    assert "no field 'text'" in told and "--text-column" in told
+    assert not list((tmp_path / "mine").glob("*.npy"))
+
+
+def test_a_damaged_file_stops_the_run_and_nothing_done_is_lost(tmp_path: Path) -> None:
+    corpus(tmp_path / "in")
+    files = tmp_path / "in"
+    whole = (files / "3.parquet").read_bytes()
+    spoilt = bytearray(whole)
+    spoilt[200:4000] = bytes(3800)
+    (files / "3.parquet").write_bytes(spoilt)
+    with pytest.raises(SourceError, match=r"3\.parquet is damaged"):
+        prepared(request(tmp_path / "out", str(files)), workers=2)
+    assert not [p for p in (tmp_path / "out" / "mine").iterdir() if p.name.startswith(".")]
+    (files / "3.parquet").write_bytes(whole)
+    prepared(request(tmp_path / "out", str(files)))
+    prepared(request(tmp_path / "undisturbed", str(files)))
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_without_room_on_the_disk_nothing_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS * 60)
+    free = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: free)
+        told = refused(request(tmp_path, str(tmp_path / "*.jsonl")))
+    assert "MB are needed and 0 MB are free" in told and "--max-tokens" in told
+    assert not list((tmp_path / "mine").glob("*.npy"))
+    refuse_without_room(tmp_path, 1)
+
+
+RUN_SHORT_OF_ROOM = """
+import resource, sys
+from pathlib import Path
+from pipeline.errors import PrepareError
+from pipeline_samples import prepared, request
+resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # as far as a full disk lets one write
+try:
+    prepared(request(Path(sys.argv[1]), sys.argv[2], unit_bytes=1 << 16))
+except PrepareError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
+    corpus(tmp_path / "in")
+    small: dict[str, Any] = {"unit_bytes": 1 << 16}
+    prepared(request(tmp_path / "whole", str(tmp_path / "in"), **small))
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    for name in ("tokenizer.model", "units.json"):  # the plan was made while there was room
+        shutil.copy(tmp_path / "whole" / "mine" / name, tmp_path / "out" / "mine")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", "."])}
+    command = [sys.executable, "-c", RUN_SHORT_OF_ROOM, str(tmp_path / "out"), str(tmp_path / "in")]
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert ": make room and start the same command again" in told.stdout
+    assert not [path for path in (tmp_path / "out" / "mine").iterdir() if path.name[0] == "."]
+    prepared(request(tmp_path / "out", str(tmp_path / "in"), **small))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"part": (0, 4)}, "parts are numbered 1/4 to 4/4"),
+        ({"part": (5, 4)}, "--part 5/4"),
+        ({"part": (1, 2), "limit": Limit(tokens=9)}, "--part does not go with --max-tokens"),
+        ({"loss_mask": True}, "mine has none"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert told in refused(request(tmp_path, str(tmp_path / "a.jsonl"), **changes))
+
+
+def test_a_vocabulary_without_chat_markers_cannot_prepare_chat(tmp_path: Path) -> None:
+    proto = Tokenizer.default().proto.__class__()
+    proto.CopyFrom(tokenizer().proto)
+    proto.pieces[3].piece = "[OTHER]"
+    strange = Tokenizer(proto.SerializeToString(), "strange")
+    write_jsonl(tmp_path / "a.jsonl", [[]], column="conversations")
+    wanted = request(tmp_path, str(tmp_path / "a.jsonl"), name="slimorca", tokenizer=strange)
+    assert "strange has no control piece [INST]" in refused(wanted, TokenizerError)
