@@ -87,7 +87,7 @@ def damage(run: Path, kind: str) -> None:
         ("truncated", "damaged"),
         ("other tokenizer", "has 380 entries and the weights are made for 512"),
         ("no tokenizer", "has no tokenizer.model"),
-        ("other shape", "do not fit the configuration"),
+        ("other shape", "ffn.down.weight is [32, 64] and by config.json should be [32, 96]"),
     ],
 )
 def test_a_damaged_run_gives_one_line(
@@ -150,7 +150,7 @@ def test_two_tasks_are_two_lines_of_json(run: Path, shards: Path, text_file: Pat
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("sudoku",), 2, "wikitext2"),
+        (("sudoku",), 1, "task 'sudoku' is unknown: choose of wikitext2,"),
         ((), 2, "TASK"),
         (("wikitext2", "--limit", "0"), 2, "--limit"),
         (("wikitext2", "--data", "nowhere.raw"), 1, "nowhere.raw"),

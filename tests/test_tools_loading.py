@@ -6,7 +6,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from pipeline.tokenizer import Tokenizer
 from shards.errors import SummerError
+from shards.format import TOKENIZER
 from tools.errors import LoadingError
 from tools.evaluate import main
 from tools.hugging_face import write_folder
@@ -84,6 +86,16 @@ def test_a_llama_folder_is_scored_by_the_same_code(llama_folder: Path) -> None:
     assert max_context(loaded.model.config) is None
     text, protocol = from_raw(sample_text()[:3000]), Protocol(context=SEQ_LEN)
     assert measure(loaded, text, protocol).nats == measure(ours, text, protocol).nats
+
+
+def test_a_llama_folder_with_another_tokenizer_is_refused(llama_folder: Path) -> None:
+    (llama_folder / TOKENIZER).write_bytes(Tokenizer.default().model)
+    with pytest.raises(LoadingError, match="has 32,768 entries and the weights are made for 512"):
+        load(Choice(hf=llama_folder, device="cpu"))
+    model = sample_model(alibi=False, layer_scale=False, vocab_size=2048)
+    write_folder(llama_folder, model.config, model.state_dict(), sample_tokenizer())
+    with pytest.raises(LoadingError, match="has 500 entries and the weights are made for 2,048"):
+        load(Choice(hf=llama_folder, device="cpu"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

@@ -94,7 +94,7 @@ def _to_summer(source: Path, folder: Path) -> _Checked:
     """A run with one commit, at step 0: `--run` reads it and `init_from` trains on from it."""
     config, weights = read_model(source)
     tokenizer = read_sentencepiece(source)
-    refuse_misfit(str(source), config, Vocabulary.of_sentencepiece(tokenizer))
+    refuse_misfit(str(source), config, weights, Vocabulary.of_sentencepiece(tokenizer))
     if (source / TOKENIZER_JSON).is_file():
         _compare_ids(source, tokenizer)
     save_config(folder, RunConfig(preset="converted", model=config))

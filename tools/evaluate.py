@@ -25,6 +25,7 @@ import click
 
 from model.config import ModelError
 from shards.errors import one_line_failures
+from tools.errors import EvaluationError
 
 if TYPE_CHECKING:
     from tools.scoring import Progress
@@ -42,9 +43,7 @@ _COUNT = click.IntRange(min=1)
 
 
 @click.command(epilog="Example: summer-eval wikitext2 --data wiki.test.raw --protocol stride")
-@click.argument(
-    "tasks", nargs=-1, required=True, type=click.Choice([*NAMES, *ALONE]), metavar="TASK..."
-)
+@click.argument("tasks", nargs=-1, required=True, metavar="TASK...")
 @click.option("--run", type=_FOLDER, help="A run, at its newest commit.  [default: newest run]")
 @click.option("--checkpoint", type=_FOLDER, help="One commit: runs/NAME/checkpoints/step-N.")
 @click.option("--follow", type=_FOLDER, help="Score each commit of a run as it appears.")
@@ -94,6 +93,10 @@ def main(
     In place of tasks: contamination (which items of a --task stand in the training shards), and
     selftest (closed-form models through all plans; needs no data).
     """
+    if unknown := [task for task in tasks if task not in (*NAMES, *ALONE)]:
+        raise EvaluationError(
+            f"task {unknown[0]!r} is unknown: choose of {', '.join((*NAMES, *ALONE))}"
+        )
     if len(tasks) > 1 and set(tasks) & set(ALONE):
         raise click.UsageError(f"{', '.join(ALONE)} stand alone, without other tasks")
     if tasks == ("selftest",):

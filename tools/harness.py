@@ -22,6 +22,7 @@ from lm_eval.api.registry import register_model
 from tools.errors import EvaluationError
 from tools.generation import Generation, write
 from tools.loading import Choice, Precision, load
+from tools.perplexity import refuse_context
 from tools.protocols import Protocol, plan_texts
 from tools.questions import pair_window
 from tools.sampling import Sampling
@@ -50,6 +51,7 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         where = dict(zip(("run", "checkpoint", "hf"), named, strict=True))
         self.loaded = load(Choice(**where, device=device or "auto", dtype=dtype))
         self.max_length = int(options.pop("context", None) or self.loaded.trained_context)
+        refuse_context(self.loaded, self.max_length)
         self.batch_tokens = int(options.pop("batch_tokens", 8192))
         self.add_bos_token = str(options.pop("add_bos_token", False)).lower() == "true"
         if left := options.keys() - {"batch_size", "max_batch_size"}:

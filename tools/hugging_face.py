@@ -44,6 +44,8 @@ TOKENIZER_JSON: Final = "tokenizer.json"
 _WHOLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _FILE_BYTES: Final = 5_000_000_000
+_MOST_FILLED_UP: Final = 1024
+"""Weights are padded to a round number of entries, never by more; else they are another's."""
 
 
 def is_hub_folder(folder: Path) -> bool:
@@ -98,8 +100,8 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
             f"{folder}: neither {TOKENIZER} nor {TOKENIZER_JSON} is there: add the tokenizer"
         )
     missing = vocab_size - len(vocabulary)
-    if missing <= 0:
-        return vocabulary
+    if not 0 < missing < _MOST_FILLED_UP:
+        return vocabulary  # which fits, or is refused
     return replace(vocabulary, pieces=vocabulary.pieces + missing * (b"",))
 
 

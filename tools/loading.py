@@ -107,12 +107,14 @@ def load(choice: Choice) -> LoadedModel:
         if choice.hf is not None
         else _from_commit(choice.checkpoint or newest_commit(choice.run or newest_run()))
     )
-    refuse_misfit(name, config, vocabulary)
+    refuse_misfit(name, config, weights, vocabulary)
     dtype = choice.dtype if choice.dtype != "auto" else _natural_dtype(device)
-    model = _fill(name, config, weights, device)
+    with torch.device("meta"):  # never initialised at random on the way
+        model = Transformer(config)
+    model.to_empty(device=device).load_state_dict(weights)
     return LoadedModel(
         name=name,
-        model=model,
+        model=model.eval(),
         vocabulary=vocabulary,
         weights_sha256=sha256_of_weights(weights),
         dtype=dtype,
@@ -138,8 +140,22 @@ def _from_commit(commit: Path) -> _Parts:
     return name, load_config(run).model, load_weights(commit), vocabulary
 
 
-def refuse_misfit(name: str, config: ModelConfig, vocabulary: Vocabulary) -> None:
-    """LoadingError unless the tokenizer's ids are those that the weights were made for."""
+def refuse_misfit(
+    name: str, config: ModelConfig, weights: Mapping[str, Tensor], vocabulary: Vocabulary
+) -> None:
+    """LoadingError unless weights and tokenizer are those that the configuration describes."""
+    with torch.device("meta"):
+        described = Transformer(config).state_dict()
+    for tensor in sorted(described.keys() | weights.keys()):
+        wanted, found = (
+            str(list(side[tensor].shape)) if tensor in side else "absent"
+            for side in (described, weights)
+        )
+        if wanted != found:
+            raise LoadingError(
+                f"{name}: {tensor} is {found} and by {CONFIG} should be {wanted}: put the {CONFIG} "
+                "back that belongs to the weights"
+            )
     rounded = -(-len(vocabulary) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     if config.vocab_size not in (len(vocabulary), rounded):
         raise LoadingError(
@@ -169,23 +185,6 @@ def sha256_of_weights(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {list(values.shape)}\n".encode())
         digest.update(values.numpy().data)
     return digest.hexdigest()
-
-
-def _fill(
-    name: str, config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device
-) -> Transformer:
-    """The network with these weights, never initialised at random on the way."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    model.to_empty(device=device)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise LoadingError(
-            f"{name}: the weights do not fit the configuration ({error}): put the run's own "
-            f"{CONFIG} back"
-        ) from error
-    return model.eval()
 
 
 def _natural_dtype(device: torch.device) -> Literal["bf16", "fp32"]:
