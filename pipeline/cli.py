@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,16 @@ def main() -> None:
     \b
     summer-prep tokenize --source python-code --out shards/
     """
-    # an exit like any other: workers are ended, temporary files removed
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGTERM, before))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = signal.getsignal(number)
+        if before != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, _stop)
+            click.get_current_context().call_on_close(partial(signal.signal, number, before))
+
+
+def _stop(number: int, _frame: object) -> None:
+    """An exit like any other: workers are ended, temporary files removed."""
+    sys.exit(128 + number)
 
 
 def _part(_context: object, _option: object, text: str) -> tuple[int, int]:
@@ -109,7 +117,8 @@ def _chosen(command: Callable[..., Any]) -> Callable[..., Any]:
 def tokenize(source: str, **options: Any) -> None:
     """Read a source, tokenize it, pack it into shards.
 
-    Started again after any interruption, the same command goes on where it stopped.
+    Started again after any interruption, the same command goes on where it stopped. Ctrl-C ends it
+    with exit code 130, SIGTERM with 143.
 
     \b
     summer-prep tokenize --source fineweb --max-tokens 1000000000
@@ -139,6 +148,10 @@ def tokenize(source: str, **options: Any) -> None:
     screen = Screen(sys.stderr)
     try:
         manifest = prepare(request, executor, screen)
+    except SystemExit:
+        screen.close()
+        click.echo("stopped: the same command goes on from here", err=True)
+        raise
     finally:
         screen.close()
     _tell(request.out / source, manifest, options["as_json"])

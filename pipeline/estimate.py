@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -24,7 +24,7 @@ from pipeline.errors import PrepareError, SourceError
 from pipeline.inputs import Inputs
 from pipeline.reading import MISSING, PartReader
 from pipeline.sources import Source
-from pipeline.units import Plan, Unit
+from pipeline.units import Plan
 from pipeline.work import Limit
 
 SAMPLE_BYTES: Final = 1 << 20
@@ -47,14 +47,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The work ahead: `n_units` are still to be done of the plan's."""
+    """The work ahead, and the seconds it takes if `workers` share it."""
 
     n_files: int
-    n_units: int
+    units: Mapping[int, int]
+    """The planned bytes of text of every unit that is still to be done, by position."""
+    limit: Limit
+    """What is left of the limit: it may be met before all units are done."""
     read_bytes: int
     tokens: int
     disk_bytes: int
-    hours: float
+    workers: int
+    seconds: float
 
 
 def take_sample(
@@ -107,26 +111,32 @@ class _Rate:
 
 
 def estimate(
-    plan: Plan, units: Sequence[Unit], sample: Sample, limit: Limit, token_bytes: int, workers: int
+    plan: Plan,
+    positions: Sequence[int],
+    sample: Sample,
+    limit: Limit,
+    token_bytes: int,
+    workers: int,
 ) -> Estimate:
-    """What the given units of a plan will take, going by the sample."""
-    text_bytes = sum(unit.text_bytes for unit in units)
-    per_byte = 1 / max(1, sample.text_bytes)
-    tokens = text_bytes * sample.tokens * per_byte
+    """What the units at these positions of a plan will take, going by the sample."""
+    units = {position: plan.units[position].text_bytes for position in positions}
+    text_bytes, workers = sum(units.values()), max(1, min(workers, len(units)))
+    tokens = text_bytes * sample.tokens / max(1, sample.text_bytes)
     wanted = tokens
     if limit.tokens is not None:
         wanted = min(wanted, limit.tokens)
     if limit.documents is not None:
         wanted = min(wanted, limit.documents * sample.tokens / max(1, sample.documents))
     share = wanted / tokens if tokens else 0.0
-    seconds = share * text_bytes * sample.seconds_per_byte / max(1, min(workers, len(units)))
     return Estimate(
         n_files=len(plan.files),
-        n_units=len(units),
-        read_bytes=round(share * sum(unit.read_bytes for unit in units)),
+        units=units,
+        limit=limit,
+        read_bytes=round(share * sum(plan.units[position].read_bytes for position in positions)),
         tokens=round(wanted),
         disk_bytes=round(wanted * token_bytes * ROOM_FACTOR),
-        hours=seconds / 3600,
+        workers=workers,
+        seconds=share * text_bytes * sample.seconds_per_byte / workers,
     )
 
 

@@ -1,4 +1,4 @@
-"""Who runs the units: this process, a pool of processes, or a Ray cluster.
+"""Who runs the units: this process, a pool of processes, or a Ray cluster (cluster.py).
 
 All of them run `run_unit`; they differ in where. Each is a context that gives a `Submit`.
 `--part I/N` needs no executor of its own: it is a choice of units, made in prepare.py.
@@ -11,11 +11,13 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 from pipeline.errors import PrepareError
@@ -42,7 +44,9 @@ class Executor:
     def running(self, job: Job, n_units: int, report: Report) -> Iterator[Submit]:
         """A function that starts a unit; `report` hears of the work as it is done."""
         if self.kind == "ray":
-            with _ray(self.address, job, report) as submit:
+            from pipeline.cluster import on_ray
+
+            with on_ray(self.address, job, report) as submit:
                 yield submit
         elif min(self.workers, n_units) > 1:
             with _pool(min(self.workers, n_units), job, report) as submit:
@@ -72,8 +76,13 @@ def _pool(workers: int, job: Job, report: Report) -> Iterator[Submit]:
     listener = threading.Thread(target=_listen, args=(steps, report), daemon=True)
     listener.start()
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(job, steps))
+
+    def submit(position: int, limit: Limit) -> Future[Receipt]:
+        with _undisturbed_start():  # it starts a process, until there are enough
+            return pool.submit(_in_pool, position, limit)
+
     try:
-        yield lambda position, limit: pool.submit(_in_pool, position, limit)
+        yield submit
         pool.shutdown(wait=True)
         steps.put(None)
         listener.join()
@@ -88,6 +97,22 @@ def _pool(workers: int, job: Job, report: Report) -> Iterator[Submit]:
                 "again, it goes on where it stopped; fewer --workers need less memory"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def _undisturbed_start() -> Iterator[None]:
+    """Processes started here do not run the user's script again, nor hear of Ctrl-C as they start.
+
+    Python imports the script into every process it spawns: one that calls `prepare` without
+    `if __name__ == "__main__"` would prepare again in each. Workers need nothing of it.
+    """
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: dict[str, Any] = {}
@@ -118,43 +143,3 @@ def _in_pool(position: int, limit: Limit) -> Receipt:
 def _listen(steps: Any, report: Report) -> None:
     while isinstance(step := steps.get(), Step):
         report(step)
-
-
-@contextlib.contextmanager
-def _ray(address: str, job: Job, report: Report) -> Iterator[Submit]:
-    """A Ray cluster whose machines all see the output folder, and the input if it is local."""
-    try:
-        import ray
-    except ImportError as error:
-        raise PrepareError(
-            "--executor ray needs Ray: `pip install 'summerlm[ray]'`, or leave --executor out"
-        ) from error
-    ray.init(address=address or None, ignore_reinit_error=True, log_to_driver=False)
-    remote = ray.remote(num_cpus=1, max_retries=3)(_in_ray)
-
-    def submit(position: int, limit: Limit) -> Future[Receipt]:
-        future: Future[Receipt] = Future()
-        reference = remote.remote(job, position, limit)
-        reference.future().add_done_callback(lambda done: _settle(future, done, report))
-        return future
-
-    try:
-        yield submit
-    finally:
-        ray.shutdown()
-
-
-def _in_ray(job: Job, position: int, limit: Limit) -> tuple[Receipt, Step]:
-    steps: list[Step] = []
-    receipt = run_unit(job, position, limit, steps.append)
-    return receipt, sum(steps, Step())
-
-
-def _settle(future: Future[Receipt], done: Any, report: Report) -> None:
-    """Hand on what became of a Ray task."""
-    if error := done.exception():
-        future.set_exception(getattr(error, "cause", None) or error)
-        return
-    receipt, step = done.result()
-    report(step)
-    future.set_result(receipt)

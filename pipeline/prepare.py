@@ -32,11 +32,11 @@ from pipeline.executors import Executor
 from pipeline.hub import HubInputs, hub_inputs
 from pipeline.inputs import Inputs, embedded_inputs, local_inputs
 from pipeline.recipe import Request, facts_of, recipe_of, refuse_contradictions, refuse_other
-from pipeline.schedule import LimitedRun, run_all
+from pipeline.schedule import LimitedRun, amount_of, run_all
 from pipeline.sources import Source, refuse_unavailable
 from pipeline.tokenizer import Tokenizer
 from pipeline.units import Plan, make_plan, read_plan
-from pipeline.work import NO_LIMIT, Job, Limit, Step
+from pipeline.work import NO_LIMIT, Amount, Job, Limit, Step
 from shards.errors import ShardError
 from shards.files import (
     create_exclusively,
@@ -69,9 +69,9 @@ class Watch:
         """The plan is made and there is room for it; `note` says how text is encoded."""
 
     def step(self, step: Step) -> None:
-        """Some documents have become rows."""
+        """Some documents of a unit have become rows."""
 
-    def unit_done(self) -> None:
+    def unit_done(self, position: int) -> None:
         """A unit has its receipt."""
 
 
@@ -195,11 +195,12 @@ def _run(request: Request, executor: Executor, watch: Watch, job: Job, plan: Pla
     encoder = make_encoder(request.tokenizer)
     template = Template.of(request.tokenizer) if job.source.shape == "chat" else None
     sample = take_sample(job.inputs, job.source, plan, encoder, template)
+    done = sum((amount_of(receipt.shards) for receipt in receipts.values()), Amount())
     ahead = estimate(
         plan,
-        [plan.units[position] for position in missing],
+        missing,
         sample,
-        request.limit,
+        request.limit.after(done),
         token_dtype(request.tokenizer.vocab_size).itemsize,
         executor.workers,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
+from dataclasses import dataclass
 from typing import Final, TextIO
 
 from rich.console import Console
@@ -12,76 +14,198 @@ from rich.text import Text
 
 from pipeline.estimate import Estimate
 from pipeline.prepare import Watch
-from pipeline.work import Job, Step
+from pipeline.work import NO_LIMIT, Job, Step
 
 PLAIN_INTERVAL_S: Final = 30.0
 """How often a line is written where nothing can move: files, pipes, CI."""
+SHORTEST_WINDOW_S: Final = 4.0
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How far the work was at a time."""
+
+    at: float
+    share: float
+    text_bytes: int
+
+
+class Course:
+    """How far the work is, how fast it goes and what is left of it. It is told the time.
+
+    The work is the planned bytes of text. What a planned byte yields is known of the units that
+    are done (records have other fields, compressed files are guessed), and taken to hold for those
+    at work. The rate is that of the later half of the time: workers that start and encoders that
+    are new to the words are slow at first, and a cluster grows and shrinks.
+    """
+
+    def __init__(self, ahead: Estimate) -> None:
+        self._ahead = ahead
+        self._planned_bytes = max(1, sum(ahead.units.values()))
+        self._steps: dict[int, Step] = {}
+        self._at_work: dict[int, float] = {}  # when a unit was begun
+        self._ended: set[int] = set()
+        self._ended_planned = self._ended_text = 0
+        self.documents = self.tokens = self.text_bytes = 0
+        self._trail: deque[Mark] = deque()
+        self._last = Mark(0.0, 0.0, 0)
+
+    def step(self, step: Step, now: float) -> None:
+        """A unit has come further, or is begun (again)."""
+        old = self._steps.get(step.unit, Step(step.unit))
+        self._steps[step.unit] = step
+        self.documents += step.amount.documents - old.amount.documents
+        self.tokens += step.amount.tokens - old.amount.tokens
+        self.text_bytes += step.text_bytes - old.text_bytes
+        if step.unit in self._ended:
+            self._ended_text += step.text_bytes - old.text_bytes
+        elif not step.text_bytes:
+            self._at_work[step.unit] = now
+        self._note(now)
+
+    def unit_done(self, position: int) -> None:
+        """A unit is done; its last step may be told later."""
+        self._ended.add(position)
+        self._at_work.pop(position, None)
+        self._ended_planned += self._ahead.units.get(position, 0)
+        self._ended_text += self._steps.get(position, Step(position)).text_bytes
+
+    @property
+    def n_ended(self) -> int:
+        """Units done."""
+        return len(self._ended)
+
+    @property
+    def share(self) -> float:
+        """How much is done, 0 to 1."""
+        limit = self._ahead.limit
+        done = self._ended_planned + sum(self._planned_of(unit) for unit in self._at_work)
+        shares = [done / self._planned_bytes]
+        if limit.documents:
+            shares.append(self.documents / limit.documents)
+        if limit.tokens:
+            shares.append(self.tokens / limit.tokens)
+        return min(1.0, max(shares))
+
+    def bytes_per_second(self) -> float:
+        """Text of late, a second."""
+        first = self._trail[0] if self._trail else self._last
+        seconds = self._last.at - first.at
+        return (self._last.text_bytes - first.text_bytes) / seconds if seconds else 0.0
+
+    def seconds_left(self, now: float) -> float | None:
+        """Seconds until all is done, or None if nothing tells yet."""
+        if not self._trail or self._last.share <= self._trail[0].share:
+            return None
+        first, last = self._trail[0], self._last
+        rate = (last.share - first.share) / (last.at - first.at)
+        left = (1 - last.share) / rate - (now - last.at)
+        if self._ahead.limit == NO_LIMIT:  # with few units left, the longest of them tells
+            left = max([left, *(self._seconds_of(unit, now) for unit in self._at_work)])
+        return max(0.0, left)
+
+    def _note(self, now: float) -> None:
+        self._last = Mark(now, self.share, self.text_bytes)
+        if not self._trail:
+            self._began = now
+        window = max(SHORTEST_WINDOW_S, (now - self._began) / 2)
+        if not self._trail or now - self._trail[-1].at > window / 100:
+            self._trail.append(self._last)
+        while len(self._trail) > 2 and self._trail[1].at <= now - window:
+            self._trail.popleft()
+
+    def _planned_of(self, unit: int) -> float:
+        """The planned bytes that a unit at work has behind it."""
+        text = self._steps[unit].text_bytes
+        if self._ended_text and self._ended_planned:
+            text = text * self._ended_planned // self._ended_text
+        return min(text, self._ahead.units.get(unit, 0))
+
+    def _seconds_of(self, unit: int, now: float) -> float:
+        """What a unit at work still takes, at its own rate."""
+        done, spent = self._planned_of(unit), now - self._at_work[unit]
+        return (self._ahead.units.get(unit, 0) - done) * spent / done if done else 0.0
 
 
 class Screen(Watch):
     """Tells a stream; on a terminal its last line is kept up to date."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._console = Console(file=stream, highlight=False, soft_wrap=True)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._console = Console(
+            file=stream, highlight=False, soft_wrap=True, force_terminal=stream.isatty()
+        )
         self._lock = threading.Lock()  # steps come from a thread that listens to the workers
-        self._done, self._units = Step(), 0
-        self._ahead: Estimate | None = None
+        self._course: Course | None = None
+        self._ahead: Estimate
         self._began = self._told = 0.0
+        self._live = Live(
+            console=self._console,
+            get_renderable=lambda: Text(self._line(), no_wrap=True, overflow="ellipsis"),
+            transient=True,
+        )
 
     def planned(self, job: Job, ahead: Estimate, note: str) -> None:
         """Show what the work will take."""
         facts = job.facts
+        on = "one worker" if ahead.workers == 1 else f"{ahead.workers} workers"
         for line in (
             f"{facts.source}: {ahead.n_files:,} files of {facts.dataset}"
             + (f" at {facts.revision[:12]}" if facts.revision else ""),
             f"  licence    {facts.licence}",
-            f"  to read    {size(ahead.read_bytes)} in {ahead.n_units:,} units of work",
+            f"  to read    {size(ahead.read_bytes)} in {len(ahead.units):,} units of work"
+            + ("" if ahead.limit == NO_LIMIT else ", as far as the limit reaches"),
             f"  to write   about {ahead.tokens / 1e6:,.1f} M tokens, {size(ahead.disk_bytes)} "
             f"into {job.folder}",
             f"  tokenizer  {facts.tokenizer.name}, {facts.tokenizer.vocab_size:,} entries, {note}",
-            f"  time       about {duration(ahead.hours * 3600)} at the rate of a first sample",
+            f"  time       about {duration(ahead.seconds)} on {on}, at the rate of a first sample",
         ):
             self._console.print(line, markup=False)
-        self._ahead = ahead
+        self._course, self._ahead = Course(ahead), ahead
         self._began = self._told = time.monotonic()
         if self._console.is_terminal:
             self._live.start()
 
     def step(self, step: Step) -> None:
-        """Renew the line."""
+        """Count a step; where no line moves, print one now and then."""
+        if self._course is None:
+            return
         with self._lock:
-            self._done += step
-            now = time.monotonic()
-            if self._console.is_terminal:
-                self._live.update(Text(self._line(now), no_wrap=True), refresh=True)
-            elif now - self._told > PLAIN_INTERVAL_S:
-                self._told = now
-                self._console.print(self._line(now), markup=False)
+            self._course.step(step, time.monotonic())
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._told > PLAIN_INTERVAL_S:
+            self._told = now
+            self._console.print(self._line(), markup=False)
 
-    def unit_done(self) -> None:
+    def unit_done(self, position: int) -> None:
         """Count a unit."""
-        with self._lock:
-            self._units += 1
+        if self._course is not None:
+            with self._lock:
+                self._course.unit_done(position)
 
     def close(self) -> None:
         """Leave the screen in order, with the last line standing."""
         if self._live.is_started:
             self._live.stop()
-        if self._ahead is not None:
-            self._console.print(self._line(time.monotonic()), markup=False)
+        if self._course is not None:
+            self._console.print(self._line(last=True), markup=False)
+        self._course = None
 
-    def _line(self, now: float) -> str:
-        seconds, done, ahead = max(now - self._began, 1e-9), self._done, self._ahead
-        tokens = done.amount.tokens
-        left = ""
-        if ahead is not None and 0 < tokens < ahead.tokens:
-            left = f", {duration(seconds * (ahead.tokens / tokens - 1))} left"
-        return (
-            f"{self._units:,}/{ahead.n_units if ahead else 0:,} units, "
-            f"{done.amount.documents:,} documents, {tokens / 1e6:,.1f} M tokens, "
-            f"{done.text_bytes / 1e6 / seconds:,.1f} MB/s{left}"
-        )
+    def _line(self, last: bool = False) -> str:
+        course, now = self._course, time.monotonic()
+        if course is None:
+            return ""
+        with self._lock:
+            left = None if last else course.seconds_left(now)
+            rate = course.bytes_per_second()
+            if last:
+                rate = course.text_bytes / max(now - self._began, 1e-9)
+            of = f"/{len(self._ahead.units):,}" if self._ahead.limit == NO_LIMIT else ""
+            return (
+                ("" if last else f"{course.share:.0%}, ")
+                + ("" if left is None else f"{duration(left)} left, ")
+                + f"{course.n_ended:,}{of} units, {course.documents:,} documents, "
+                f"{course.tokens / 1e6:,.1f} M tokens, {rate / 1e6:,.1f} MB/s"
+            )
 
 
 def size(n_bytes: float) -> str:
@@ -94,10 +218,10 @@ def size(n_bytes: float) -> str:
 
 def duration(seconds: float) -> str:
     """A time in the two units that suit it."""
-    if seconds < 60:
+    if seconds < 100:
         return f"{seconds:.0f} s"
-    minutes = seconds / 60
+    minutes, seconds = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes:.0f} min"
-    hours = minutes / 60
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+        return f"{minutes} min {seconds:02} s" if minutes < 10 else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours / 24:.1f} days"

@@ -14,24 +14,22 @@ from shards.format import Receipt, ShardInfo
 
 
 def run_all(
-    positions: Iterable[int], submit: Submit, at_once: int, unit_done: Callable[[], None]
+    positions: Iterable[int], submit: Submit, at_once: int, unit_done: Callable[[int], None]
 ) -> None:
     """Run the units, at most `at_once` of them handed out at a time."""
-    running: set[Future[Receipt]] = set()
+    running: dict[Future[Receipt], int] = {}
     for position in positions:
         if len(running) >= at_once:
-            running = _collect(running, unit_done)
-        running.add(submit(position, NO_LIMIT))
+            _collect(running, unit_done)
+        running[submit(position, NO_LIMIT)] = position
     while running:
-        running = _collect(running, unit_done)
+        _collect(running, unit_done)
 
 
-def _collect(running: set[Future[Receipt]], unit_done: Callable[[], None]) -> set[Future[Receipt]]:
-    done, running = wait(running, return_when=FIRST_COMPLETED)
-    for future in done:
+def _collect(running: dict[Future[Receipt], int], unit_done: Callable[[int], None]) -> None:
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
         future.result()
-        unit_done()
-    return running
+        unit_done(running.pop(future))
 
 
 class LimitedRun:
@@ -52,7 +50,7 @@ class LimitedRun:
         self._limits: dict[int, Limit] = {}
         self._total, self._text_bytes = Amount(), 0
 
-    def run(self, receipts: Mapping[int, Receipt], unit_done: Callable[[], None]) -> int:
+    def run(self, receipts: Mapping[int, Receipt], unit_done: Callable[[int], None]) -> int:
         """The number of units in the prefix. `receipts`: of units done in an earlier try."""
         n_units = 0
         for position, unit in enumerate(self._units):
@@ -71,7 +69,7 @@ class LimitedRun:
             self._total += amount_of(receipt.shards)
             self._text_bytes += unit.text_bytes
             n_units += 1
-            unit_done()
+            unit_done(position)
         for future in self._running.values():
             future.result()
         remove_units(self._folder, lambda number: number >= n_units)

@@ -12,12 +12,7 @@ import numpy as np
 
 from pipeline.chat import Template
 from pipeline.documents import DocumentMaker, Documents, in_batches
-from pipeline.encode import (
-    Encoded,
-    check_against_sentencepiece,
-    encode_documents,
-    make_encoder,
-)
+from pipeline.encode import CheckedEncoder, Encoded, encode_documents, make_encoder
 from pipeline.errors import PrepareError
 from pipeline.inputs import Inputs
 from pipeline.pack import Packer
@@ -77,13 +72,11 @@ class Limit:
 
 @dataclass(frozen=True)
 class Step:
-    """Some work done: what progress is made of."""
+    """How far a unit is; a later one replaces it, and one of nothing begins the unit again."""
 
+    unit: int
     text_bytes: int = 0
     amount: Amount = Amount()
-
-    def __add__(self, other: Step) -> Step:
-        return Step(self.text_bytes + other.text_bytes, self.amount + other.amount)
 
 
 BATCH_BYTES: Final = 8 << 20
@@ -102,17 +95,21 @@ def run_unit(job: Job, position: int, limit: Limit, report: Report) -> Receipt:
     writer = ShardWriter(job.folder, unit_name(position), job.facts)
     packers = {split: Packer(writer, split, job.facts) for split in ("train", "val")}
     maker = DocumentMaker(job.source, job.facts.val_fraction)
-    encoder = UnitEncoder(job)
-    done = Amount()
+    tokenizer = _tokenizer(job.folder / TOKENIZER, job.facts.tokenizer)
+    encoder = CheckedEncoder(make_encoder(tokenizer), tokenizer, job.check_encoding)
+    template = Template.of(tokenizer) if job.source.shape == "chat" else None
+    text_bytes, done = 0, Amount()
+    report(Step(position))
     for documents in in_batches(_documents(job, plan, position, maker), BATCH_BYTES):
         chosen = documents.first(len(documents) if limit.documents is None
                                  else limit.documents - done.documents)  # fmt: skip
-        encoded, chosen = _cut(encoder.encode(chosen), chosen, limit.after(done))
+        encoded = encode_documents(encoder, chosen, template)
+        encoded, chosen = _cut(encoded, chosen, limit.after(done))
         for split, here in (("train", ~chosen.held), ("val", chosen.held)):
             packers[split].add(encoded.choose(here), chosen.parts[here], chosen.records[here])
-        step = Amount(len(chosen), len(encoded.tokens))
-        report(Step(chosen.texts.nbytes, step))
-        done += step
+        text_bytes += chosen.texts.nbytes
+        done += Amount(len(chosen), len(encoded.tokens))
+        report(Step(position, text_bytes, done))
         if limit.is_met_by(done):
             break
     for packer in packers.values():
@@ -138,24 +135,6 @@ def _cut(encoded: Encoded, documents: Documents, limit: Limit) -> tuple[Encoded,
         return encoded, documents
     n = int(np.searchsorted(np.cumsum(encoded.lengths), limit.tokens)) + 1
     return encoded.choose(np.arange(len(documents)) < n), documents.first(n)
-
-
-class UnitEncoder:
-    """Encodes a unit's documents; compares the first ones of each unit with sentencepiece."""
-
-    def __init__(self, job: Job) -> None:
-        self._tokenizer = _tokenizer(job.folder / TOKENIZER, job.facts.tokenizer)
-        self._encoder = make_encoder(self._tokenizer)
-        self._template = Template.of(self._tokenizer) if job.source.shape == "chat" else None
-        self._to_check = job.check_encoding
-
-    def encode(self, documents: Documents) -> Encoded:
-        """The documents' ids."""
-        if self._to_check:
-            self._to_check -= check_against_sentencepiece(
-                self._tokenizer, self._encoder, documents.texts[: self._to_check]
-            )
-        return encode_documents(self._encoder, documents, self._template)
 
 
 @functools.lru_cache(maxsize=1)

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     },
 }  # fmt: skip
 
-ONLY_IN = {"ray": {"pipeline/executors.py"}}
+ONLY_IN = {"ray": {"pipeline/cluster.py"}}
 
 
 def imports(path: Path) -> set[tuple[str, int]]:
