@@ -8,7 +8,7 @@ Before the first step:
     devices.py      what known devices have
     start.py        from a command line to a plan, to one process or several
     launch.py       one process for each device, through torchrun
-    session.py      a run opened or resumed, committed and closed
+    session.py      a run opened or resumed, and closed
 
 The loop:
     train.py        one page: loader, model, gradients, update, log, commit
@@ -19,6 +19,7 @@ The loop:
     optimizer.py    AdamW, clipping with exact token weights, refused updates
     tally.py        a step's numbers, reduced once and read one step late
     validation.py   held-out loss of each source
+    commits.py      when a commit is due, written beside training; what is kept, and mirrored
     guard.py        how many refused updates are too many
 
 What stays:

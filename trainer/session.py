@@ -1,10 +1,9 @@
-"""What a process holds while it trains: opened, resumed, committed and closed."""
+"""What a process holds while it trains: opened, resumed and closed."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,14 @@ from shards.reader import ShardReader
 from trainer import checkpoint
 from trainer.config import save_config
 from trainer.distributed import World, make_deterministic
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import ConfigError
 from trainer.loader import Loader, MicroBatches, Stretch
 from trainer.metrics import Journal
 from trainer.mixture import Phase
 from trainer.optimizer import make_optimizer
 from trainer.parallel import Network, build_network
 from trainer.plan import Plan
-from trainer.runs import commit_path, commits, newest_commit
+from trainer.runs import newest_commit
 from trainer.screen import Screen
 from trainer.state import Found, State, find, state_from
 
@@ -121,50 +120,6 @@ def open_loader(session: Session, state: State) -> Iterator[Loader]:
     loader = Loader(batches, plan.config.loader, session.world.device, plan.pad_id)
     with contextlib.closing(loader):
         yield loader
-
-
-class Committer:
-    """Says when a commit is due, writes it, and keeps what must be kept."""
-
-    def __init__(self, session: Session, state: State) -> None:
-        self._session, self._state = session, state
-        self._config = session.plan.config.checkpoint
-        self._committed_at = time.monotonic()
-        own = session.world.on_main(lambda: commits(session.run))  # not one resumed from elsewhere
-        self._committed_step = state.step if commit_path(session.run, state.step) in own else None
-
-    def clock_wishes(self) -> bool:
-        """Whether this rank, if it is the main one, finds that enough time has passed."""
-        minutes = (time.monotonic() - self._committed_at) / 60
-        interval = self._config.interval_minutes
-        return self._session.world.is_main and 0 < interval <= minutes
-
-    def due(self) -> bool:
-        """Whether a commit is due by the number of steps."""
-        interval = self._config.interval_steps
-        return interval > 0 and self._state.step % interval == 0
-
-    def commit(self, *, last: bool = False) -> None:
-        """Commit the state, unless it is. A failure is told; only that of the last is fatal."""
-        session, step = self._session, self._state.step
-        if step == self._committed_step:
-            return
-        started = time.monotonic()
-        self._committed_at = started  # a failure too: the next try is an interval away
-        tensors = checkpoint.tensors_of(session.network.bare, session.optimizer)
-        record = self._state.record(session.plan)
-        try:
-            folder = checkpoint.save(session.run, tensors, record, session.world)
-        except CheckpointError as error:
-            session.journal.event("commit refused", step=step, reason=str(error))
-            if last:
-                raise
-            session.screen.say(f"! {error}; TRAINING GOES ON")
-            return
-        self._committed_step = step
-        session.world.on_main(lambda: checkpoint.purge(session.run, self._config))
-        seconds = round(time.monotonic() - started, 3)
-        session.tell(f"committed {folder} in {seconds:.1f} s", "commit", step=step, took_s=seconds)
 
 
 def _start_from(source: Path, model: Transformer) -> None:

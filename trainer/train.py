@@ -23,6 +23,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from trainer.commits import Committer
 from trainer.distributed import join_world
 from trainer.faults import named_faults
 from trainer.guard import judge
@@ -33,7 +34,7 @@ from trainer.plan import Plan
 from trainer.runs import newest_commit
 from trainer.schedule import lr_at
 from trainer.screen import Screen, Silent
-from trainer.session import Committer, Session, begin, claim, open_loader
+from trainer.session import Session, begin, claim, open_loader
 from trainer.signals import listen_for_stop
 from trainer.state import State
 from trainer.tally import Late, Tally
