@@ -18,7 +18,10 @@ from pipeline.work import NO_LIMIT, Job, Step
 
 PLAIN_INTERVAL_S: Final = 30.0
 """How often a line is written where nothing can move: files, pipes, CI."""
-SHORTEST_WINDOW_S: Final = 4.0
+LEAST_MARKS: Final = 3
+"""Steps of each worker, at least, that the rate is taken from."""
+MOST_MARKS: Final = 1000
+"""Steps kept of the whole time, at most; of a long run only some."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class Course:
 
     The work is the planned bytes of text. What a planned byte yields is known of the units that
     are done (records have other fields, compressed files are guessed), and taken to hold for those
-    at work. The rate is that of the later half of the time: workers that start and encoders that
-    are new to the words are slow at first, and a cluster grows and shrinks.
+    at work. The rate is that of the later half, of the time or of the work, whichever is shorter:
+    workers that start and encoders that are new to the words are slow at first, and a cluster
+    grows and shrinks.
     """
 
     def __init__(self, ahead: Estimate) -> None:
@@ -105,14 +109,16 @@ class Course:
         return max(0.0, left)
 
     def _note(self, now: float) -> None:
-        self._last = Mark(now, self.share, self.text_bytes)
-        if not self._trail:
+        trail = self._trail
+        self._last = last = Mark(now, self.share, self.text_bytes)
+        if not trail:
             self._began = now
-        window = max(SHORTEST_WINDOW_S, (now - self._began) / 2)
-        if not self._trail or now - self._trail[-1].at > window / 100:
-            self._trail.append(self._last)
-        while len(self._trail) > 2 and self._trail[1].at <= now - window:
-            self._trail.popleft()
+        further = last.share > trail[-1].share if trail else True
+        if further and (not trail or now - trail[-1].at > (now - self._began) / MOST_MARKS):
+            trail.append(last)
+        half, least = (self._began + now) / 2, LEAST_MARKS * max(1, len(self._at_work))
+        while len(trail) > least and (trail[1].at <= half or trail[1].share <= last.share / 2):
+            trail.popleft()
 
     def _planned_of(self, unit: int) -> float:
         """The planned bytes that a unit at work has behind it."""
