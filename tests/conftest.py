@@ -1,5 +1,6 @@
 """What all tests share: the folder of real text, which only some checkouts have beside them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,14 @@ def shared() -> Path:
     if not data.is_dir():
         pytest.skip("no real text beside this checkout")
     return data
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: small products gain nothing from two."""
+    import torch  # most tests do without
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

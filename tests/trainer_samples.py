@@ -6,9 +6,12 @@ from typing import Any
 import torch
 
 from shards_samples import make_source
+from trainer.checkpoint import load_weights
 from trainer.config import configure
 from trainer.distributed import World
+from trainer.metrics import read_lines
 from trainer.plan import Plan, make_plan
+from trainer.runs import newest_commit
 
 ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
@@ -44,3 +47,36 @@ def set_texts(**changes: Any) -> list[str]:
 def small_plan(shards: Path, /, ranks: int = 1, **changes: Any) -> Plan:
     sets = set_texts(**changes)
     return make_plan(configure(preset="tiny", sets=sets, shards=str(shards)), ranks)
+
+
+class Said:
+    """A screen that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def step(self, values: Any) -> None:
+        self.lines.append(f"step {values['step']}")
+
+    def close(self) -> None:
+        pass
+
+    def __contains__(self, part: str) -> bool:
+        return any(part in line for line in self.lines)
+
+
+def log_of(run: Path) -> list[tuple[Any, ...]]:
+    keys = ("step", "loss", "lr", "grad_norm", "n_targets", "next_index")
+    return [tuple(line[key] for key in keys) for line in read_lines(run / "metrics.jsonl")]
+
+
+def events_of(run: Path) -> list[str]:
+    return [line["event"] for line in read_lines(run / "events.jsonl")]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = load_weights(newest_commit(one)), load_weights(newest_commit(other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
