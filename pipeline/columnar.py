@@ -20,6 +20,7 @@ Nothing here makes a Python string of a document.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, Final, NamedTuple
 
@@ -35,7 +36,8 @@ SPACE: Final = "\u2581"  # what a space is inside a model
 _MARKER: Final = b"\xff"
 _NO_DUMMY_PREFIX: Final = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
 _CACHED_WORD_BYTES: Final = 64  # longer ones rarely come twice
-_CACHED_WORDS: Final = 1 << 18
+_CACHED_WORDS: Final = 1 << 17  # are always kept; more only if a batch has that many of its own,
+_MOST_WORDS: Final = 1 << 20  # as in text of many languages, for each batch hashes them all anew
 _COUNTED: Final = 8  # of so many words one is counted: which are common shows all the same
 _WINDOW: Final = 1 << 16  # bytes cut at a time: what is made of them stays in the cache
 
@@ -50,6 +52,7 @@ class Stream(NamedTuple):
     starts: npt.NDArray[np.int64]
 
 
+@functools.lru_cache(maxsize=8)
 def unfit_reason(tokenizer: Tokenizer) -> str | None:
     """Why this vocabulary needs plain sentencepiece; None if cutting is exact for it."""
     proto = tokenizer.proto
@@ -182,7 +185,7 @@ class ColumnarEncoder:
         words = pa.concat_arrays([self._words, words[known:].filter(short)])
         ids = pa.concat_arrays([self._ids, ids[known:].filter(short)])
         uses = np.concatenate([uses[:known], uses[known:][np.asarray(short)]])
-        if len(words) > _CACHED_WORDS:
+        if len(words) > _CACHED_WORDS and len(words) > min(_MOST_WORDS, 4 * len(np.unique(places))):
             uses[0] = np.iinfo(np.int64).max // 2  # the marker stays, and stays first
             keep = np.sort(np.argsort(-uses, kind="stable")[: _CACHED_WORDS // 2])
             words, ids = words.take(pa.array(keep)), ids.take(pa.array(keep))

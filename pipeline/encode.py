@@ -3,6 +3,7 @@
 make_encoder(tokenizer)         the columnar encoder, or plain sentencepiece where it must be
 encoder.encode(texts)           an Arrow array of strings -> BOS doc EOS BOS doc EOS ...
 encode_documents(encoder, ...)  the same for documents, conversations among them
+CheckedEncoder(encoder, ...)    the same, its first texts compared with sentencepiece's ids
 """
 
 from __future__ import annotations
@@ -106,18 +107,36 @@ def encode_documents(
     return Encoded(*template.join(stream.tokens, stream.starts, documents.turns))
 
 
-def check_against_sentencepiece(tokenizer: Tokenizer, encoder: Encoder, texts: pa.Array) -> int:
-    """How many texts were compared; TokenizerError names the first whose ids differ.
+class CheckedEncoder:
+    """An encoder whose first `n` texts are compared with what sentencepiece makes of them.
 
-    Of a long text only the beginning is compared: sentencepiece takes seconds for a book.
+    TokenizerError names the first that differs. Of a long text only the beginning is compared, by
+    itself: sentencepiece takes seconds for a book.
     """
-    texts = pc.utf8_slice_codeunits(texts, 0, CHECKED_CHARACTERS)
-    stream = encoder.encode(texts)
-    ends = [*stream.starts[1:].tolist(), len(stream.tokens)]
-    for text, first, last in zip(texts.to_pylist(), stream.starts.tolist(), ends, strict=True):
-        if stream.tokens[first + 1 : last - 1].tolist() != tokenizer.encode(text):
-            raise TokenizerError(
-                f"the fast encoder and sentencepiece differ on {text[:60]!r}...: please report "
-                "it together with the tokenizer; nothing of this unit was written"
-            )
-    return len(texts)
+
+    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, n: int) -> None:
+        self._encoder, self._tokenizer, self._left = encoder, tokenizer, n
+
+    def encode(self, texts: pa.Array) -> Stream:
+        """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
+        stream = self._encoder.encode(texts)
+        if self._left:
+            sample = texts[: self._left]
+            self._left -= len(sample)
+            long = np.asarray(pc.greater(pc.utf8_length(sample), CHECKED_CHARACTERS))
+            self._compare(sample, stream, ~long)
+            if long.any():
+                beginnings = pc.utf8_slice_codeunits(sample, 0, CHECKED_CHARACTERS)
+                self._compare(beginnings, self._encoder.encode(beginnings), long)
+        return stream
+
+    def _compare(self, texts: pa.Array, stream: Stream, chosen: Flags) -> None:
+        ends = [*stream.starts[1:].tolist(), len(stream.tokens)]
+        for place in np.flatnonzero(chosen).tolist():
+            text = texts[place].as_py()
+            ids = stream.tokens[stream.starts[place] + 1 : ends[place] - 1]
+            if ids.tolist() != self._tokenizer.encode(text):
+                raise TokenizerError(
+                    f"the fast encoder and sentencepiece differ on {text[:60]!r}...: please report "
+                    "it together with the tokenizer; nothing of this unit was written"
+                )

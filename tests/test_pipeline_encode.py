@@ -1,0 +1,61 @@
+"""The comparison with sentencepiece stops at the first text whose ids differ."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline import encode
+from pipeline.columnar import Stream
+from pipeline.encode import CheckedEncoder, make_encoder
+from pipeline.errors import TokenizerError
+from pipeline_samples import TEXTS, tokenizer
+
+CLEAN = ["one dog", "", "two cats and a dog"]
+
+
+class Lying:
+    """Gives another last id to every text that holds a Z."""
+
+    def encode(self, texts: pa.Array) -> Stream:
+        tokens, starts = make_encoder(tokenizer()).encode(texts)
+        ends = [*starts[1:].tolist(), len(tokens)]
+        wrong = [ends[n] - 2 for n, text in enumerate(texts.to_pylist()) if "Z" in text]
+        return Stream(np.where(np.isin(np.arange(len(tokens)), wrong), 5, tokens), starts)
+
+
+def checked(texts: list[str], n: int, encoder: Any = None) -> Stream:
+    return CheckedEncoder(encoder or Lying(), tokenizer(), n).encode(pa.array(texts, pa.string()))
+
+
+def test_what_is_right_passes_unchanged() -> None:
+    honest = make_encoder(tokenizer())
+    texts = [*CLEAN, *TEXTS]
+    got, want = checked(texts, 1000, honest), honest.encode(pa.array(texts, pa.string()))
+    assert np.array_equal(got.tokens, want.tokens) and np.array_equal(got.starts, want.starts)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_the_first_difference_is_named(place: int) -> None:
+    texts = list(CLEAN)
+    texts.insert(place, "a dog Z")
+    with pytest.raises(TokenizerError, match="'a dog Z'"):
+        checked(texts, 4)
+    if place == 3:
+        checked(texts, 3)  # no more are compared than was asked for
+
+
+def test_the_number_counts_over_batches() -> None:
+    encoder = CheckedEncoder(Lying(), tokenizer(), 4)
+    encoder.encode(pa.array(CLEAN, pa.string()))
+    with pytest.raises(TokenizerError):
+        encoder.encode(pa.array(["dog Z", "dog"], pa.string()))
+
+
+def test_of_a_long_text_the_beginning_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "CHECKED_CHARACTERS", 20)
+    long = "a dog and a cat " * 5
+    checked([long + "Z", *CLEAN], 4)  # what differs lies beyond
+    with pytest.raises(TokenizerError, match="Z a dog"):
+        checked([*CLEAN, "Z " + long], 4)
