@@ -3,10 +3,15 @@
 python -m tools.harness run --model summerlm --model_args run=runs/tiny --tasks lambada_openai
 python -m tools.harness run --model summerlm --model_args hf=SmolLM2-135M,add_bos_token=False ...
 
-The harness knows no plug-ins: a model is registered by importing its module, so this module is
-imported and then the harness' own command line runs. From Python, `import tools.harness` and
-`lm_eval.simple_evaluate(model="summerlm", ...)` do the same. Model arguments: run, checkpoint or
-hf; device, dtype, context, batch_tokens, add_bos_token.
+`lm_eval --model summerlm` alone finds nothing: the harness (0.4.13) has a table of its own models
+and neither entry points nor an option for more, so that a model is registered by whoever imports
+its module. This module is imported and then the harness' own command line runs, with all of its
+options. From Python, `import tools.harness` and `lm_eval.simple_evaluate(model="summerlm", ...)` do
+the same. An exported folder (summer-convert) needs neither:
+
+lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True,add_bos_token=False ...
+
+Model arguments: run, checkpoint or hf; dtype, context, batch_tokens, add_bos_token.
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
+from model.config import ModelError
+from shards.errors import one_line_failures
 from tools.errors import EvaluationError
 from tools.generation import Generation, write
 from tools.loading import Choice, Precision, load
@@ -123,7 +130,13 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         return self.prefix_token_id
 
 
-if __name__ == "__main__":
+@one_line_failures(ModelError)
+def main() -> None:
+    """The harness' command line."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

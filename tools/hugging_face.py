@@ -110,8 +110,9 @@ def read_sentencepiece(folder: Path) -> Tokenizer:
     path = folder / TOKENIZER
     if not path.is_file():
         raise ConversionError(
-            f"{folder}: no {TOKENIZER} there, and a run keeps no other kind of tokenizer: use the"
-            f" model as it is (summer-eval TASK --hf {folder})"
+            f"{folder}: no {TOKENIZER} there, and shards are made with a SentencePiece model alone,"
+            " so no run could train on from it; evaluate it as it is: summer-eval TASK --hf"
+            f" {folder}"
         )
     model = path.read_bytes()
     try:
