@@ -81,11 +81,13 @@ def test_a_step_in_one_line() -> None:
         "step 3/60 · loss 2.5000 · lr 1.00e-03 · norm 0.50 · 12,346 tokens/s · data wait 0.1 % "
         "· ETA 0:01:01"
     )
-    more = {"mfu": 0.412, "dollars": 1.5, "dollars_left": 2.25, "val_loss": 3.0}
+    more = {"mfu": 0.412, "dollars": 1.5, "dollars_to_go": 2.25, "val_loss": 3.0}
     line = step_line({**VALUES, **more, "loss": None})
     assert "loss not finite" in line
     assert "MFU 41.2 % (causal)" in line
     assert "$ 1.50 (+ 2.25)" in line
+    spent = step_line({**VALUES, **more, "dollars_left": 8.5})
+    assert "$ 1.50 (+ 2.25, 8.50 left)" in spent
     assert "held-out 3.0000" in line
 
 

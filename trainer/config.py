@@ -25,6 +25,7 @@ from shards.files import publish_json
 from trainer.checkpoint import CheckpointConfig
 from trainer.errors import ConfigError, at_least
 from trainer.loader import LoaderConfig
+from trainer.profiling import parse_steps
 from trainer.runs import CONFIG, newest_run, runs_by_age
 from trainer.schedule import OptimConfig
 from trainer.shares import REFERENCE_SHARES
@@ -53,6 +54,8 @@ class RunConfig:
     log_interval: int = 10
     tensorboard: bool = True
     dollars_per_hour: float = 0.0  # of all devices together; 0: nothing is said about money
+    max_dollars: float = 0.0  # anneal in time to commit inside this budget; 0: there is none
+    profile_steps: str = ""  # "10" or "10-12": these steps are profiled into the run's folder
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -63,7 +66,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least("", self, max_steps=1, global_batch_tokens=1, log_interval=1)
-        at_least("", self, dollars_per_hour=0, seed=0)
+        at_least("", self, dollars_per_hour=0, max_dollars=0, seed=0)
+        if self.max_dollars and not self.dollars_per_hour:
+            raise ConfigError(
+                f"max_dollars={self.max_dollars}: give the price too, --set dollars_per_hour="
+            )
+        parse_steps(self.profile_steps)
         if self.micro_batch_size is not None:
             at_least("", self, micro_batch_size=1)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from model.config import flops_per_token
+from trainer import goodput
+from trainer.config import RunConfig
 from trainer.metrics import Journal
 from trainer.plan import Plan
 from trainer.screen import Screen
@@ -18,25 +18,6 @@ from trainer.tally import Late, Reading
 
 Arrived = tuple[int, Reading] | None
 """A step and its numbers, once they are on the host."""
-
-
-class Stopwatch:
-    """Training time in laps; what is paused belongs to no lap."""
-
-    def __init__(self) -> None:
-        self._mark = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        before, self._mark = self._mark, time.perf_counter()
-        return self._mark - before
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside is left out."""
-        start = time.perf_counter()
-        yield
-        self._mark += time.perf_counter() - start
 
 
 @dataclass(kw_only=True)
@@ -49,6 +30,8 @@ class _Entry:
     lr: float
     time_s: float
     waited_s: float
+    spent_s: dict[str, float]
+    last_step: int
     val: dict[str, float]
 
 
@@ -57,12 +40,17 @@ class Logbook:
 
     def __init__(self, plan: Plan, journal: Journal, screen: Screen, state: State) -> None:
         self._plan, self._journal, self._screen = plan, journal, screen
+        self._state, self._order = state, state.order(plan.config.seed)
         self._under_way: _Entry | None = None
+        self._waited_s = 0.0
         self._written = (state.step, state.time_s, 0.0)  # step, time_s, waited_s of the last line
 
     def enter(self, late: Late, state: State, lr: float, waited_s: float) -> Arrived:
         """Take in the step that `state` has just made; the one before, now written."""
         before = self.settle()
+        spent_s = state.spent_s
+        spent_s["data"] = spent_s.get("data", 0.0) + waited_s - self._waited_s
+        self._waited_s = waited_s
         self._under_way = _Entry(
             late=late,
             step=state.step,
@@ -70,6 +58,8 @@ class Logbook:
             lr=lr,
             time_s=state.time_s,
             waited_s=waited_s,
+            spent_s=dict(spent_s),
+            last_step=state.last_step(self._plan.config.max_steps),
             val={},
         )
         return before
@@ -85,7 +75,7 @@ class Logbook:
             return None
         entry, self._under_way = self._under_way, None
         reading, config = entry.late.read(), self._plan.config
-        regular = entry.step % config.log_interval == 0 or entry.step == config.max_steps
+        regular = entry.step % config.log_interval == 0 or entry.step == entry.last_step
         if regular or entry.val or reading.refused:
             self._write(reading, entry)
         return entry.step, reading
@@ -95,7 +85,8 @@ class Logbook:
         self._written = (entry.step, entry.time_s, entry.waited_s)
         elapsed = max(1e-9, entry.time_s - time_s)
         rate = (entry.step - step) * self._plan.step_tokens / elapsed
-        left_s = (self._plan.config.max_steps - entry.step) * self._plan.step_tokens / rate
+        left_s = (entry.last_step - entry.step) * self._plan.step_tokens / rate
+        seconds = goodput.parts(entry.time_s, entry.spent_s)
         line = {
             "step": entry.step,
             "loss": _finite(reading.loss),
@@ -107,12 +98,13 @@ class Logbook:
             "tokens_per_s": round(rate, 1),
             "time_s": round(entry.time_s, 3),
             "data_wait": round(min(1.0, (entry.waited_s - waited_s) / elapsed), 5),
-            **self._derived(rate, entry.time_s, left_s),
+            **self._derived(rate, sum(seconds.values()), left_s),
             **self._held_out(entry.val),
+            "spent_s": {part: round(value, 3) for part, value in seconds.items()},
+            "ledger": self._state.ledger(self._order, entry.next_index),
         }
         self._journal.metrics(line)
-        max_steps = self._plan.config.max_steps
-        self._screen.step({**line, "max_steps": max_steps, "eta_s": left_s})
+        self._screen.step({**line, "max_steps": entry.last_step, "eta_s": left_s})
 
     def _held_out(self, losses: Mapping[str, float]) -> dict[str, Any]:
         """The losses of sources, and their mean in the mixture's weights."""
@@ -122,7 +114,7 @@ class Logbook:
         total = sum(losses[name] * weight for name, weight in weights.items())
         return {"val_loss": total / sum(weights.values()), "val": dict(losses)}
 
-    def _derived(self, rate: float, time_s: float, left_s: float) -> dict[str, float]:
+    def _derived(self, rate: float, held_s: float, left_s: float) -> dict[str, float]:
         """MFU, by the causal count of FLOPs, and money, each only where it is known."""
         derived = {}
         config = self._plan.config
@@ -130,9 +122,19 @@ class Logbook:
             flops = flops_per_token(config.model, config.model.seq_len, causal=True)
             derived["mfu"] = round(rate * flops / self._plan.peak_flops, 5)
         if config.dollars_per_hour > 0:
-            derived["dollars"] = round(time_s / 3600 * config.dollars_per_hour, 4)
-            derived["dollars_left"] = round(left_s / 3600 * config.dollars_per_hour, 4)
+            derived["dollars"] = round(held_s / 3600 * config.dollars_per_hour, 4)
+            derived["dollars_to_go"] = round(left_s / 3600 * config.dollars_per_hour, 4)
+        if config.max_dollars > 0:
+            derived["dollars_left"] = round(config.max_dollars - derived["dollars"], 4)
         return derived
+
+
+def spent_line(seconds: Mapping[str, float], config: RunConfig) -> str:
+    """Where the run's seconds went, and its dollars."""
+    text = f"time: {goodput.describe(seconds)}"
+    if config.dollars_per_hour > 0:
+        text += f"; $ {sum(seconds.values()) / 3600 * config.dollars_per_hour:.2f}"
+    return text
 
 
 def _finite(value: float) -> float | None:

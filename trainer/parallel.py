@@ -70,6 +70,18 @@ def no_sync_unless_last(
     return contextlib.nullcontext()
 
 
+def exposed_exchange_s(model: nn.Module) -> float:
+    """Seconds that a backward pass lately waited for gradients of other ranks with nothing to do.
+
+    DDP takes them by itself, on the device's own clock, in every hundredth step.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return 0.0
+    seen: dict[str, Any] = model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    exchange_ns = int(seen.get("backward_comm_time", 0))
+    return max(0, exchange_ns - int(seen.get("backward_compute_comm_overlap_time", 0))) / 1e9
+
+
 def reseed_attention_dropout(config: RunConfig, step: int, micro_step: int, rank: int) -> None:
     """Make the kernel's own dropout a function of the place in the run: nothing to restore."""
     if config.model.attention_dropout > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from trainer.errors import ConfigError, at_least
 
@@ -31,14 +32,31 @@ class OptimConfig:
         at_least("optim.", self, warmup_steps=0, weight_decay=0, eps=0, grad_clip=0)
 
 
-def lr_at(step: int, optim: OptimConfig, max_steps: int) -> float:
+class Anneal(NamedTuple):
+    """An end before `max_steps`: from `first_step` on, `n_steps` lead down to `min_lr`."""
+
+    first_step: int
+    n_steps: int
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the run is complete."""
+        return self.first_step + self.n_steps
+
+
+def lr_at(step: int, optim: OptimConfig, max_steps: int, anneal: Anneal | None = None) -> float:
     """Learning rate of the update after `step` updates: linear warmup, then half a cosine.
 
     The first update already moves (1/warmup of `lr`); the cosine would reach `min_lr` at
-    `max_steps`. Loshchilov & Hutter, SGDR (2017), without restarts.
+    `max_steps`. Loshchilov & Hutter, SGDR (2017), without restarts. Annealing is a straight line
+    from the rate at its first step, as in Hu et al., MiniCPM (2024).
     """
+    min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
+    if anneal is not None and step >= anneal.first_step:
+        start = lr_at(anneal.first_step, optim, max_steps)
+        left = max(0.0, 1 - (step - anneal.first_step) / max(1, anneal.n_steps))
+        return min(start, min_lr + (start - min_lr) * left)
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
-    min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
     done = min(1.0, (step - optim.warmup_steps) / max(1, max_steps - optim.warmup_steps))
     return min_lr + (optim.lr - min_lr) * (1 + math.cos(math.pi * done)) / 2

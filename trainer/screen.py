@@ -97,7 +97,8 @@ def step_line(values: Mapping[str, Any]) -> str:
     if "mfu" in values:
         parts.append(f"MFU {100 * values['mfu']:.1f} % (causal)")
     if "dollars" in values:
-        parts.append(f"$ {values['dollars']:.2f} (+ {values['dollars_left']:.2f})")
+        left = f", {values['dollars_left']:.2f} left" if "dollars_left" in values else ""
+        parts.append(f"$ {values['dollars']:.2f} (+ {values['dollars_to_go']:.2f}{left})")
     parts.append(f"data wait {100 * values['data_wait']:.1f} %")
     if "val_loss" in values:
         parts.append(f"held-out {values['val_loss']:.4f}")

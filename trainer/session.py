@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,17 @@ from model.transformer import Transformer
 from shards.files import publish_bytes
 from shards.format import TOKENIZER
 from shards.reader import ShardReader
-from trainer import checkpoint
+from trainer import checkpoint, goodput
 from trainer.config import save_config
 from trainer.distributed import World, make_deterministic
 from trainer.errors import ConfigError
 from trainer.loader import Loader, MicroBatches, Stretch
-from trainer.metrics import Journal
+from trainer.metrics import Journal, read_lines
 from trainer.mixture import Phase
 from trainer.optimizer import make_optimizer
 from trainer.parallel import Network, build_network
 from trainer.plan import Plan
-from trainer.runs import newest_commit
+from trainer.runs import EVENTS, newest_commit
 from trainer.screen import Screen
 from trainer.state import Found, State, find, state_from
 
@@ -75,7 +76,7 @@ def begin(
     plan: Plan, run: Path, resume: str, world: World, screen: Screen
 ) -> Iterator[tuple[Session, State]]:
     """The session and the state to go on from: that of a commit, or of the very beginning."""
-    config = plan.config
+    began, config = time.time(), plan.config
     found = find(run, resume, world)
     state = State(phases=(Phase(0, plan.weights),), data=dict(plan.sources))
     notes: list[str] = []
@@ -101,6 +102,8 @@ def begin(
         network=network,
         optimizer=optimizer,
     )
+    committed = None if found is None else float(found.record["unix_s"])
+    goodput.count_start(state.spent_s, began, committed, read_lines(run / EVENTS))
     _announce(session, state, found, [*network.notes, *notes])
     yield session, state
 
@@ -151,7 +154,8 @@ def _announce(session: Session, state: State, found: Found | None, notes: list[s
     for note in notes:
         say(note)
     if found is None:
-        session.tell(f"{session.run}: starting at step 0", "start", step=0, notes=notes)
+        text = f"{session.run}: starting at step 0"
+        session.tell(text, "start", notes=notes, **_place(session, state))
         return
     for complaint in found.complaints:
         session.tell(
@@ -160,9 +164,16 @@ def _announce(session: Session, state: State, found: Found | None, notes: list[s
     if state.phases[-1].first_index == state.next_index:
         weights = dict(state.phases[-1].weights)
         session.tell(f"the mixture is now {weights}", "mixture", step=state.step, weights=weights)
-    if state.step >= session.plan.config.max_steps:
+    if state.step >= state.last_step(session.plan.config.max_steps):
         say(f"{session.run}: already at step {state.step}; --set max_steps=N takes it further")
     else:
         commit = str(found.commit)
         text = f"resumed {commit} at step {state.step}"
-        session.tell(text, "resume", step=state.step, commit=commit, notes=notes)
+        session.tell(text, "resume", commit=commit, notes=notes, **_place(session, state))
+
+
+def _place(session: Session, state: State) -> dict[str, Any]:
+    """All that says which samples the steps from here on take, and on which rank."""
+    phases = [[phase.first_index, dict(phase.weights)] for phase in state.phases]
+    shape = session.plan.shape._asdict()
+    return {"step": state.step, "next_index": state.next_index, "phases": phases, "shape": shape}

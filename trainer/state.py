@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trainer import checkpoint
 from trainer.checkpoint import Record
@@ -13,6 +15,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.mixture import DataOrder, Phase
 from trainer.plan import Plan, SourceFacts
 from trainer.runs import COMMIT, commits
+from trainer.schedule import Anneal
 
 
 @dataclass(kw_only=True)
@@ -25,6 +28,8 @@ class State:
     refused_in_a_row: int = 0
     phases: tuple[Phase, ...]
     data: dict[str, SourceFacts]  # of every source drawn so far, retired ones too
+    anneal: Anneal | None = None  # a budget's end of the run, once it has begun
+    spent_s: dict[str, float] = field(default_factory=dict)  # see trainer/goodput.py
 
     def advance(self, n_rows: int, seconds: float) -> None:
         """One more step of `n_rows` samples has been made."""
@@ -32,22 +37,30 @@ class State:
         self.next_index += n_rows
         self.time_s += seconds
 
+    def last_step(self, max_steps: int) -> int:
+        """The step after which the run is complete."""
+        return max_steps if self.anneal is None else min(max_steps, self.anneal.last_step)
+
     def order(self, seed: int) -> DataOrder:
         """The data order, past and to come."""
         rows = {name: facts.n_rows for name, facts in self.data.items()}
         return DataOrder(seed=seed, rows=rows, phases=self.phases)
 
-    def record(self, plan: Plan) -> Record:
-        """What COMMIT.json says of the run; `checkpoint.save` adds files and versions."""
-        counts = self.order(plan.config.seed).counts(self.next_index)
-        ledger = {
+    def ledger(self, order: DataOrder, index: int) -> dict[str, dict[str, Any]]:
+        """Of each source, its rows, tokens and epochs before sample `index`."""
+        counts = order.counts(index)
+        return {
             name: {
                 "rows": counts[name],
                 "tokens": round(counts[name] * facts.tokens_per_row),
                 "epochs": counts[name] / facts.n_rows,
             }
             for name, facts in self.data.items()
+            if name in counts
         }
+
+    def record(self, plan: Plan) -> Record:
+        """What COMMIT.json says of the run; `checkpoint.save` adds files and versions."""
         return {
             "step": self.step,
             "next_index": self.next_index,
@@ -56,7 +69,10 @@ class State:
             "phases": [[phase.first_index, dict(phase.weights)] for phase in self.phases],
             "data": {name: asdict(facts) for name, facts in self.data.items()},
             "tokenizer_sha256": plan.tokenizer_sha256,
-            "ledger": ledger,
+            "ledger": self.ledger(self.order(plan.config.seed), self.next_index),
+            "anneal": self.anneal,
+            "spent_s": dict(self.spent_s),
+            "unix_s": time.time(),  # when the run was in this state
             "world_size": plan.shape.world_size,
             "config": asdict(plan.config),
         }
@@ -129,7 +145,11 @@ def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
         refused_in_a_row=int(record["refused_in_a_row"]),
         phases=tuple(Phase(int(first), dict(weights)) for first, weights in record["phases"]),
         data=data,
+        anneal=Anneal(*record["anneal"]) if record.get("anneal") else None,
+        spent_s=dict(record.get("spent_s", {})),
     )
+    if changes.keys() & {"max_dollars", "dollars_per_hour"}:
+        state.anneal = None  # another budget decides anew
     if state.phases[-1].weights != plan.weights:
         state.phases += (Phase(state.next_index, plan.weights),)
     return state, [f"changed: {key} was {old}, is {new}" for key, (old, new) in changes.items()]

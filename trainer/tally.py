@@ -26,6 +26,7 @@ class Reading(NamedTuple):
     grad_norm: float
     stop_wished: bool
     commit_wished: bool
+    budget_wish: int
 
     @property
     def refused(self) -> bool:
@@ -38,16 +39,16 @@ class Tally:
 
     def __init__(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(4, dtype=dtype, device=device)
+        self._sums = torch.zeros(5, dtype=dtype, device=device)
 
     def add(self, loss_sum: Tensor, targets: Tensor) -> None:
         """Count one micro-batch."""
         self._sums[0] += loss_sum.detach()
         self._sums[1] += (targets != IGNORED).sum()
 
-    def reduce(self, world: World, *, stop: bool, commit: bool) -> Tensor:
-        """[4] over all ranks: loss sum, targets, and how many wish to stop, and to commit."""
-        self._sums[2], self._sums[3] = float(stop), float(commit)
+    def reduce(self, world: World, *, stop: bool, commit: bool, budget: int) -> Tensor:
+        """[5] over all ranks: loss sum, targets, how many wish to stop, to commit; the budget's."""
+        self._sums[2], self._sums[3], self._sums[4] = float(stop), float(commit), float(budget)
         return world.all_reduce(self._sums)
 
 
@@ -65,6 +66,6 @@ class Late:
         """The numbers, waiting for them if they are still under way."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss_sum, n_targets, stop, commit, grad_norm = self._host.tolist()
+        loss_sum, n_targets, stop, commit, budget, grad_norm = self._host.tolist()
         loss = loss_sum / n_targets if n_targets else float("nan")
-        return Reading(loss, int(n_targets), grad_norm, stop > 0, commit > 0)
+        return Reading(loss, int(n_targets), grad_norm, stop > 0, commit > 0, int(budget))

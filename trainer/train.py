@@ -23,14 +23,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from trainer import goodput
+from trainer.budget import Budget, heed
 from trainer.commits import Committer
 from trainer.distributed import join_world
 from trainer.faults import named_faults
 from trainer.guard import judge
-from trainer.logbook import Arrived, Logbook, Stopwatch
+from trainer.logbook import Arrived, Logbook, spent_line
 from trainer.optimizer import finish_gradients, set_lr
-from trainer.parallel import autocast, no_sync_unless_last, reseed_attention_dropout
+from trainer.parallel import (
+    autocast,
+    exposed_exchange_s,
+    no_sync_unless_last,
+    reseed_attention_dropout,
+)
 from trainer.plan import Plan
+from trainer.profiling import StepProfiler, parse_steps
 from trainer.runs import newest_commit
 from trainer.schedule import lr_at
 from trainer.screen import Screen, Silent
@@ -38,7 +46,7 @@ from trainer.session import Session, begin, claim, open_loader
 from trainer.signals import listen_for_stop
 from trainer.state import State
 from trainer.tally import Late, Tally
-from trainer.validation import HeldOut
+from trainer.validation import open_held_out
 
 STOPPED: Final = "stopped"
 """The event of a run that was asked to stop and has committed."""
@@ -64,13 +72,17 @@ def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None 
         open_loader(session, state) as loader,
     ):
         model, optimizer = session.network.model, session.optimizer
-        logbook, watch = Logbook(plan, session.journal, session.screen, state), Stopwatch()
+        logbook = Logbook(plan, session.journal, session.screen, state)
+        watch = goodput.Stopwatch(state.spent_s)
+        budget = Budget(config, state, watch, world.is_main)
         committer = Committer(session, state)
-        held_out = _open_held_out(session)
+        held_out = open_held_out(plan, world)
+        profiler = StepProfiler(parse_steps(config.profile_steps if world.is_main else ""), run)
         loss_scale = world.world_size / plan.step_tokens  # W / (G T)
         stop = False
-        while state.step < config.max_steps and not stop:
-            lr = set_lr(optimizer, lr_at(state.step, config.optim, config.max_steps))
+        while state.step < state.last_step(config.max_steps) and not stop:
+            profiler.before(state.step + 1)
+            lr = set_lr(optimizer, lr_at(state.step, config.optim, config.max_steps, state.anneal))
             tally = Tally(world.device)
             for micro_step in range(shape.grad_accum_steps):
                 tokens, targets, dropout_key = loader.next()  # [B, T], [B, T], [B, 2]
@@ -82,36 +94,49 @@ def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None 
                     loss_sum = model(tokens, targets, dropout_key)
                 (loss_sum * loss_scale).backward()  # the true count enters finish_gradients
                 tally.add(loss_sum, targets)
-            sums = tally.reduce(world, stop=asked_to_stop(), commit=committer.clock_wishes())
+            with watch.within("communication"):
+                sums = tally.reduce(
+                    world,
+                    stop=asked_to_stop(),
+                    commit=committer.clock_wishes(),
+                    budget=budget.wish(),
+                )
             grad_norm = finish_gradients(optimizer, plan.step_tokens, sums[1], config.optim)
             optimizer.step()
             optimizer.zero_grad()
 
             state.advance(shape.global_batch_size, watch.lap())
+            watch.add("communication", exposed_exchange_s(model))
             before = logbook.enter(Late(sums, grad_norm), state, lr, loader.waited_s)
             stop, commit = _look_at(before, session, state)
             if held_out is not None and state.step % config.validation.interval == 0:
-                with watch.paused():
+                with watch.paused("evaluation"):
                     logbook.add(
                         held_out.losses(session.network.bare, autocast(config, world.device))
                     )
             if commit or committer.due():
                 asked, _ = _look_at(logbook.settle(), session, state)
                 stop = stop or asked
-                with watch.paused():
+                with watch.paused("checkpoint"):
                     committer.commit()
+            profiler.after(state.step)
         _look_at(logbook.settle(), session, state)
-        committer.commit(last=True)
+        with watch.paused("checkpoint"):
+            committer.commit(last=True)
+        profiler.after(state.step, last=True)
         return _ended(session, state)
 
 
 def _ended(session: Session, state: State) -> Outcome:
-    commit, stopped = newest_commit(session.run), state.step < session.plan.config.max_steps
+    last_step = state.last_step(session.plan.config.max_steps)
+    commit, stopped = newest_commit(session.run), state.step < last_step
+    seconds = goodput.parts(state.time_s, state.spent_s)
+    session.screen.say(spent_line(seconds, session.plan.config))
     if stopped:
         text = f"stopped at step {state.step}, committed: the same command goes on"
-        session.tell(text, STOPPED, step=state.step)
+        session.tell(text, STOPPED, step=state.step, spent_s=seconds)
     else:
-        session.tell(f"done: {commit}", "done", step=state.step)
+        session.tell(f"done: {commit}", "done", step=state.step, spent_s=seconds)
     return Outcome(state.step, stopped, commit)
 
 
@@ -123,18 +148,6 @@ def _look_at(arrived: Arrived, session: Session, state: State) -> tuple[bool, bo
     if reading.refused:
         session.tell(f"! step {step}: gradient not finite, update refused", "refused", step=step)
     state.refused_in_a_row = judge(reading, step, state.refused_in_a_row)
-    return reading.stop_wished, reading.commit_wished
-
-
-def _open_held_out(session: Session) -> HeldOut | None:
-    plan = session.plan
-    if not plan.config.validation.interval:
-        return None
-    held_out = HeldOut(
-        plan.folders,
-        rows=plan.config.validation.rows,
-        batch_size=plan.shape.micro_batch_size,
-        pad_id=plan.pad_id,
-        world=session.world,
-    )
-    return held_out if held_out.sources else None
+    if news := heed(reading.budget_wish, state, session.plan.config.max_steps):
+        session.tell(news, "anneal", step=state.step, anneal=state.anneal)
+    return reading.stop_wished, reading.commit_wished or bool(news)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from trainer.distributed import World
 from trainer.errors import at_least
 from trainer.loader import HostBatch, to_device
 
+if TYPE_CHECKING:
+    from trainer.plan import Plan
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
@@ -31,6 +35,20 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         at_least("validation.", self, interval=0, rows=1)
+
+
+def open_held_out(plan: Plan, world: World) -> HeldOut | None:
+    """What the run scores while it trains; None if it scores nothing."""
+    if not plan.config.validation.interval:
+        return None
+    held_out = HeldOut(
+        plan.folders,
+        rows=plan.config.validation.rows,
+        batch_size=plan.shape.micro_batch_size,
+        pad_id=plan.pad_id,
+        world=world,
+    )
+    return held_out if held_out.sources else None
 
 
 class HeldOut:

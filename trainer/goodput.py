@@ -1,0 +1,106 @@
+"""Where a run's seconds went, over all its sessions.
+
+compute        training steps, less what follows
+data           waiting for the loader
+communication  waiting for other ranks: gradients that the backward pass did not hide (as DDP
+               samples them, every hundredth step), and a step's sums, where the host reduces them
+checkpoint     commits, as long as training stood still for them
+evaluation     held-out rows
+start          from the run's first start to its first step
+restarts       lost to every further start: from the commit that it went on from to its first step,
+               so the steps made again, the time the machine was away, and starting up; not the time
+               after a stop that was asked for
+
+All is read off the host's clock: nothing waits for a device. What a device still has to do when a
+commit or an evaluation begins is therefore counted there, at most one step each time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, Final
+
+ENDS: Final = ("stopped", "done")
+"""Events after which a run is not missed."""
+
+_OF_STEPS: Final = ("data", "communication")
+_APART: Final = ("checkpoint", "evaluation", "start", "restarts")
+
+Spent = dict[str, float]
+
+
+class Stopwatch:
+    """Training time in laps; what is paused belongs to no lap, and is added to its kind."""
+
+    def __init__(self, spent_s: Spent) -> None:
+        self.spent_s = spent_s
+        self.longest_s: Spent = {}
+        self._mark = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
+
+    def add(self, kind: str, seconds: float) -> None:
+        """Count seconds of a kind."""
+        self.spent_s[kind] = self.spent_s.get(kind, 0.0) + seconds
+        self.longest_s[kind] = max(self.longest_s.get(kind, 0.0), seconds)
+
+    @contextmanager
+    def within(self, kind: str) -> Iterator[None]:
+        """Time inside belongs to the lap, and is counted as this kind too."""
+        start = time.perf_counter()
+        yield
+        self.add(kind, time.perf_counter() - start)
+
+    @contextmanager
+    def paused(self, kind: str) -> Iterator[None]:
+        """Time inside is left out of the lap."""
+        start = time.perf_counter()
+        yield
+        taken = time.perf_counter() - start
+        self._mark += taken
+        self.add(kind, taken)
+
+
+def parts(time_s: float, spent_s: Mapping[str, float]) -> Spent:
+    """Seconds of each part, from those of training steps and those of the kinds."""
+    of_steps = {kind: spent_s.get(kind, 0.0) for kind in _OF_STEPS}
+    apart = {kind: spent_s.get(kind, 0.0) for kind in _APART}
+    return {"compute": max(0.0, time_s - sum(of_steps.values())), **of_steps, **apart}
+
+
+def total(time_s: float, spent_s: Mapping[str, float]) -> float:
+    """Seconds that the run has held its machines."""
+    return time_s + sum(spent_s.get(kind, 0.0) for kind in _APART)
+
+
+def count_start(
+    spent_s: Spent, began: float, committed: float | None, events: Sequence[Mapping[str, Any]]
+) -> None:
+    """Count the time up to now as that of a start, or as lost to a restart.
+
+    `began` is when this process came to train, `committed` when the state that it goes on from was
+    that of the run, `events` are the run's so far. All in Unix seconds.
+    """
+    kind = "restarts" if events else "start"
+    since = began
+    if events:
+        since = events[0]["unix_s"] if committed is None else committed
+    away = sum(
+        after["unix_s"] - before["unix_s"]
+        for before, after in pairwise([*events, {"event": "", "unix_s": began}])
+        if before["event"] in ENDS and before["unix_s"] >= since
+    )
+    spent_s[kind] = spent_s.get(kind, 0.0) + max(0.0, time.time() - since - away)
+
+
+def describe(seconds: Mapping[str, float]) -> str:
+    """The parts as shares of their sum, for people; parts without a share are left out."""
+    whole = sum(seconds.values()) or 1.0
+    shares = [f"{part} {value / whole:.1%}" for part, value in seconds.items() if value / whole > 0]
+    return f"{sum(seconds.values()):,.0f} s in all: {', '.join(shares)}"
