@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from pipeline.damage import Damage
 from pipeline.errors import PrepareError
 from pipeline.executors import Executor
 from pipeline.hub import HubInputs
@@ -21,7 +22,7 @@ from pipeline.recipe import CHECKED_DOCUMENTS, source_of
 from pipeline.schedule import amount_of
 from pipeline.tokenizer import default_model
 from pipeline.units import Plan
-from pipeline.verify import STRANGE, Damage, State, damages, unit_of
+from pipeline.verify import STRANGE, State, damages, unit_of
 from pipeline.work import Job, Limit
 from shards.files import fsync_folder, publish_bytes, sha256_file
 from shards.format import PLAN, TOKENIZER
@@ -127,7 +128,7 @@ def _redo(
         futures = {unit: submit(int(unit), _limit_of(unit, state, plan)) for unit in units}
         receipts = {unit: future.result() for unit, future in futures.items()}
     for unit, receipt in receipts.items():
-        if state.manifest is not None and receipt.shards != state.shards_of(unit):
+        if state.knows(unit) and receipt.shards != state.shards_of(unit):
             raise PrepareError(
                 f"unit {unit} comes out otherwise than the manifest says: its input has changed; "
                 "nothing was replaced; prepare the source anew"

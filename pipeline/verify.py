@@ -9,56 +9,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
+import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
+from pipeline.damage import Damage, damages_of_shard, digest_of
 from pipeline.errors import PrepareError
 from pipeline.recipe import facts_of
 from pipeline.units import Plan, read_plan
 from shards.errors import ShardError
-from shards.files import is_temporary, json_bytes, sha256_file
+from shards.files import is_temporary, json_bytes
 from shards.format import (
     MANIFEST,
     PLAN,
-    ROW_RECORD,
     TOKENIZER,
     Facts,
     Manifest,
     Receipt,
     ShardInfo,
-    row_digests,
     unit_name,
 )
 from shards.reader import find_sources, read_manifest, read_receipt
 
-ROWS_AT_ONCE: Final = 1024
 STRANGE: Final = "no part of the source"
-_SHOWN_ROWS: Final = 8
-
-
-@dataclass(frozen=True)
-class Damage:
-    """One thing that is wrong, in a file and, where that can be said, in rows of it."""
-
-    file: str
-    what: str
-    rows: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return f"{self.file}: {self.what}"
-        shown = ", ".join(map(str, self.rows[:_SHOWN_ROWS]))
-        more = len(self.rows) - _SHOWN_ROWS
-        rows = f"row{'s' if len(self.rows) > 1 else ''} {shown}"
-        return f"{self.file}: {rows}{f' and {more:,} more' if more > 0 else ''}: {self.what}"
 
 
 def damages(folder: Path) -> Iterator[Damage]:
@@ -75,11 +50,12 @@ def damages(folder: Path) -> Iterator[Damage]:
             yield Damage(f"{unit}.json", "the unit's receipt is missing or damaged")
         elif receipt.rejected_sha256 is not None:
             expected.add(f"{unit}.rejected.jsonl")
-            if _sha256(folder / f"{unit}.rejected.jsonl") != receipt.rejected_sha256:
-                yield Damage(f"{unit}.rejected.jsonl", "missing or damaged")
+            if digest_of(folder / f"{unit}.rejected.jsonl") != receipt.rejected_sha256:
+                what = "it is missing or damaged, or its digest in the receipt is"
+                yield Damage(f"{unit}.rejected.jsonl", what)
         for shard in state.shards_of(unit):
-            yield from _damages_of_shard(folder, shard, state.facts)
-            expected |= {shard.file, f"{shard.stem}.rows.npy", f"{shard.stem}.mask.npy"}
+            yield from damages_of_shard(folder, shard, state.facts)
+            expected |= _files_of(shard)
     for path in sorted(folder.iterdir()):
         if path.name not in expected and not is_temporary(path):
             yield Damage(path.name, STRANGE)
@@ -99,23 +75,30 @@ def unit_of(damage: Damage) -> str | None:
 
 
 class State:
-    """What a folder says of itself: manifest, plan and receipts, and where they disagree."""
+    """What a folder says of itself: manifest, plan and receipts that can be believed.
+
+    Each vouches for some of what the others say. Where two of them differ the rows decide, or the
+    majority; what is not believed is a damage, and is left out here.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.found: list[Damage] = []
         self.plan = self._read_plan(folder)
         self.manifest = self._read_manifest(folder)
-        if self.manifest is not None:
-            self.facts = self.manifest.facts
-        elif self.plan is not None:
+        self.receipts = self._read_receipts(folder)
+        self._compare_with_plan()
+        if self.plan is not None:
             self.facts = facts_of(self.plan.recipe)
+        elif self.manifest is not None:
+            self.facts = self.manifest.facts
         else:
             raise PrepareError(
                 f"{folder}: neither {MANIFEST} nor {PLAN} can be read, so that nothing tells what "
                 "should be there: prepare the source anew"
             )
-        self.receipts = self._read_receipts(folder)
-        self._compare(folder)
+        self._compare_with_receipts(folder)
+        if digest_of(folder / TOKENIZER) != self.facts.tokenizer.sha256:
+            self.found.append(Damage(TOKENIZER, "missing or damaged"))
 
     @property
     def units(self) -> list[str]:
@@ -132,6 +115,10 @@ class State:
         if self.manifest is not None:
             return tuple(s for s in self.manifest.shards if s.file.split("-")[0] == unit)
         return self.receipts[unit].shards if unit in self.receipts else ()
+
+    def knows(self, unit: str) -> bool:
+        """Whether anything tells what the unit was."""
+        return self.manifest is not None or unit in self.receipts
 
     def _read_plan(self, folder: Path) -> Plan | None:
         try:
@@ -161,89 +148,78 @@ class State:
             except ShardError:
                 continue
             whole = json_bytes(receipt.to_json()) == path.read_bytes()
-            if whole and receipt.unit == path.stem and receipt.shards == self._listed(receipt):
+            if whole and receipt.unit == path.stem and _counts_its_refusals(receipt, folder):
                 receipts[receipt.unit] = receipt
         return receipts
 
-    def _listed(self, receipt: Receipt) -> tuple[ShardInfo, ...]:
-        return receipt.shards if self.manifest is None else self.shards_of(receipt.unit)
-
-    def _compare(self, folder: Path) -> None:
-        """Find where the source's own files contradict each other."""
-        plans = Counter(receipt.plan_sha256 for receipt in self.receipts.values())
-        if self.plan is not None and plans:
-            believed = plans.most_common(1)[0][0]
-            if believed != self.plan.sha256:
-                self.found.append(Damage(PLAN, "it is not the plan that the receipts name"))
-                self.plan = None
-            for unit in [u for u, r in self.receipts.items() if r.plan_sha256 != believed]:
-                del self.receipts[unit]
-        if self.manifest is not None and self.plan is not None:
+    def _compare_with_plan(self) -> None:
+        """The plan is the one that most receipts name; the manifest has its facts and parts."""
+        named = Counter(receipt.plan_sha256 for receipt in self.receipts.values())
+        if self.plan is None:
+            return
+        sha256 = self.plan.sha256
+        believed = max(named, key=lambda name: (named[name], name == sha256), default=sha256)
+        if believed != sha256:
+            self.found.append(Damage(PLAN, "it is not the plan that the receipts name"))
+            self.plan = None
+        self.receipts = {u: r for u, r in self.receipts.items() if r.plan_sha256 == believed}
+        if self.plan is not None and self.manifest is not None:
             facts = facts_of(self.plan.recipe)
             if (self.manifest.facts, self.manifest.parts) != (facts, self.plan.parts):
-                self.found.append(Damage(MANIFEST, "it does not fit the plan"))
-        if self.manifest is not None and set(self.receipts) == set(self.units):
-            counted: Counter[str] = Counter()
-            for receipt in self.receipts.values():
-                counted.update(receipt.rejected)
-            if dict(counted) != dict(self.manifest.rejected):
-                self.found.append(Damage(MANIFEST, "it counts other refused records"))
-        if _sha256(folder / TOKENIZER) != self.facts.tokenizer.sha256:
-            self.found.append(Damage(TOKENIZER, "missing or damaged"))
+                self._disbelieve("it does not fit the plan")
+
+    def _compare_with_receipts(self, folder: Path) -> None:
+        """Receipts list what the manifest lists; if not, the rows tell which of them is right."""
+        for unit, receipt in list(self.receipts.items()):
+            listed = self.shards_of(unit)
+            if receipt.shards == listed:
+                continue
+            right = _is_borne_out(folder, unit, receipt.shards, self.facts)
+            if right and not _is_borne_out(folder, unit, listed, self.facts):
+                self._disbelieve(f"it lists other shards of unit {unit} than there are")
+            else:
+                del self.receipts[unit]
+        if self.manifest is None or set(self.receipts) != set(self.units):
+            return
+        receipts = [self.receipts[unit] for unit in self.units]
+        counted = sum((Counter(receipt.rejected) for receipt in receipts), Counter[str]())
+        if self.manifest.shards != tuple(shard for r in receipts for shard in r.shards):
+            self._disbelieve("its shards are in another order")
+        elif dict(counted) != dict(self.manifest.rejected):
+            self._disbelieve("it counts other refused records")
+
+    def _disbelieve(self, what: str) -> None:
+        self.found.append(Damage(MANIFEST, what))
+        self.manifest = None
 
 
 def _is_limited(plan: Plan) -> bool:
     return any(plan.recipe[key] is not None for key in ("max_documents", "max_tokens"))
 
 
-def _damages_of_shard(folder: Path, shard: ShardInfo, facts: Facts) -> Iterator[Damage]:
-    """Damage to a shard, its sidecar and its mask; to rows where the files are otherwise whole."""
-    sidecar = folder / f"{shard.stem}.rows.npy"
-    records: npt.NDArray[Any] | None = None
-    if _sha256(sidecar) != shard.rows_sha256:
-        yield Damage(sidecar.name, "missing or damaged")
-    else:
-        records = np.load(io.BytesIO(sidecar.read_bytes()), allow_pickle=False)
-    arrays = [(folder / shard.file, facts.seq_len, np.dtype(facts.dtype).newbyteorder("<"))]
-    if facts.masked:
-        mask = folder / f"{shard.stem}.mask.npy"
-        arrays.append((mask, facts.seq_len // 8, np.dtype(np.uint8)))
-    whole = True
-    for path, width, dtype in arrays:
-        if what := _array_fault(path, (shard.n_rows, width), dtype):
-            whole = False
-            yield Damage(path.name, what)
-    if whole and records is not None and records.dtype == ROW_RECORD:
-        mapped = [np.load(path, mmap_mode="r", allow_pickle=False) for path, _, _ in arrays]
-        if bad := tuple(_bad_rows(mapped, records)):
-            yield Damage(shard.file, "damaged (digests differ)", bad)
+def _counts_its_refusals(receipt: Receipt, folder: Path) -> bool:
+    """Whether the receipt has the reasons of the list that it names; of a damaged list, unknown."""
+    path = folder / f"{receipt.unit}.rejected.jsonl"
+    if receipt.rejected_sha256 is None:
+        return not receipt.rejected
+    if digest_of(path) != receipt.rejected_sha256:
+        return True
+    lines = path.read_bytes().splitlines()
+    return Counter(json.loads(line)["reason"] for line in lines) == Counter(receipt.rejected)
 
 
-def _bad_rows(arrays: list[npt.NDArray[Any]], records: npt.NDArray[Any]) -> Iterator[int]:
-    for first in range(0, len(records), ROWS_AT_ONCE):
-        here = slice(first, first + ROWS_AT_ONCE)
-        digests = row_digests(*(array[here] for array in arrays))
-        yield from (first + np.flatnonzero(digests != records["xxh3"][here])).tolist()
+def _files_of(shard: ShardInfo) -> set[str]:
+    return {shard.file, f"{shard.stem}.rows.npy", f"{shard.stem}.mask.npy"}
 
 
-def _array_fault(path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> str:
-    """What is wrong with a .npy file besides its values; empty if nothing is."""
-    npy: Any = np.lib.format
-    header = io.BytesIO()
-    described = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    npy.write_array_header_1_0(header, described)
-    expected = len(header.getvalue()) + shape[0] * shape[1] * dtype.itemsize
-    try:
-        with path.open("rb") as file:
-            begins = file.read(len(header.getvalue()))
-            size = file.seek(0, io.SEEK_END)
-    except FileNotFoundError:
-        return "missing"
-    if size != expected:
-        return f"{size:,} bytes where {expected:,} should be"
-    return "" if begins == header.getvalue() else "its header is damaged"
-
-
-def _sha256(path: Path) -> str:
-    """A file's SHA-256; of a missing one, that of nothing."""
-    return sha256_file(path) if path.is_file() else hashlib.sha256().hexdigest()
+def _is_borne_out(folder: Path, unit: str, shards: tuple[ShardInfo, ...], facts: Facts) -> bool:
+    """Whether these are the unit's shards, to judge by the files."""
+    listed = {name for shard in shards for name in _files_of(shard)}
+    there = {path.name for path in folder.glob(f"{unit}-*.npy")}
+    names = [shard.file for shard in shards]
+    in_order = names == sorted(set(names))
+    return (
+        in_order
+        and there <= listed
+        and not any(any(damages_of_shard(folder, s, facts)) for s in shards)
+    )

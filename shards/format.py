@@ -29,6 +29,16 @@ ROW_RECORD: Final = np.dtype([("xxh3", "<u8"), ("part", "<u4"), ("record", "<u4"
 
 T = TypeVar("T")
 
+_SPELLED: Final = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "Split": (str,),
+    "Mapping[str, int]": (dict,),
+}
+"""What JSON may hold for a field of a type; a field of another type is built by its own class."""
+
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The little-endian type of ids: uint16 while all fit (up to 65,536 entries), else uint32."""
@@ -243,4 +253,8 @@ def _build(cls: type[T], value: Any) -> T:
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     if absent := [name for name in names if name not in value]:
         raise ShardError(f"{cls.__name__} lacks {', '.join(absent)}")
+    for field in fields(cls):  # type: ignore[arg-type]
+        wanted = _SPELLED.get(str(field.type))
+        if wanted is not None and type(value[field.name]) not in wanted:
+            raise ShardError(f"{cls.__name__} has {field.name} {value[field.name]!r}")
     return cls(**{name: value[name] for name in names})

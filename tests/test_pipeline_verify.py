@@ -1,6 +1,5 @@
 """Damage is named, all of it, and repaired to the same bytes."""
 
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,48 +42,6 @@ def source(whole: Path, tmp_path: Path) -> Any:
 def test_what_is_whole_is_found_whole(source: Path) -> None:
     assert list(damages(source)) == []
     assert repair(source, (), Executor()) == []
-
-
-def spoil(folder: Path, rng: random.Random) -> Any:
-    """Do one random harm; its name."""
-    files = sorted(path for path in folder.iterdir() if path.name != "units.json")
-    path = rng.choice(files)
-    data = bytearray(path.read_bytes())
-    harm = rng.choice(["flip", "cut", "extend", "remove", "swap", "zero"])
-    if harm == "flip":
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif harm == "cut":
-        del data[rng.randrange(len(data)) :]
-    elif harm == "extend":
-        data += bytes([rng.randrange(256)]) * rng.randrange(1, 9)
-    elif harm == "zero":
-        first = rng.randrange(len(data))
-        data[first : first + 16] = bytes(len(data[first : first + 16]))
-    elif harm == "swap":
-        other = rng.choice([p for p in files if p.suffix == path.suffix])
-        data, there = bytearray(other.read_bytes()), data
-        other.write_bytes(there)
-    if harm == "remove":
-        path.unlink()
-    else:
-        path.write_bytes(data)
-    return f"{harm} {path.name}"
-
-
-def test_every_harm_is_noticed_and_mended(whole: Path, source: Path, tmp_path: Path) -> None:
-    before = contents(whole / "mine")
-    rng = random.Random(5)
-    for turn in range(60):
-        name = spoil(source, rng)
-        if contents(source) == before:  # two equal files swapped, zeros over zeros
-            continue
-        assert list(damages(source)), name
-        if turn % 6 == 0:  # tokenizing again takes longer than noticing
-            repair(source, (str(whole / "in"),), Executor())
-            assert contents(source) == before, name
-        else:
-            shutil.rmtree(source)
-            shutil.copytree(whole / "mine", source)
 
 
 def test_a_bad_row_is_named_with_its_file(source: Path) -> None:
