@@ -36,8 +36,9 @@ SPACE: Final = "\u2581"  # what a space is inside a model
 _MARKER: Final = b"\xff"
 _NO_DUMMY_PREFIX: Final = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
 _CACHED_WORD_BYTES: Final = 64  # longer ones rarely come twice
-_CACHED_WORDS: Final = 1 << 17  # are always kept; more only if a batch has that many of its own,
-_MOST_WORDS: Final = 1 << 20  # as in text of many languages, for each batch hashes them all anew
+_CACHED_WORDS: Final = 1 << 17  # are kept; more only if few batches have so many of their own, as
+_MOST_WORDS: Final = 1 << 20  # in text of many languages, for all are hashed anew in every batch
+_BATCHES: Final = 4
 _COUNTED: Final = 8  # of so many words one is counted: which are common shows all the same
 _WINDOW: Final = 1 << 16  # bytes cut at a time: what is made of them stays in the cache
 
@@ -185,12 +186,18 @@ class ColumnarEncoder:
         words = pa.concat_arrays([self._words, words[known:].filter(short)])
         ids = pa.concat_arrays([self._ids, ids[known:].filter(short)])
         uses = np.concatenate([uses[:known], uses[known:][np.asarray(short)]])
-        if len(words) > _CACHED_WORDS and len(words) > min(_MOST_WORDS, 4 * len(np.unique(places))):
+        if len(words) > _CACHED_WORDS and len(words) > (room := _room(places)):
             uses[0] = np.iinfo(np.int64).max // 2  # the marker stays, and stays first
-            keep = np.sort(np.argsort(-uses, kind="stable")[: _CACHED_WORDS // 2])
+            keep = np.sort(np.argsort(-uses, kind="stable")[: room // 2])
             words, ids = words.take(pa.array(keep)), ids.take(pa.array(keep))
             uses = uses[keep] // 2  # what was common long ago makes room in time
         self._words, self._ids, self._uses = words, ids, uses
+
+
+def _room(places: npt.NDArray[np.int32]) -> int:
+    """How many words may be kept after a batch of these."""
+    distinct = int(np.count_nonzero(np.bincount(places)))
+    return max(_CACHED_WORDS, min(_MOST_WORDS, _BATCHES * distinct))
 
 
 def _joined(texts: Any) -> Bytes:

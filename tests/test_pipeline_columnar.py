@@ -117,6 +117,7 @@ def test_no_spelling_becomes_a_special_id() -> None:
 
 def test_words_are_forgotten_without_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.columnar._CACHED_WORDS", 50)
+    monkeypatch.setattr("pipeline.columnar._BATCHES", 0)
     tokenizer = Tokenizer.default()
     encoder = ColumnarEncoder(tokenizer)
     generator = random.Random(0)
