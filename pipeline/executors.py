@@ -101,18 +101,28 @@ def _pool(workers: int, job: Job, report: Report) -> Iterator[Submit]:
 
 @contextlib.contextmanager
 def _undisturbed_start() -> Iterator[None]:
-    """Processes started here do not run the user's script again, nor hear of Ctrl-C as they start.
+    """Processes started here do not run the user's script again, and signals wait until they are.
 
     Python imports the script into every process it spawns: one that calls `prepare` without
     `if __name__ == "__main__"` would prepare again in each. Workers need nothing of it.
     """
     script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process inherits it
+    heard: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):  # half a start ends in a child's traceback
+            if callable(signal.getsignal(number)):
+                before[number] = signal.signal(number, lambda number, _: heard.append(number))
     try:
         yield
     finally:
         sys.modules["__main__"] = script
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if heard:
+            signal.raise_signal(heard[0])
 
 
 _worker: dict[str, Any] = {}
