@@ -54,8 +54,6 @@ def test_tiny_takes_the_row_length_that_it_finds(tmp_path: Path, seq_len: int) -
         ({"mixture__books": 1}, 1, r"mixture\.books=1\.0: that source is not prepared"),
         ({"micro_batch_size": 3}, 1, r"micro_batch_size=3 .* does not divide the 8 rows"),
         ({}, 3, r"is 8 rows of 32, which 3 ranks cannot share evenly: make it a multiple of 96"),
-        ({"max_epochs__pg19": 0.5}, 1, r"pg19 would be seen 0\.8 times, max_epochs\.pg19=0\.5"),
-        ({"max_epochs__arxiv": 1}, 1, r"max_epochs\.arxiv=1\.0: no such source is drawn"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -169,7 +167,7 @@ def test_the_description_says_what_will_happen(tmp_path: Path) -> None:
     assert "max_steps=40" in lines
     assert "! not prepared: the-stack, books3, arxiv; the others are renormalised" in lines
     assert "! prepared but not drawn: python-code" in lines
-    assert "source slimorca: 7.7% of samples, 3 rows (96 tokens), 4 held out, 8.33 epochs" in lines
+    assert "source slimorca: 7.7% of samples, 3 rows (96 tokens), 4 held out" in lines
     assert "step: 256 tokens = 8 rows of 32 = 4 accumulations x 1 ranks x 2 rows" in lines
     assert "run: 40 steps, 10,240 tokens" in lines
     assert "time: 0:00:10 at the 1,000 tokens/s" in lines

@@ -18,7 +18,7 @@ from trainer import memory
 from trainer.config import Configured, RunConfig, configure, presets
 from trainer.devices import device_memory_bytes, device_name, find_accelerator, pick_device
 from trainer.errors import ConfigError
-from trainer.mixture import BatchShape, DataOrder, Phase
+from trainer.mixture import BatchShape
 from trainer.shares import Shares, choose
 
 
@@ -85,7 +85,7 @@ def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> 
     limit = device_memory_bytes(device, sharers)
     config, shape = _deal_out(config, world_size, device, limit)
     facts = next(iter(drawn.values())).facts
-    plan = Plan(
+    return Plan(
         config=config,
         weights=shares.weights,
         sources={name: _source_facts(manifest) for name, manifest in drawn.items()},
@@ -98,8 +98,6 @@ def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> 
         memory=memory.memory_by_part(config, shape.micro_batch_size, device),
         notes=shares.notes,
     )
-    _refuse_epochs(plan)
-    return plan
 
 
 def _choose_shares(configured: Configured, manifests: Mapping[str, Manifest]) -> Shares:
@@ -199,28 +197,6 @@ def _source_facts(manifest: Manifest) -> SourceFacts:
     )
 
 
-def _refuse_epochs(plan: Plan) -> None:
-    for name, limit in plan.config.max_epochs.items():
-        if name not in plan.sources:
-            raise ConfigError(
-                f"max_epochs.{name}={limit}: no such source is drawn; "
-                f"there are: {', '.join(plan.sources)}"
-            )
-        if (epochs := epochs_at_end(plan)[name]) > limit:
-            raise ConfigError(
-                f"{name} would be seen {epochs:.1f} times, max_epochs.{name}={limit}: prepare more "
-                "of it, lower its share, or train for fewer steps"
-            )
-
-
-def epochs_at_end(plan: Plan) -> dict[str, float]:
-    """How often the run goes through each source."""
-    rows = {name: facts.n_rows for name, facts in plan.sources.items()}
-    order = DataOrder(seed=0, rows=rows, phases=[Phase(0, plan.weights)])
-    counts = order.counts(plan.config.max_steps * plan.shape.global_batch_size)
-    return {name: counts[name] / facts.n_rows for name, facts in plan.sources.items()}
-
-
 def describe(plan: Plan, tokens_per_s: float | None = None) -> Iterator[str]:
     """The plan in lines, for people: configuration, data, batch, memory, length."""
     config, shape = plan.config, plan.shape
@@ -261,11 +237,9 @@ def _spell(value: object) -> str:
 
 def _describe_sources(plan: Plan) -> Iterator[str]:
     total = sum(plan.weights.values())
-    epochs = epochs_at_end(plan)
     for name, facts in plan.sources.items():
         share = plan.weights[name] / total
         yield (
             f"source {name}: {share:.1%} of samples, {facts.n_rows:,} rows "
-            f"({facts.n_rows * facts.tokens_per_row:,.0f} tokens), {facts.n_val_rows:,} held out, "
-            f"{epochs[name]:.3g} epochs over this run"
+            f"({facts.n_rows * facts.tokens_per_row:,.0f} tokens), {facts.n_val_rows:,} held out"
         )

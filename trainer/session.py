@@ -21,15 +21,15 @@ from trainer import checkpoint, goodput
 from trainer.config import save_config
 from trainer.distributed import World, make_deterministic
 from trainer.errors import ConfigError
+from trainer.ledger import refuse_repeats
 from trainer.loader import Loader, MicroBatches, Stretch
 from trainer.metrics import Journal, read_lines
-from trainer.mixture import Phase
 from trainer.optimizer import make_optimizer
 from trainer.parallel import Network, build_network
 from trainer.plan import Plan
 from trainer.runs import EVENTS, newest_commit
 from trainer.screen import Screen
-from trainer.state import Found, State, find, state_from
+from trainer.state import Found, State, find, fresh, state_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +78,11 @@ def begin(
     """The session and the state to go on from: that of a commit, or of the very beginning."""
     began, config = time.time(), plan.config
     found = find(run, resume, world)
-    state = State(phases=(Phase(0, plan.weights),), data=dict(plan.sources))
+    state = fresh(plan)
     notes: list[str] = []
     if found is not None:
         state, notes = state_from(found.record, plan)
+    refuse_repeats(plan, state)
     if config.deterministic:
         make_deterministic(world.device)
     network = build_network(config, world)

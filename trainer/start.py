@@ -16,6 +16,7 @@ from trainer.devices import pick_device
 from trainer.distributed import launched_by_torchrun
 from trainer.errors import ConfigError, TrainingError
 from trainer.launch import ASKED_TO_STOP, Launch, launch_line, run_on_all
+from trainer.ledger import describe_ledger, refuse_repeats, standing
 from trainer.metrics import read_lines
 from trainer.plan import Plan, describe, make_plan
 from trainer.runs import EVENTS, METRICS, commits
@@ -63,13 +64,13 @@ def start(request: Request, stream: TextIO) -> int:
         plan = make_plan(configured, _count("WORLD_SIZE"), _count("LOCAL_WORLD_SIZE"))
         screen = open_screen(stream) if _count("RANK") == 0 else Silent()
         if PLAN_SHOWN not in os.environ:
-            _show(plan, run, screen)
+            _show(plan, run, request.resume, screen)
         return _train(plan, run, request, screen)
     n_local = request.nproc or _device_count(configured.config.device)
     plan = make_plan(configured, n_local * _count_nodes(request.nnodes), n_local)
     screen = open_screen(stream)
     with contextlib.closing(screen):
-        _show(plan, run, screen)
+        _show(plan, run, request.resume, screen)
         if request.dry_run:
             return 0
         if plan.shape.world_size == 1:
@@ -81,9 +82,11 @@ def start(request: Request, stream: TextIO) -> int:
     return _ended_as(run)
 
 
-def _show(plan: Plan, run: Path, screen: Screen) -> None:
-    for line in describe(plan, _measured_rate(run)):
+def _show(plan: Plan, run: Path, resume: str, screen: Screen) -> None:
+    state = standing(plan, run, resume)
+    for line in (*describe(plan, _measured_rate(run)), *describe_ledger(plan, state)):
         screen.say(line)
+    refuse_repeats(plan, state)
 
 
 def _train(plan: Plan, run: Path, request: Request, screen: Screen) -> int:

@@ -78,6 +78,11 @@ class State:
         }
 
 
+def fresh(plan: Plan) -> State:
+    """The state of a run that has not begun."""
+    return State(phases=(Phase(0, plan.weights),), data=dict(plan.sources))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """A commit to go on from."""
