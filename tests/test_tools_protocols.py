@@ -333,9 +333,9 @@ def test_long_rows_go_through_the_vocabulary_in_chunks(monkeypatch: pytest.Monke
     targets = torch.randint(0, VOCAB, (2, 40), generator=generator)
     targets[0, :5] = targets[1, 17] = IGNORED
     scorer = Scorer.of_logits(lambda _: logits)
-    whole = scorer.nats(targets, targets)
+    whole = scorer.judge(targets, targets)[0]
     monkeypatch.setattr("tools.scoring._LOGITS_AT_ONCE", VOCAB * 7)
-    assert torch.equal(scorer.nats(targets, targets), whole)
+    assert torch.equal(scorer.judge(targets, targets)[0], whole)
     assert (whole[0, :5] == 0).all()
     expected = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED

@@ -88,12 +88,11 @@ class Scorer:
         weight = model.head_weight
         return cls(model.hidden, lambda rows: linear(rows, weight), weight.device, dtype)
 
-    def nats(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """-log softmax(logits)[target] in fp32, 0 where the target is -100: [B, T] -> [B, T]."""
-        return self.judge(inputs, targets)[0]
-
     def judge(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """`nats` [B, T], and whether each target is the likeliest id (or -100): bool [B, T]."""
+        """-log softmax(logits)[target] in fp32, 0 where the target is -100: [B, T] -> [B, T].
+
+        Beside it, whether each target is the likeliest id (or -100): bool [B, T].
+        """
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         scored = targets != IGNORED
         wanted, features = targets[scored], self.features(inputs)[scored]  # [n], [n, D]

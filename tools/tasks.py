@@ -43,7 +43,7 @@ class Question:
         return f"{self.context(self.gold)} {self.choices[self.gold]}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Task:
     """One task. `examples` is the split that few-shot examples are taken from, in order.
 
@@ -181,68 +181,19 @@ def _without_markup(text: str) -> str:
     return _BRACKETED.sub("", text).replace("  ", " ")
 
 
-TASKS: Final = {
-    task.name: task
-    for task in (
-        Task(
-            name="lambada",
-            table=HubTable("EleutherAI/lambada_openai", "default", "test"),
-            examples="test",
-            read=_lambada,
-            metrics=("acc", "perplexity"),
-            delimiter="",
-        ),
-        Task(
-            name="arc_easy",
-            table=HubTable("allenai/ai2_arc", "ARC-Easy", "test"),
-            examples="train",
-            read=_arc,
-        ),
-        Task(
-            name="arc_challenge",
-            table=HubTable("allenai/ai2_arc", "ARC-Challenge", "test"),
-            examples="train",
-            read=_arc,
-        ),
-        Task(
-            name="mmlu",
-            table=HubTable("cais/mmlu", "all", "test"),
-            examples="dev",
-            read=_mmlu,
-            metrics=("acc",),
-            introduce=_introduce_subject,
-        ),
-        Task(
-            name="hellaswag",
-            table=HubTable("Rowan/hellaswag", "", "validation"),
-            examples="train",
-            read=_hellaswag,
-        ),
-        Task(
-            name="piqa",
-            table=HubTable("baber/piqa", "", "validation"),
-            examples="train",
-            read=_piqa,
-        ),
-        Task(
-            name="winogrande",
-            table=HubTable("allenai/winogrande", "winogrande_xl", "validation"),
-            examples="train",
-            read=_winogrande,
-            metrics=("acc",),
-        ),
-        Task(
-            name="openbookqa",
-            table=HubTable("allenai/openbookqa", "main", "test"),
-            examples="train",
-            read=_openbookqa,
-        ),
-        Task(
-            name="boolq",
-            table=HubTable("aps/super_glue", "boolq", "validation"),
-            examples="train",
-            read=_boolq,
-            metrics=("acc",),
-        ),
-    )
-}
+_TABLE: Final = (
+    Task("lambada", HubTable("EleutherAI/lambada_openai", "default", "test"), "test", _lambada,
+         metrics=("acc", "perplexity"), delimiter=""),
+    Task("arc_easy", HubTable("allenai/ai2_arc", "ARC-Easy", "test"), "train", _arc),
+    Task("arc_challenge", HubTable("allenai/ai2_arc", "ARC-Challenge", "test"), "train", _arc),
+    Task("mmlu", HubTable("cais/mmlu", "all", "test"), "dev", _mmlu,
+         metrics=("acc",), introduce=_introduce_subject),
+    Task("hellaswag", HubTable("Rowan/hellaswag", "", "validation"), "train", _hellaswag),
+    Task("piqa", HubTable("baber/piqa", "", "validation"), "train", _piqa),
+    Task("winogrande", HubTable("allenai/winogrande", "winogrande_xl", "validation"), "train",
+         _winogrande, metrics=("acc",)),
+    Task("openbookqa", HubTable("allenai/openbookqa", "main", "test"), "train", _openbookqa),
+    Task("boolq", HubTable("aps/super_glue", "boolq", "validation"), "train", _boolq,
+         metrics=("acc",)),
+)  # fmt: skip
+TASKS: Final = {task.name: task for task in _TABLE}
