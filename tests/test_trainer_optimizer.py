@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.optimizer import finish_gradients, make_optimizer, set_lr
+from trainer.guard import Guard, GuardConfig
+from trainer.optimizer import finish_gradients, make_optimizer, set_lr, update
 from trainer.schedule import OptimConfig
 
 
@@ -56,13 +57,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float, n_targets: 
     toy = Toy()
     optimizer = make_optimizer(toy, OptimConfig(lr=0.5))
     with_gradients(toy, 1.0)
-    finish_gradients(optimizer, 9, torch.tensor(9.0), OptimConfig())
-    optimizer.step()
+    guard = Guard(GuardConfig(), [], torch.device("cpu"))
+    norm = finish_gradients(optimizer, 9, torch.tensor(9.0), OptimConfig())
+    update(optimizer, guard.refuse(norm, torch.tensor(0.0)))
     before = [tensor.clone() for tensor in (toy.matrix, toy.norm)]
     moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
     with_gradients(toy, value)
-    finish_gradients(optimizer, 9, torch.tensor(n_targets), OptimConfig())
-    optimizer.step()
+    norm = finish_gradients(optimizer, 9, torch.tensor(n_targets), OptimConfig())
+    update(optimizer, guard.refuse(norm, torch.tensor(0.0)))
     assert torch.equal(toy.matrix, before[0])
     assert torch.equal(toy.norm, before[1])
     for state, moment in zip(optimizer.state.values(), moments, strict=True):

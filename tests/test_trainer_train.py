@@ -19,7 +19,6 @@ from shards.format import Part
 from shards.reader import ShardReader
 from shards.writer import ShardWriter, write_manifest
 from shards_samples import make_source, sample_facts
-from trainer import guard
 from trainer.checkpoint import load_weights
 from trainer.config import load_config
 from trainer.errors import ConfigError, TrainingError
@@ -150,11 +149,15 @@ def test_refused_updates_without_end_are_an_error(
         return loss * math.nan if next(calls) > 2 else loss
 
     monkeypatch.setattr(Transformer, "forward", poisoned)
-    monkeypatch.setattr(guard, "PATIENCE", 2)
-    plan = small_plan(shards, checkpoint__interval_steps=1, precision="fp32")
-    with pytest.raises(TrainingError, match=r"step 5: 3 updates in a row .* lower optim\.lr"):
+    changes = {"guard__patience": 2, "guard__max_rollbacks": 1}
+    plan = small_plan(shards, checkpoint__interval_steps=1, precision="fp32", **changes)
+    message = r"step 5: 3 updates in a row were refused, after 1 rollbacks; the run is committed"
+    with pytest.raises(TrainingError, match=message):
         train(plan, tmp_path)
+    # a step's numbers are read one step late
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [commit.name for commit in commits(tmp_path)] == ["step-2", "step-6"]
+    assert events_of(tmp_path).count("rollback") == 1
 
 
 def test_one_run_one_job(shards: Path, tmp_path: Path) -> None:

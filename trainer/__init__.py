@@ -20,7 +20,8 @@ The loop:
     tally.py        a step's numbers, reduced once and read one step late
     validation.py   held-out loss of each source
     commits.py      when a commit is due, written beside training; what is kept, and mirrored
-    guard.py        how many refused updates are too many
+    aftermath.py    what a step's numbers ask for: stop, roll back, commit
+    guard.py        updates that would do harm, refused; what is left out when that persists
 
 What stays:
     runs.py         where a run keeps things
@@ -30,6 +31,7 @@ What stays:
     logbook.py      a step's numbers made into a line
     screen.py       what a person sees
 
-distributed.py (ranks), signals.py (asked to stop), faults.py (processes lost) and errors.py serve
-all of them; cli.py is the command.
+distributed.py (ranks), signals.py (asked to stop), heartbeat.py (ranks that hang), faults.py (what
+one rank alone notices) and errors.py serve all of them; inject.py makes faults on order; cli.py is
+the command.
 """

@@ -24,6 +24,7 @@ from model.config import ModelConfig, ModelError
 from shards.files import publish_json
 from trainer.checkpoint import CheckpointConfig
 from trainer.errors import ConfigError, at_least
+from trainer.guard import GuardConfig
 from trainer.loader import LoaderConfig
 from trainer.profiling import parse_steps
 from trainer.runs import CONFIG, newest_run, runs_by_age
@@ -60,6 +61,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     mixture: dict[str, float] = field(default_factory=lambda: dict(REFERENCE_SHARES))
     max_epochs: dict[str, float] = field(default_factory=dict)  # a source; refused beyond

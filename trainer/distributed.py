@@ -10,6 +10,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from trainer.devices import pick_device
 from trainer.errors import ConfigError
@@ -70,6 +73,11 @@ def launched_by_torchrun() -> bool:
     return "RANK" in os.environ and "LOCAL_RANK" in os.environ
 
 
+def restarted_by_torchrun() -> bool:
+    """Whether torchrun has started this job before, and a rank of it was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 @contextlib.contextmanager
 def join_world(device: str) -> Iterator[World]:
     """This process as a rank: its device chosen, its threads set, the process group joined."""
@@ -96,7 +104,7 @@ def join_world(device: str) -> Iterator[World]:
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if world_size > 1:
         # objects and flags travel on gloo, so that they never queue behind gradients
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        _join("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", rank, world_size)
     try:
         yield World(
             rank=rank,
@@ -108,6 +116,18 @@ def join_world(device: str) -> Iterator[World]:
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def _join(backend: str, rank: int, world_size: int) -> None:
+    """Join the process group, under names of this start alone.
+
+    torchrun (2.13) keeps one store over its restarts: without names of its own a restarted gloo
+    finds the addresses of the ranks before it, and fails after 30 s of dialling the dead.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=default_pg_timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    named = PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(backend, store=named, rank=rank, world_size=world_size)
 
 
 def make_deterministic(device: torch.device) -> None:

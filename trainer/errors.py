@@ -17,6 +17,10 @@ class TrainingError(SummerError):
     """A run that cannot go on."""
 
 
+class LostRankError(TrainingError):
+    """A run that goes on when all its ranks are started again."""
+
+
 def at_least(section: str, config: object, **minima: float) -> None:
     """Refuse, with ConfigError, a key of a configuration that is below its minimum."""
     for key, minimum in minima.items():

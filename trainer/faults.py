@@ -1,35 +1,38 @@
-"""A lost worker or a lost rank, told in one line where torch would show a traceback."""
+"""What one rank alone notices: told, written down, and made an error that says what to do."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from trainer.distributed import World
-from trainer.errors import TrainingError
+from trainer.errors import LostRankError
+from trainer.metrics import append_event
+
+
+def alarm(run: Path, text: str, event: str, **facts: Any) -> None:
+    """Tell on stderr and in events.jsonl what the main rank cannot know or may not live to say."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+    append_event(run, event, text=text, **facts)
 
 
 @contextlib.contextmanager
 def named_faults(world: World) -> Iterator[None]:
-    """Turn torch's errors for processes that are gone into TrainingError with a mend.
-
-    torch raises for a dead loader worker out of a signal handler, in whatever line is running; and
-    for a dead rank out of the reduction that misses it.
-    """
+    """Turn torch's error in the reduction that misses a rank into LostRankError."""
     try:
         yield
     except RuntimeError as error:
-        first = re.sub(r"^\[[^]]*\]\s*", "", str(error)).partition("\n")[0].partition(". ")[0]
-        again = "the last commit stands: run the same command again"
-        if "DataLoader worker" in first:
-            raise TrainingError(
-                f"a loader worker died ({first}); {again}, with a smaller loader.num_workers if "
-                "memory was short"
-            ) from error
         if world.world_size > 1 and any(word in str(error) for word in _TRANSPORTS):
-            raise TrainingError(
-                f"rank {world.rank} lost another rank ({first}); {again}"
+            first = re.sub(r"^\[[^]]*\]\s*", "", str(error)).partition("\n")[0].partition(". ")[0]
+            raise LostRankError(
+                f"rank {world.rank} lost another rank ({first}); the last commit stands: "
+                "torchrun starts all ranks again, as often as --max-restarts says"
             ) from error
         raise
 

@@ -8,13 +8,16 @@ pinned buffer, and is widened on the device.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import ctypes
 import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -25,17 +28,19 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from model.loss import IGNORED
 from shards.errors import ShardError, SummerError
 from shards.reader import ShardReader
-from trainer.errors import at_least
+from trainer.errors import TrainingError, at_least
 from trainer.mixture import (
     BatchShape,
     DataOrder,
     Indices,
     Located,
     dropout_keys,
+    leave_out,
     micro_batch_indices,
 )
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+_LIVES: Final = 3  # sets of workers that may die in a row without having read anything
 _LOCATED_AT_ONCE: Final = 64  # micro-batches; one alone takes 0.2 ms, however few its rows
 
 
@@ -77,18 +82,30 @@ class Refused(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """The steps that a loader serves: from `first_index` on, dealt out by `shape`, to one rank."""
+    """The steps that a loader serves: from `first_index` on, dealt out by `shape`, to one rank.
+
+    Samples in `skipped`, stretches [begin, end), are left out. `done` micro-batches are behind it.
+    """
 
     first_index: int
     n_steps: int
     shape: BatchShape
     rank: int
+    skipped: tuple[tuple[int, int], ...] = ()
+    done: int = 0
+
+    @property
+    def numbers(self) -> range:
+        """The micro-batches that are left."""
+        return range(self.done, self.n_steps * self.shape.grad_accum_steps)
 
     def indices(self, seed: int, number: int) -> Indices:
         """[M]: the samples of the rank's micro-batch `number`, counted from the first step."""
         step, micro_step = divmod(number, self.shape.grad_accum_steps)
-        start = self.first_index + step * self.shape.global_batch_size
-        return micro_batch_indices(seed, start, self.shape, micro_step, self.rank)
+        places = np.array(step * self.shape.global_batch_size)
+        start = int(leave_out(self.first_index, places, self.skipped))
+        indices = micro_batch_indices(seed, start, self.shape, micro_step, self.rank)
+        return leave_out(start, indices - start, self.skipped)
 
 
 class MicroBatches(IterableDataset[HostBatch | Refused]):
@@ -107,8 +124,7 @@ class MicroBatches(IterableDataset[HostBatch | Refused]):
     def __iter__(self) -> Iterator[HostBatch | Refused]:
         worker = get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        total = self._stretch.n_steps * self._stretch.shape.grad_accum_steps
-        numbers = range(first, total, stride)
+        numbers = self._stretch.numbers[first::stride]
         for start in range(0, len(numbers), _LOCATED_AT_ONCE):
             ahead = numbers[start : start + _LOCATED_AT_ONCE]
             indices = np.stack([self._stretch.indices(self._order.seed, n) for n in ahead])
@@ -124,6 +140,19 @@ class MicroBatches(IterableDataset[HostBatch | Refused]):
             return Refused(error)
         except OSError as error:
             return Refused(ShardError(f"a shard cannot be read: {error}"))
+
+    def going_on(self, done: int) -> MicroBatches:
+        """The same micro-batches without the first `done`."""
+        rest = copy.copy(self)
+        rest._stretch = replace(self._stretch, done=done)
+        return rest
+
+    def nothing(self) -> HostBatch:
+        """A micro-batch without a target, for steps that will not count."""
+        size = self._stretch.shape.micro_batch_size
+        tokens = torch.from_numpy(np.zeros((size, self._seq_len), self._dtype))
+        is_target = torch.zeros(tokens.shape, dtype=torch.bool)
+        return HostBatch(tokens, is_target, torch.zeros(size, 2, dtype=torch.int32))
 
     def gather(self, indices: Indices, located: Located) -> HostBatch:
         """The rows of these samples, checked; ShardError for one that is damaged."""
@@ -148,41 +177,103 @@ class Loader:
     """Hands out micro-batches on the device, and counts the time spent waiting for them."""
 
     def __init__(
-        self, batches: MicroBatches, config: LoaderConfig, device: torch.device, pad_id: int
+        self,
+        batches: MicroBatches,
+        config: LoaderConfig,
+        device: torch.device,
+        pad_id: int,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._device, self._pad_id = device, pad_id
+        self._all, self._config, self._device, self._pad_id = batches, config, device, pad_id
+        self._tell = tell
+        self._served = 0
         self.waited_s = 0.0
-        many = config.num_workers > 0
+        self.damage: SummerError | None = None
+        self._batches = self._open()
+
+    def next(self) -> MicroBatch:
+        """The next micro-batch; without a target from the first row on that is damaged.
+
+        An error here would be this rank's alone, and the others would wait for it in the next
+        reduction: `damage` says what is wrong, and the loop tells everyone (trainer/train.py).
+        """
+        start = time.perf_counter()
+        host = self._fetch() if self.damage is None else self._all.nothing()
+        self.waited_s += time.perf_counter() - start
+        if isinstance(host, Refused):
+            self.damage, host = host.error, self._all.nothing()
+        return to_device(host, self._device, self._pad_id)
+
+    def worker_pids(self) -> list[int]:
+        """The workers' process numbers."""
+        return [worker.pid for worker in getattr(self._batches, "_workers", [])]
+
+    def close(self) -> None:
+        """End the workers now, not when Python gets to it.
+
+        They are killed: they write nothing, and one that waits for a lock which a dead one held
+        would be waited for at exit.
+        """
+        for worker in getattr(self._batches, "_workers", []):
+            worker.kill()
+        shutdown = getattr(self._batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+    def _fetch(self) -> HostBatch | Refused:
+        """What the workers made; new ones go on, at the same place, where one has died."""
+        for _ in range(_LIVES):
+            try:
+                host = next(self._batches)
+            except (RuntimeError, OSError, EOFError) as error:  # the last two: while it sends
+                if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
+                    raise
+                died = str(error).partition("\n")[0]
+                self._tell(f"! a loader worker died ({died}); new ones read on from the same row")
+                self.close()
+                self._batches = self._open()
+            else:
+                self._served += 1
+                return host
+        raise TrainingError(
+            f"{_LIVES} times a loader worker died before it had read a row ({died}); the last "
+            "commit stands: run the same command with a smaller loader.num_workers"
+        )
+
+    def _open(self) -> Iterator[HostBatch | Refused]:
+        """Workers that read on from the first micro-batch that has not been handed out."""
+        many = self._config.num_workers > 0
         fork = many and sys.platform == "linux"  # elsewhere each worker imports torch anew
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _own_child_handler():
             # 3.12 warns of any fork beside threads (ours run numpy), torch of more workers than
             # cores (ours mostly sleep)
             warnings.simplefilter("ignore")
             loader = DataLoader(
-                batches,
+                self._all.going_on(self._served),
                 batch_size=None,
-                num_workers=config.num_workers,
-                prefetch_factor=config.prefetch if many else None,
-                pin_memory=device.type == "cuda",
+                num_workers=self._config.num_workers,
+                prefetch_factor=self._config.prefetch if many else None,
+                pin_memory=self._device.type == "cuda",
                 multiprocessing_context="fork" if fork else None,
                 worker_init_fn=_live_and_die_with_the_parent if many else None,
             )
-            self._batches = iter(loader)
+            return iter(loader)
 
-    def next(self) -> MicroBatch:
-        """The next micro-batch. Raises what its rows were refused for."""
-        start = time.perf_counter()
-        host = next(self._batches)
-        self.waited_s += time.perf_counter() - start
-        if isinstance(host, Refused):
-            raise host.error
-        return to_device(host, self._device, self._pad_id)
 
-    def close(self) -> None:
-        """End the workers now, not when Python gets to it."""
-        shutdown = getattr(self._batches, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
+@contextlib.contextmanager
+def _own_child_handler() -> Iterator[None]:
+    """Keep torch from raising for a dead worker out of a signal handler, in whatever line runs.
+
+    It is noticed where a batch is waited for, within five seconds, and there it can be mended.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def to_device(host: HostBatch, device: torch.device, pad_id: int) -> MicroBatch:

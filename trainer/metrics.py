@@ -39,7 +39,16 @@ class Journal:
     def event(self, kind: str, **facts: Any) -> None:
         """One line for something that happened, with the time of day."""
         if EVENTS in self._files:
-            self._files[EVENTS].append({"event": kind, **facts, "unix_s": round(time.time(), 3)})
+            self._files[EVENTS].append(_event(kind, facts))
+
+
+def append_event(run: Path, kind: str, **facts: Any) -> None:
+    """One line for something that only one rank has noticed, whichever it is."""
+    _Lines(run / EVENTS).append(_event(kind, facts))
+
+
+def _event(kind: str, facts: Values) -> Values:
+    return {"event": kind, **facts, "unix_s": round(time.time(), 3)}
 
 
 class _Lines:

@@ -264,6 +264,19 @@ class BatchShape(NamedTuple):
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
 
+def leave_out(first: int, places: Indices, skipped: Sequence[tuple[int, int]]) -> Indices:
+    """The samples that come so many places after `first`, when stretches [begin, end) are left out.
+
+    With (10, 30) left out, the samples 0, 1, 2 places after 9 are 9, 30, 31. Stretches ascend.
+    """
+    indices = first + places
+    for begin, end in skipped:
+        if end > first:
+            indices = np.where(indices >= max(begin, first), indices + end - max(begin, first),
+                               indices)  # fmt: skip
+    return indices
+
+
 def micro_batch_indices(
     seed: int, first_index: int, shape: BatchShape, micro_step: int, rank: int
 ) -> Indices:

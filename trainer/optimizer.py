@@ -50,8 +50,7 @@ def finish_gradients(
     """The global gradient norm, a tensor []; gradients end clipped and per true target.
 
     They come in divided by `expected` = G T, the targets a step has when none is ignored;
-    `n_targets` [] says how many it had. Both factors are applied in one pass. A norm that is not
-    finite makes the optimizer refuse its update, on the device: nothing waits to find out.
+    `n_targets` [] says how many it had. Both factors are applied in one pass.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -61,5 +60,14 @@ def finish_gradients(
     if config.grad_clip > 0:
         factor = correction * (config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(grads, factor)
-    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     return norm
+
+
+def update(optimizer: AdamW, refused: Tensor) -> None:
+    """Make the update, unless `refused` [] is 1.0: then weights, moments and their count stay.
+
+    The device decides; nothing waits to find out.
+    """
+    optimizer.found_inf = refused  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad()

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ from shards.files import publish_bytes
 from shards.format import TOKENIZER
 from shards.reader import ShardReader
 from trainer import checkpoint, goodput
-from trainer.config import save_config
+from trainer.config import differences, load_config, save_config
 from trainer.distributed import World, make_deterministic
 from trainer.errors import ConfigError
+from trainer.faults import alarm
+from trainer.guard import NOTHING_RECORDED, Recorded, recorded
+from trainer.inject import Faults, flip_a_bit
 from trainer.ledger import refuse_repeats
 from trainer.loader import Loader, MicroBatches, Stretch
 from trainer.metrics import Journal, read_lines
 from trainer.optimizer import make_optimizer
 from trainer.parallel import Network, build_network
 from trainer.plan import Plan
-from trainer.runs import EVENTS, newest_commit
+from trainer.runs import CONFIG, EVENTS, commits, newest_commit
 from trainer.screen import Screen
 from trainer.state import Found, State, find, fresh, state_from
 
@@ -43,6 +46,8 @@ class Session:
     journal: Journal
     network: Network
     optimizer: AdamW
+    recorded: Recorded
+    first_index: int  # where it began or was resumed
 
     def tell(self, text: str, event: str, **facts: Any) -> None:
         """Show a line and write the event down."""
@@ -73,10 +78,15 @@ def claim(run: Path, world: World) -> Iterator[None]:
 
 @contextlib.contextmanager
 def begin(
-    plan: Plan, run: Path, resume: str, world: World, screen: Screen
+    plan: Plan, run: Path, resume: str, world: World, screen: Screen, *, again: bool = False
 ) -> Iterator[tuple[Session, State]]:
-    """The session and the state to go on from: that of a commit, or of the very beginning."""
+    """The session and the state to go on from: that of a commit, or of the very beginning.
+
+    `again`: the same job goes on by itself, after a rank was lost or the run rolled back.
+    """
     began, config = time.time(), plan.config
+    if again and world.on_main(lambda: bool(commits(run))):
+        resume = "auto"
     found = find(run, resume, world)
     state = fresh(plan)
     notes: list[str] = []
@@ -91,6 +101,9 @@ def begin(
         checkpoint.restore(found.commit, network.bare, optimizer, world)
     elif config.init_from:
         _start_from(Path(config.init_from), network.bare)
+    anew = not again and world.on_main(lambda: _another_history(plan, run, resume))
+    known = NOTHING_RECORDED if anew else world.on_main(lambda: recorded(run))
+    state.leave_out(known.skipped)
     abandoned = world.on_main(lambda: checkpoint.abandon_after(run, state.step))
     notes += [f"! {name} is set aside: the run goes on from before it" for name in abandoned]
     world.on_main(lambda: _introduce(plan, run))
@@ -102,26 +115,47 @@ def begin(
         journal=Journal(run, state.step, writes=world.is_main, tensorboard=config.tensorboard),
         network=network,
         optimizer=optimizer,
+        recorded=known,
+        first_index=state.next_index,
     )
     committed = None if found is None else float(found.record["unix_s"])
     goodput.count_start(state.spent_s, began, committed, read_lines(run / EVENTS))
-    _announce(session, state, found, [*network.notes, *notes])
+    _announce(session, state, found, [*network.notes, *notes], {"anew": True} if anew else {})
     yield session, state
 
 
+def _another_history(plan: Plan, run: Path, resume: str) -> bool:
+    """Whether what events.jsonl says of earlier steps need not hold for those to come."""
+    if not (run / CONFIG).exists():
+        return False
+    return resume not in ("auto", "never") or bool(
+        differences(asdict(load_config(run)), plan.config)
+    )
+
+
 @contextlib.contextmanager
-def open_loader(session: Session, state: State) -> Iterator[Loader]:
+def open_loader(session: Session, state: State, faults: Faults) -> Iterator[Loader]:
     """The loader of the steps that are left, its workers ended with the block."""
-    plan = session.plan
+    plan, rank = session.plan, session.world.rank
     stretch = Stretch(
         first_index=state.next_index,
         n_steps=max(0, plan.config.max_steps - state.step),
         shape=plan.shape,
-        rank=session.world.rank,
+        rank=rank,
+        skipped=state.skipped,
     )
     readers = {name: ShardReader(folder) for name, folder in plan.folders.items()}
-    batches = MicroBatches(state.order(plan.config.seed), readers, stretch)
-    loader = Loader(batches, plan.config.loader, session.world.device, plan.pad_id)
+    order = state.order(plan.config.seed)
+    for step in faults.rotten():
+        number = (step - 1 - state.step) * plan.shape.grad_accum_steps
+        located = order.locate(stretch.indices(order.seed, number)[:1])
+        flip_a_bit(readers[order.sources[int(located.source[0])]], int(located.row[0]))
+    batches = MicroBatches(order, readers, stretch)
+
+    def tell(text: str) -> None:
+        alarm(session.run, f"rank {rank}: {text}", "loader", rank=rank)
+
+    loader = Loader(batches, plan.config.loader, session.world.device, plan.pad_id, tell)
     with contextlib.closing(loader):
         yield loader
 
@@ -150,13 +184,15 @@ def _introduce(plan: Plan, run: Path) -> None:
         publish_bytes(run / TOKENIZER, tokenizer.read_bytes())
 
 
-def _announce(session: Session, state: State, found: Found | None, notes: list[str]) -> None:
+def _announce(
+    session: Session, state: State, found: Found | None, notes: list[str], mark: dict[str, bool]
+) -> None:
     say = session.screen.say
     for note in notes:
         say(note)
     if found is None:
         text = f"{session.run}: starting at step 0"
-        session.tell(text, "start", notes=notes, **_place(session, state))
+        session.tell(text, "start", notes=notes, **mark, **_place(session, state))
         return
     for complaint in found.complaints:
         session.tell(
@@ -170,11 +206,12 @@ def _announce(session: Session, state: State, found: Found | None, notes: list[s
     else:
         commit = str(found.commit)
         text = f"resumed {commit} at step {state.step}"
-        session.tell(text, "resume", commit=commit, notes=notes, **_place(session, state))
+        session.tell(text, "resume", commit=commit, notes=notes, **mark, **_place(session, state))
 
 
 def _place(session: Session, state: State) -> dict[str, Any]:
     """All that says which samples the steps from here on take, and on which rank."""
     phases = [[phase.first_index, dict(phase.weights)] for phase in state.phases]
     shape = session.plan.shape._asdict()
-    return {"step": state.step, "next_index": state.next_index, "phases": phases, "shape": shape}
+    place = {"step": state.step, "next_index": state.next_index, "skipped": state.skipped}
+    return {**place, "phases": phases, "shape": shape}

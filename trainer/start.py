@@ -7,23 +7,23 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TextIO
+from typing import TextIO
 
 import torch
 
-from trainer.config import configure
+from model.config import count_params
+from trainer.config import Configured, configure
 from trainer.devices import pick_device
 from trainer.distributed import launched_by_torchrun
-from trainer.errors import ConfigError, TrainingError
-from trainer.launch import ASKED_TO_STOP, Launch, launch_line, run_on_all
+from trainer.errors import ConfigError
+from trainer.inject import ordered_faults
+from trainer.launch import ASKED_TO_STOP, OUTCOME, Launch, launch_line, leave_word, run_on_all
 from trainer.ledger import describe_ledger, refuse_repeats, standing
 from trainer.metrics import read_lines
 from trainer.plan import Plan, describe, make_plan
-from trainer.runs import EVENTS, METRICS, commits
+from trainer.runs import METRICS, commits
 from trainer.screen import Screen, Silent, open_screen
-from trainer.train import STOPPED, train
-
-PLAN_SHOWN: Final = "SUMMER_PLAN_SHOWN"
+from trainer.train import train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +59,12 @@ def start(request: Request, stream: TextIO) -> int:
     configured = configure(
         preset=request.preset, file=request.file, sets=request.sets, shards=request.shards
     )
+    ordered_faults()  # a mistake in it is told once, here
     run = request.out or _default_run(Path("runs") / configured.config.preset, request.resume)
+    if OUTCOME in os.environ:
+        return leave_word(lambda: _train_as_rank(configured, run, request, stream))
     if launched_by_torchrun():
-        plan = make_plan(configured, _count("WORLD_SIZE"), _count("LOCAL_WORLD_SIZE"))
-        screen = open_screen(stream) if _count("RANK") == 0 else Silent()
-        if PLAN_SHOWN not in os.environ:
-            _show(plan, run, request.resume, screen)
-        return _train(plan, run, request, screen)
+        return _train_as_rank(configured, run, request, stream)
     n_local = request.nproc or _device_count(configured.config.device)
     plan = make_plan(configured, n_local * _count_nodes(request.nnodes), n_local)
     screen = open_screen(stream)
@@ -75,11 +74,18 @@ def start(request: Request, stream: TextIO) -> int:
             return 0
         if plan.shape.world_size == 1:
             return _train(plan, run, request, screen)
-        launch = Launch(n_local, request.nnodes, _options(request.torchrun))
+        state_bytes = 12 * count_params(plan.config.model)  # weights and two moments, fp32
+        launch = Launch(n_local, request.nnodes, state_bytes, _options(request.torchrun))
         screen.say(launch_line(launch, request.for_rank(run)))
-        os.environ[PLAN_SHOWN] = "yes"  # the ranks inherit it
-    run_on_all(launch, request.for_rank(run))
-    return _ended_as(run)
+    return run_on_all(launch, request.for_rank(run))
+
+
+def _train_as_rank(configured: Configured, run: Path, request: Request, stream: TextIO) -> int:
+    plan = make_plan(configured, _count("WORLD_SIZE"), _count("LOCAL_WORLD_SIZE"))
+    screen = open_screen(stream) if _count("RANK") == 0 else Silent()
+    if OUTCOME not in os.environ:  # our own launcher has shown it
+        _show(plan, run, request.resume, screen)
+    return _train(plan, run, request, screen)
 
 
 def _show(plan: Plan, run: Path, resume: str, screen: Screen) -> None:
@@ -93,17 +99,6 @@ def _train(plan: Plan, run: Path, request: Request, screen: Screen) -> int:
     with contextlib.closing(screen):
         outcome = train(plan, run, resume=request.resume, screen=screen)
         return ASKED_TO_STOP if outcome.stopped else 0
-
-
-def _ended_as(run: Path) -> int:
-    """The exit code of a job of several ranks, by what the main one wrote down last."""
-    last = read_lines(run / EVENTS)[-1:]
-    if last and last[0]["event"] in ("done", STOPPED):
-        return ASKED_TO_STOP if last[0]["event"] == STOPPED else 0
-    raise TrainingError(
-        f"{run} was ended before it could commit; the last commit stands: "
-        "run the same command again"
-    )
 
 
 def _default_run(run: Path, resume: str) -> Path:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from trainer import checkpoint
 from trainer.checkpoint import Record
 from trainer.config import differences
 from trainer.distributed import World
 from trainer.errors import CheckpointError, ConfigError
-from trainer.mixture import DataOrder, Phase
+from trainer.guard import add_skipped
+from trainer.mixture import DataOrder, Phase, leave_out
 from trainer.plan import Plan, SourceFacts
 from trainer.runs import COMMIT, commits
 from trainer.schedule import Anneal
@@ -26,6 +30,8 @@ class State:
     next_index: int = 0
     time_s: float = 0.0  # spent in training steps, over all sessions
     refused_in_a_row: int = 0
+    norms: list[float] = field(default_factory=list)  # the last accepted ones: the guard's window
+    skipped: tuple[tuple[int, int], ...] = ()  # samples [begin, end) that the run leaves out
     phases: tuple[Phase, ...]
     data: dict[str, SourceFacts]  # of every source drawn so far, retired ones too
     anneal: Anneal | None = None  # a budget's end of the run, once it has begun
@@ -34,12 +40,35 @@ class State:
     def advance(self, n_rows: int, seconds: float) -> None:
         """One more step of `n_rows` samples has been made."""
         self.step += 1
-        self.next_index += n_rows
+        self.next_index = self._place(n_rows - 1) + 1
         self.time_s += seconds
 
     def last_step(self, max_steps: int) -> int:
         """The step after which the run is complete."""
         return max_steps if self.anneal is None else min(max_steps, self.anneal.last_step)
+
+    @property
+    def first_index(self) -> int:
+        """The sample that the next step begins with: `next_index`, unless that is left out."""
+        return self._place(0)
+
+    def _place(self, number: int) -> int:
+        return int(leave_out(self.next_index, np.array(number), self.skipped))
+
+    def leave_out(self, skipped: Sequence[tuple[int, int]]) -> None:
+        """Leave out these stretches of samples too, those that are new."""
+        for begin, end in skipped:
+            if not self.skipped or end > self.skipped[-1][1]:
+                self.skipped = add_skipped(self.skipped, begin, end)
+
+    def _counts(self, order: DataOrder, index: int) -> dict[str, int]:
+        """How often each source has been drawn before sample `index`, but for what was left out."""
+        counts = order.counts(index)
+        for begin, end in self.skipped:
+            if end <= index:
+                before, after = order.counts(begin), order.counts(end)
+                counts = {name: n - after[name] + before[name] for name, n in counts.items()}
+        return counts
 
     def order(self, seed: int) -> DataOrder:
         """The data order, past and to come."""
@@ -48,7 +77,7 @@ class State:
 
     def ledger(self, order: DataOrder, index: int) -> dict[str, dict[str, Any]]:
         """Of each source, its rows, tokens and epochs before sample `index`."""
-        counts = order.counts(index)
+        counts = self._counts(order, index)
         return {
             name: {
                 "rows": counts[name],
@@ -66,6 +95,8 @@ class State:
             "next_index": self.next_index,
             "time_s": self.time_s,
             "refused_in_a_row": self.refused_in_a_row,
+            "norms": self.norms,
+            "skipped": self.skipped,
             "phases": [[phase.first_index, dict(phase.weights)] for phase in self.phases],
             "data": {name: asdict(facts) for name, facts in self.data.items()},
             "tokenizer_sha256": plan.tokenizer_sha256,
@@ -148,6 +179,8 @@ def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
         next_index=int(record["next_index"]),
         time_s=float(record["time_s"]),
         refused_in_a_row=int(record["refused_in_a_row"]),
+        norms=[float(norm) for norm in record.get("norms", [])],
+        skipped=tuple((int(begin), int(end)) for begin, end in record.get("skipped", [])),
         phases=tuple(Phase(int(first), dict(weights)) for first, weights in record["phases"]),
         data=data,
         anneal=Anneal(*record["anneal"]) if record.get("anneal") else None,
@@ -157,4 +190,7 @@ def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
         state.anneal = None  # another budget decides anew
     if state.phases[-1].weights != plan.weights:
         state.phases += (Phase(state.next_index, plan.weights),)
+        state.norms = []  # other data may have gradients of another size
+    if "global_batch_tokens" in changes:
+        state.norms = []
     return state, [f"changed: {key} was {old}, is {new}" for key, (old, new) in changes.items()]

@@ -8,7 +8,6 @@ the same wish at the same step.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -18,20 +17,25 @@ from model.loss import IGNORED
 from trainer.distributed import World
 
 
+class Wishes(NamedTuple):
+    """What a rank knows at a step and the others do not."""
+
+    stop: bool  # it was asked to stop
+    commit: bool  # its clock says so
+    refuse: bool  # the update was refused when this step was made before
+    damaged: bool  # a row of this step, or of one before, could not be read
+    budget: int  # what the main rank's purse asks for (trainer/budget.py)
+
+
 class Reading(NamedTuple):
     """A step's numbers, on the host. `loss` is the mean over the step's targets, in nats."""
 
     loss: float
     n_targets: int
     grad_norm: float
-    stop_wished: bool
-    commit_wished: bool
-    budget_wish: int
-
-    @property
-    def refused(self) -> bool:
-        """Whether the optimizer refused this update: the gradient was not finite."""
-        return not math.isfinite(self.grad_norm)
+    refused: bool  # the optimizer made no update
+    first_index: int  # the sample that the step began with
+    wished: Wishes  # by some rank
 
 
 class Tally:
@@ -39,24 +43,32 @@ class Tally:
 
     def __init__(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(5, dtype=dtype, device=device)
+        self._sums = torch.zeros(2 + len(Wishes._fields), dtype=dtype, device=device)
 
     def add(self, loss_sum: Tensor, targets: Tensor) -> None:
         """Count one micro-batch."""
         self._sums[0] += loss_sum.detach()
         self._sums[1] += (targets != IGNORED).sum()
 
-    def reduce(self, world: World, *, stop: bool, commit: bool, budget: int) -> Tensor:
-        """[5] over all ranks: loss sum, targets, how many wish to stop, to commit; the budget's."""
-        self._sums[2], self._sums[3], self._sums[4] = float(stop), float(commit), float(budget)
+    def reduce(self, world: World, wishes: Wishes) -> Tensor:
+        """[7] over all ranks: loss sum, targets, and how many have each wish."""
+        for place, wish in enumerate(wishes, start=2):
+            if wish:  # a kernel less for each that is not
+                self._sums[place] = float(wish)
         return world.all_reduce(self._sums)
+
+
+def refusal_wished(sums: Tensor) -> Tensor:
+    """[]: above 0 where some rank's wishes are a reason to make no update."""
+    return sums[4] + sums[5]
 
 
 class Late:
     """A step's numbers on their way to the host."""
 
-    def __init__(self, sums: Tensor, grad_norm: Tensor) -> None:
-        values = torch.cat([sums, grad_norm.to(sums.dtype).view(1)])
+    def __init__(self, sums: Tensor, grad_norm: Tensor, refused: Tensor, first_index: int) -> None:
+        values = torch.cat([sums, torch.stack([grad_norm, refused]).to(sums.dtype)])
+        self._first_index = first_index
         self._host = values.to("cpu", non_blocking=True)  # into pinned memory
         self._arrived = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
         if self._arrived is not None:
@@ -66,6 +78,13 @@ class Late:
         """The numbers, waiting for them if they are still under way."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss_sum, n_targets, stop, commit, budget, grad_norm = self._host.tolist()
-        loss = loss_sum / n_targets if n_targets else float("nan")
-        return Reading(loss, int(n_targets), grad_norm, stop > 0, commit > 0, int(budget))
+        loss_sum, n_targets, *wishes, grad_norm, refused = self._host.tolist()
+        stop, commit, refuse, damaged, budget = wishes
+        return Reading(
+            loss=loss_sum / n_targets if n_targets else float("nan"),
+            n_targets=int(n_targets),
+            grad_norm=grad_norm,
+            refused=refused > 0,
+            first_index=self._first_index,
+            wished=Wishes(stop > 0, commit > 0, refuse > 0, damaged > 0, int(budget)),
+        )

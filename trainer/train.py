@@ -10,8 +10,8 @@ What happens to a step's tokens:
 3.  The model returns the sum of the losses. Backward divides it by the targets that a full step
     has, so that micro-batches and ranks just add up.
 4.  Ranks add up their gradients (in the last backward pass) and their counts (one reduction).
-5.  `optimizer.py` corrects by the true number of targets, clips, and updates, unless the gradient
-    is not finite; then the device skips the update by itself.
+5.  `optimizer.py` corrects by the true number of targets, clips, and updates, unless `guard.py`
+    finds the gradient harmful; then the device skips the update by itself.
 6.  The numbers of the step are on their way to the host, where `logbook.py` reads them a step
     later: the processor never waits for the device.
 7.  When a commit is due, `checkpoint.py` writes all of this down, proven, and the run can be
@@ -20,17 +20,21 @@ What happens to a step's tokens:
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from trainer import goodput
-from trainer.budget import Budget, heed
+from trainer.aftermath import Job, RolledBackError, look_at
+from trainer.budget import Budget
 from trainer.commits import Committer
-from trainer.distributed import join_world
+from trainer.distributed import join_world, restarted_by_torchrun
 from trainer.faults import named_faults
-from trainer.guard import judge
-from trainer.logbook import Arrived, Logbook, spent_line
-from trainer.optimizer import finish_gradients, set_lr
+from trainer.guard import Guard
+from trainer.heartbeat import beating
+from trainer.inject import Faults, ordered_faults
+from trainer.logbook import Logbook, spent_line
+from trainer.optimizer import finish_gradients, set_lr, update
 from trainer.parallel import (
     autocast,
     exposed_exchange_s,
@@ -45,7 +49,7 @@ from trainer.screen import Screen, Silent
 from trainer.session import Session, begin, claim, open_loader
 from trainer.signals import listen_for_stop
 from trainer.state import State
-from trainer.tally import Late, Tally
+from trainer.tally import Late, Tally, Wishes, refusal_wished
 from trainer.validation import open_held_out
 
 STOPPED: Final = "stopped"
@@ -62,69 +66,99 @@ class Outcome(NamedTuple):
 
 def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None = None) -> Outcome:
     """How the run ended. It is committed then; `train` with the same plan goes on from there."""
-    config, shape = plan.config, plan.shape
+    orders, again = ordered_faults(), restarted_by_torchrun()
     with (
         listen_for_stop() as asked_to_stop,
-        join_world(config.device) as world,
+        join_world(plan.config.device) as world,
         named_faults(world),
         claim(run, world),
-        begin(plan, run, resume, world, screen or Silent()) as (session, state),
-        open_loader(session, state) as loader,
+        beating(run, world, plan.config.guard.hang_timeout_s) as heart,
     ):
-        model, optimizer = session.network.model, session.optimizer
-        logbook = Logbook(plan, session.journal, session.screen, state)
-        watch = goodput.Stopwatch(state.spent_s)
-        budget = Budget(config, state, watch, world.is_main)
-        committer = Committer(session, state)
-        held_out = open_held_out(plan, world)
-        profiler = StepProfiler(parse_steps(config.profile_steps if world.is_main else ""), run)
-        loss_scale = world.world_size / plan.step_tokens  # W / (G T)
-        stop = False
-        while state.step < state.last_step(config.max_steps) and not stop:
-            profiler.before(state.step + 1)
-            lr = set_lr(optimizer, lr_at(state.step, config.optim, config.max_steps, state.anneal))
-            tally = Tally(world.device)
-            for micro_step in range(shape.grad_accum_steps):
-                tokens, targets, dropout_key = loader.next()  # [B, T], [B, T], [B, 2]
-                reseed_attention_dropout(config, state.step, micro_step, world.rank)
+        faults = Faults(orders, run, world.rank)
+        while True:
+            try:
                 with (
-                    no_sync_unless_last(model, micro_step, shape.grad_accum_steps),
-                    autocast(config, world.device),
+                    begin(plan, run, resume, world, screen or Silent(), again=again) as found,
+                    open_loader(*found, faults) as loader,
                 ):
-                    loss_sum = model(tokens, targets, dropout_key)
-                (loss_sum * loss_scale).backward()  # the true count enters finish_gradients
-                tally.add(loss_sum, targets)
-            with watch.within("communication"):
-                sums = tally.reduce(
-                    world,
-                    stop=asked_to_stop(),
-                    commit=committer.clock_wishes(),
-                    budget=budget.wish(),
-                )
-            grad_norm = finish_gradients(optimizer, plan.step_tokens, sums[1], config.optim)
-            optimizer.step()
-            optimizer.zero_grad()
+                    committer = Committer(*found)
+                    return _go_on(Job(*found, loader, committer, heart, faults, asked_to_stop))
+            except RolledBackError:
+                again = True
+            gc.collect()  # the model that is left behind, before another is made
 
-            state.advance(shape.global_batch_size, watch.lap())
-            watch.add("communication", exposed_exchange_s(model))
-            before = logbook.enter(Late(sums, grad_norm), state, lr, loader.waited_s)
-            stop, commit = _look_at(before, session, state)
-            if held_out is not None and state.step % config.validation.interval == 0:
-                with watch.paused("evaluation"):
-                    logbook.add(
-                        held_out.losses(session.network.bare, autocast(config, world.device))
-                    )
-            if commit or committer.due():
-                asked, _ = _look_at(logbook.settle(), session, state)
-                stop = stop or asked
+
+def _go_on(job: Job) -> Outcome:
+    """Train from the state that was found to the end, or until some rank is asked to stop."""
+    session, state, loader, committer, heart, faults, _ = job
+    plan, world, optimizer = session.plan, session.world, session.optimizer
+    config, shape, model = plan.config, plan.shape, session.network.model
+    guard = Guard(config.guard, state.norms, world.device)
+    logbook = Logbook(plan, session.journal, session.screen, state)
+    watch = goodput.Stopwatch(state.spent_s)
+    budget = Budget(config, state, watch, world.is_main)
+    held_out = open_held_out(plan, world)
+    profiler = StepProfiler(parse_steps(config.profile_steps if world.is_main else ""), session.run)
+    loss_scale = world.world_size / plan.step_tokens  # W / (G T)
+    stop = commit = False
+    while state.step < state.last_step(config.max_steps) and not stop:
+        profiler.before(state.step + 1)
+        lr = set_lr(optimizer, lr_at(state.step, config.optim, config.max_steps, state.anneal))
+        scale = loss_scale * faults.strike(state.step + 1, loader)
+        tally = Tally(world.device)
+        for micro_step in range(shape.grad_accum_steps):
+            heart.mark(state.step + 1, "data")
+            tokens, targets, dropout_key = loader.next()  # [B, T], [B, T], [B, 2]
+            heart.mark(state.step + 1, "gradient")
+            reseed_attention_dropout(config, state.step, micro_step, world.rank)
+            with (
+                no_sync_unless_last(model, micro_step, shape.grad_accum_steps),
+                autocast(config, world.device),
+            ):
+                loss_sum = model(tokens, targets, dropout_key)
+            (loss_sum * scale).backward()  # the true count enters finish_gradients
+            tally.add(loss_sum, targets)
+        with watch.within("communication"):
+            sums = tally.reduce(world, _wishes(job, budget))
+        grad_norm = finish_gradients(optimizer, plan.step_tokens, sums[1], config.optim)
+        refused = guard.refuse(grad_norm, refusal_wished(sums))
+        update(optimizer, refused)
+
+        late = Late(sums, grad_norm, refused, state.first_index)
+        state.advance(shape.global_batch_size, watch.lap())
+        watch.add("communication", exposed_exchange_s(model))
+        stop, wished = look_at(logbook.enter(late, state, lr, loader.waited_s), job)
+        if held_out is not None and state.step % config.validation.interval == 0:
+            heart.mark(state.step, "validation")
+            with watch.paused("evaluation"):
+                logbook.add(held_out.losses(session.network.bare, autocast(config, world.device)))
+        commit = commit or wished or committer.due()
+        if commit and not state.refused_in_a_row:  # a rollback must find one from before them
+            heart.mark(state.step, "commit")
+            asked, _ = look_at(logbook.settle(), job)
+            stop = stop or asked
+            if not state.refused_in_a_row:
                 with watch.paused("checkpoint"):
                     committer.commit()
-            profiler.after(state.step)
-        _look_at(logbook.settle(), session, state)
-        with watch.paused("checkpoint"):
-            committer.commit(last=True)
-        profiler.after(state.step, last=True)
-        return _ended(session, state)
+                commit = False
+        profiler.after(state.step)
+    heart.mark(state.step, "commit")
+    look_at(logbook.settle(), job)
+    with watch.paused("checkpoint"):
+        committer.commit(last=True)
+    profiler.after(state.step, last=True)
+    return _ended(session, state)
+
+
+def _wishes(job: Job, budget: Budget) -> Wishes:
+    """What this rank knows of the step under way and the others do not."""
+    return Wishes(
+        stop=job.asked_to_stop(),
+        commit=job.committer.clock_wishes(),
+        refuse=job.state.first_index in job.session.recorded.refused,
+        damaged=job.loader.damage is not None,
+        budget=budget.wish(),
+    )
 
 
 def _ended(session: Session, state: State) -> Outcome:
@@ -138,16 +172,3 @@ def _ended(session: Session, state: State) -> Outcome:
     else:
         session.tell(f"done: {commit}", "done", step=state.step, spent_s=seconds)
     return Outcome(state.step, stopped, commit)
-
-
-def _look_at(arrived: Arrived, session: Session, state: State) -> tuple[bool, bool]:
-    """Whether some rank wishes to stop, and to commit; a refused update is told and counted."""
-    if arrived is None:
-        return False, False
-    step, reading = arrived
-    if reading.refused:
-        session.tell(f"! step {step}: gradient not finite, update refused", "refused", step=step)
-    state.refused_in_a_row = judge(reading, step, state.refused_in_a_row)
-    if news := heed(reading.budget_wish, state, session.plan.config.max_steps):
-        session.tell(news, "anneal", step=state.step, anneal=state.anneal)
-    return reading.stop_wished, reading.commit_wished or bool(news)

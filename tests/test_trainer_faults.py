@@ -1,0 +1,270 @@
+"""Every fault on order, met with real processes where a process is what fails."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shards.errors import ShardError
+from trainer.errors import ConfigError
+from trainer.inject import KINDS, Fault, ordered_faults
+from trainer.metrics import read_lines
+from trainer.runs import commits, newest_commit
+from trainer.train import train
+from trainer_samples import make_shards, set_texts, small_plan
+
+LIMIT_S = 200
+SETS = {"max_steps": 14, "checkpoint__interval_steps": 3, "checkpoint__keep_last": 9}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards"), fineweb=300, pg19=90)
+
+
+def files_of(commit: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in commit.glob("*.safetensors")}
+
+
+def log_of(run: Path) -> list[tuple[Any, ...]]:
+    keys = ("step", "loss", "grad_norm", "next_index")
+    return [tuple(line[key] for key in keys) for line in read_lines(run / "metrics.jsonl")]
+
+
+def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_lines(run / "events.jsonl") if line["event"] == kind]
+
+
+def two_ranks(
+    shards: Path, run: Path, fault: str = "", *flags: str, **changes: Any
+) -> subprocess.CompletedProcess[str]:
+    """`summer-train --nproc 2`, with these faults."""
+    sets = set_texts(**SETS, loader__num_workers=1, micro_batch_size=2, **changes)
+    command = [sys.executable, "-m", "trainer.cli", "--shards", str(shards), "--preset", "tiny",
+               "--nproc", "2", "--out", str(run), *flags]  # fmt: skip
+    command += [text for change in sets for text in ("--set", change)]
+    environment = {**os.environ, "SUMMER_FAULT": fault}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    result = two_ranks(shards, run)
+    assert result.returncode == 0, result.stderr
+    return run
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert log_of(run) == log_of(other)
+    assert files_of(newest_commit(run)) == files_of(newest_commit(other))
+
+
+@pytest.mark.slow
+def test_a_killed_and_a_stopped_rank_cost_a_restart_each(
+    shards: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    run, timeout_s = tmp_path / "run", 4.0
+    result = two_ranks(
+        shards, run, "sigkill:1:5,sigstop:1:8", guard__hang_timeout_s=timeout_s
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    resumes = [event["step"] for event in events_of(run, "resume")]
+    assert resumes == [3, 6], result.stdout + result.stderr
+    [hung] = events_of(run, "hung")
+    assert (hung["lost"], hung["step"]) == (1, 8)
+    assert timeout_s <= hung["silent_s"] <= 2 * timeout_s
+    assert "rank 1 (process" in result.stderr and "stopped) has shown no sign" in result.stderr
+    assert "backward" in (run / "stacks" / "rank-0.txt").read_text()
+    assert "Traceback" not in result.stderr
+    assert_same(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_asked_to_stop_and_a_rotten_row_end_in_a_commit(
+    shards: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    """One rank knows, all ranks act; torchrun starts nothing again; the same command goes on."""
+    run = tmp_path / "run"
+    result = two_ranks(shards, run, "sigterm:1:4")
+    assert result.returncode == 75, result.stderr
+    stopped_at = events_of(run, "stopped")[0]["step"]
+    assert stopped_at in (4, 5) and newest_commit(run).name == f"step-{stopped_at}"
+    before = {path: path.read_bytes() for path in shards.glob("*/*.npy")}
+    result = two_ranks(shards, run, "rot:1:9")
+    rotten = [path for path, data in before.items() if path.read_bytes() != data]
+    try:
+        assert result.returncode == 1, result.stderr
+        assert len(rotten) == 1
+        last = result.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and f"{rotten[0]} row " in last
+        assert f"`summer-prep repair {rotten[0].parent}` makes it anew" in last
+        assert "the run is committed at step 8 and goes on from there" in last
+        assert newest_commit(run).name == "step-8"
+        assert [event["step"] for event in events_of(run, "resume")] == [stopped_at]
+    finally:
+        rotten[0].write_bytes(before[rotten[0]])
+    result = two_ranks(shards, run)
+    assert result.returncode == 0, result.stderr
+    assert_same(run, undisturbed)
+
+
+def injected(
+    fault: str, shards: Path, run: Path, patch: pytest.MonkeyPatch, **changes: Any
+) -> None:
+    """The run in this process, with these faults."""
+    patch.setenv("SUMMER_FAULT", fault)
+    try:
+        train(small_plan(shards, **{**SETS, **changes}), run)
+    finally:
+        patch.delenv("SUMMER_FAULT")
+
+
+def test_a_worker_that_dies_is_named_and_replaced(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one_reader = {"loader__num_workers": 1}
+    train(small_plan(shards, **SETS, **one_reader), tmp_path / "whole")
+    injected("worker:0:5", shards, tmp_path / "hit", monkeypatch, **one_reader)
+    [event] = events_of(tmp_path / "hit", "loader")
+    assert event["rank"] == 0 and "a loader worker died" in event["text"]
+    assert "rank 0: ! a loader worker died" in capfd.readouterr().err
+    assert_same(tmp_path / "hit", tmp_path / "whole")
+
+
+def test_a_rotten_row_stops_one_process_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a row of the very first step: the commit then holds what the run began with."""
+    for step in (1, 5, 14):
+        shards = make_shards(tmp_path / f"shards{step}", fineweb=300, pg19=90)
+        run = tmp_path / f"run{step}"
+        train(small_plan(shards, **SETS), tmp_path / f"whole{step}")
+        before = {path: path.read_bytes() for path in shards.glob("*/*.npy")}
+        with pytest.raises(ShardError, match=f"summer-prep repair.*committed at step {step - 1} "):
+            injected(f"rot:0:{step}", shards, run, monkeypatch)
+        for path, data in before.items():
+            path.write_bytes(data)
+        train(small_plan(shards, **SETS), run)
+        assert_same(run, tmp_path / f"whole{step}")
+
+
+def test_a_disk_that_fills_up_costs_a_commit(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(small_plan(shards, **SETS), tmp_path / "whole")
+    injected("full-disk:0:5", shards, tmp_path / "hit", monkeypatch)
+    [refused] = events_of(tmp_path / "hit", "commit refused")
+    assert refused["step"] == 6
+    assert [int(c.name[5:]) for c in commits(tmp_path / "hit")] == [3, 9, 12, 14]
+    assert_same(tmp_path / "hit", tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for the commits of little more than one step."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_in_earnest(shards: Path, tmp_path: Path, small_disk: Path) -> None:
+    """One commit fits, the second does not: training goes on until room is made."""
+    filler = small_disk / "filler"
+    train(small_plan(shards, **SETS), tmp_path / "whole")
+    size = sum(path.stat().st_size for path in newest_commit(tmp_path / "whole").iterdir())
+    room = os.statvfs(small_disk)
+    filler.write_bytes(b"x" * (room.f_bavail * room.f_frsize - size - size // 2 - (1 << 20)))
+
+    class MakesRoom:
+        """A person who reads the screen."""
+
+        lines: list[str] = []  # noqa: RUF012
+
+        def say(self, text: str) -> None:
+            self.lines.append(text)
+            if "TRAINING GOES ON" in text:
+                filler.unlink(missing_ok=True)
+
+        def step(self, values: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    screen = MakesRoom()
+    train(small_plan(shards, **SETS), small_disk / "run", screen=screen)
+    assert [event["step"] for event in events_of(small_disk / "run", "commit refused")] == [6]
+    assert_same(small_disk / "run", tmp_path / "whole")
+
+
+def test_no_fault_strikes_twice(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injected("sigterm:0:4", shards, tmp_path, monkeypatch)
+    assert newest_commit(tmp_path).name == "step-5"
+    injected("sigterm:0:4,sigint:1:6", shards, tmp_path, monkeypatch)
+    assert newest_commit(tmp_path).name == "step-14"
+
+
+def test_orders_are_read_or_refused() -> None:
+    assert ordered_faults("") == ()
+    assert ordered_faults("nan:0:3, full-disk:12:40") == (
+        Fault("nan", 0, 3),
+        Fault("full-disk", 12, 40),
+    )
+    for wrong in ("nan", "nan:0", "nan:x:3", "nan:0:0", "gremlin:0:3", "nan:0:3:4"):
+        with pytest.raises(
+            ConfigError, match=rf"SUMMER_FAULT={wrong}: .* kinds are {', '.join(KINDS)}"
+        ):
+            ordered_faults(wrong)
+
+
+def test_a_signal_to_the_launcher_reaches_a_commit(shards: Path, tmp_path: Path) -> None:
+    """SIGINT to the whole group, as Ctrl-C does it."""
+    sets = set_texts(max_steps=5000, loader__num_workers=1)
+    command = [sys.executable, "-m", "trainer.cli", "--shards", str(shards), "--preset", "tiny",
+               "--nproc", "2", "--out", str(tmp_path / "run")]  # fmt: skip
+    command += [text for change in sets for text in ("--set", change)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while len(read_lines(tmp_path / "run" / "metrics.jsonl")) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 75, (tmp_path / "log").read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def wrong_fault(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trainer.cli", *arguments]
+    environment = {**os.environ, "SUMMER_FAULT": "gremlin:0:1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_an_unknown_fault_is_one_line(shards: Path, tmp_path: Path) -> None:
+    result = wrong_fault(["--shards", str(shards), "--preset", "tiny", "--out", str(tmp_path)])
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "kinds are nan, spike, sigterm" in result.stderr
