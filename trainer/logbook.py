@@ -15,6 +15,7 @@ from trainer.plan import Plan
 from trainer.screen import Screen
 from trainer.state import State
 from trainer.tally import Late, Reading
+from trainer.validation import Score
 
 Arrived = tuple[int, Reading] | None
 """A step and its numbers, once they are on the host."""
@@ -32,7 +33,7 @@ class _Entry:
     waited_s: float
     spent_s: dict[str, float]
     last_step: int
-    val: dict[str, float]
+    val: dict[str, Score]
 
 
 class Logbook:
@@ -64,10 +65,10 @@ class Logbook:
         )
         return before
 
-    def add(self, losses: Mapping[str, float]) -> None:
-        """Say the held-out loss of each source at the step under way."""
+    def add(self, scores: Mapping[str, Score]) -> None:
+        """Say the held-out score of each source at the step under way."""
         if self._under_way is not None:
-            self._under_way.val.update(losses)
+            self._under_way.val.update(scores)
 
     def settle(self) -> Arrived:
         """The step under way and its numbers, written down; None if there is none."""
@@ -106,13 +107,22 @@ class Logbook:
         self._journal.metrics(line)
         self._screen.step({**line, "max_steps": entry.last_step, "eta_s": left_s})
 
-    def _held_out(self, losses: Mapping[str, float]) -> dict[str, Any]:
-        """The losses of sources, and their mean in the mixture's weights."""
-        if not losses:
-            return {}
-        weights = {name: self._plan.weights[name] for name in losses}
-        total = sum(losses[name] * weight for name, weight in weights.items())
-        return {"val_loss": total / sum(weights.values()), "val": dict(losses)}
+    def _held_out(self, scores: Mapping[str, Score]) -> dict[str, Any]:
+        """The scores of sources, and their means in the mixture's weights."""
+        losses = {name: score.loss for name, score in scores.items()}
+        bits = {name: s.bits_per_byte for name, s in scores.items() if s.bits_per_byte is not None}
+        line: dict[str, Any] = {}
+        for mean, by_source, values in (
+            ("val_loss", "val", losses),
+            ("val_bits_per_byte", "val_bits", bits),
+        ):
+            weights = {n: w for n, w in self._plan.weights.items() if n in values}
+            if weights:
+                total = sum(values[name] * weight for name, weight in weights.items())
+                line[mean] = total / sum(weights.values())
+            if values:
+                line[by_source] = values
+        return line
 
     def _derived(self, rate: float, held_s: float, left_s: float) -> dict[str, float]:
         """MFU, by the causal count of FLOPs, and money, each only where it is known."""

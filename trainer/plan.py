@@ -39,6 +39,7 @@ class Plan:
     config: RunConfig
     weights: dict[str, int]
     sources: dict[str, SourceFacts]
+    evaluated: tuple[str, ...]  # sources held out as a whole, which are scored beside them
     pad_id: int
     tokenizer_sha256: str
     shape: BatchShape
@@ -76,6 +77,7 @@ def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> 
     manifests = find_sources(Path(config.shards))
     shares = _choose_shares(configured, manifests)
     drawn = {name: manifests[name] for name in shares.weights}
+    evaluated, left = _find_evaluated(manifests, next(iter(drawn.values())))
     config = replace(
         config,
         mixture={name: float(weight) for name, weight in shares.weights.items()},
@@ -96,7 +98,8 @@ def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> 
         device_name=device_name(device),
         device_bytes=limit,
         memory=memory.memory_by_part(config, shape.micro_batch_size, device),
-        notes=shares.notes,
+        notes=(*shares.notes, *left),
+        evaluated=evaluated,
     )
 
 
@@ -106,6 +109,23 @@ def _choose_shares(configured: Configured, manifests: Mapping[str, Manifest]) ->
     preset = {n: s for n, s in config.mixture.items() if n not in fixed}
     rows = {name: m.n_rows - m.n_val_rows for name, m in manifests.items()}
     return choose(preset, fixed, rows)
+
+
+def _find_evaluated(
+    manifests: Mapping[str, Manifest], drawn: Manifest
+) -> tuple[tuple[str, ...], list[str]]:
+    """The sources without a training row whose rows this model can be scored on, and who cannot."""
+    whole = {n: m.facts for n, m in manifests.items() if 0 < m.n_rows == m.n_val_rows}
+    ours, fit, notes = drawn.facts, [], []
+    for name, facts in whole.items():
+        if (facts.seq_len, facts.tokenizer.sha256) == (ours.seq_len, ours.tokenizer.sha256):
+            fit.append(name)
+        else:
+            notes.append(
+                f"{name} is not scored: it has rows of {facts.seq_len} tokens by "
+                f"{facts.tokenizer.name}, the model's have {ours.seq_len} by {ours.tokenizer.name}"
+            )
+    return tuple(fit), notes
 
 
 def _fit_model(
@@ -243,3 +263,5 @@ def _describe_sources(plan: Plan) -> Iterator[str]:
             f"source {name}: {share:.1%} of samples, {facts.n_rows:,} rows "
             f"({facts.n_rows * facts.tokens_per_row:,.0f} tokens), {facts.n_val_rows:,} held out"
         )
+    for name in plan.evaluated:
+        yield f"source {name}: held out as a whole, scored beside the others"

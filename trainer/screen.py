@@ -102,6 +102,8 @@ def step_line(values: Mapping[str, Any]) -> str:
     parts.append(f"data wait {100 * values['data_wait']:.1f} %")
     if "val_loss" in values:
         parts.append(f"held-out {values['val_loss']:.4f}")
+    if "val_bits_per_byte" in values:
+        parts.append(f"{values['val_bits_per_byte']:.4f} bits/byte")
     parts.append(f"ETA {timedelta(seconds=round(values['eta_s']))}")
     return " · ".join(parts)
 

@@ -131,7 +131,7 @@ def _go_on(job: Job) -> Outcome:
         if held_out is not None and state.step % config.validation.interval == 0:
             heart.mark(state.step, "validation")
             with watch.paused("evaluation"):
-                logbook.add(held_out.losses(session.network.bare, autocast(config, world.device)))
+                logbook.add(held_out.scores(session.network.bare, autocast(config, world.device)))
         commit = commit or wished or committer.due()
         if commit and not state.refused_in_a_row:  # a rollback must find one from before them
             heart.mark(state.step, "commit")

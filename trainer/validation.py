@@ -1,15 +1,19 @@
 """Held-out loss of each source, inside training and without a trace in it.
 
+Sources that are held out as a whole (evaluation texts such as wikitext2, prepared beside the
+others) are scored too; they have no weight in the mean.
+
 Nothing random is drawn, no gradient is made, and the blocks run uncompiled: a forward pass without
 gradients would be compiled once more, which took 16 s where the whole validation took 0.2 s.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +21,12 @@ from torch import Tensor
 
 from model.loss import IGNORED
 from model.transformer import Transformer
+from shards.format import TOKENIZER
 from shards.reader import ShardReader
 from trainer.distributed import World
 from trainer.errors import at_least
 from trainer.loader import HostBatch, to_device
+from trainer.text_bytes import TextBytes, read_text_bytes
 
 if TYPE_CHECKING:
     from trainer.plan import Plan
@@ -41,24 +47,42 @@ def open_held_out(plan: Plan, world: World) -> HeldOut | None:
     """What the run scores while it trains; None if it scores nothing."""
     if not plan.config.validation.interval:
         return None
+    shards = Path(plan.config.shards)
     held_out = HeldOut(
-        plan.folders,
+        {name: shards / name for name in (*plan.sources, *plan.evaluated)},
         rows=plan.config.validation.rows,
         batch_size=plan.shape.micro_batch_size,
         pad_id=plan.pad_id,
+        text_bytes=read_text_bytes(
+            shards / next(iter(plan.sources)) / TOKENIZER, plan.tokenizer_sha256
+        ),
         world=world,
     )
     return held_out if held_out.sources else None
+
+
+class Score(NamedTuple):
+    """A source's held-out loss in nats a token, and in bits a byte where its text's are known."""
+
+    loss: float
+    bits_per_byte: float | None
 
 
 class HeldOut:
     """This rank's share of the held-out rows, read once and cut into batches of a fixed shape."""
 
     def __init__(
-        self, folders: Mapping[str, Path], *, rows: int, batch_size: int, pad_id: int, world: World
+        self,
+        folders: Mapping[str, Path],
+        *,
+        rows: int,
+        batch_size: int,
+        pad_id: int,
+        text_bytes: TextBytes | None,
+        world: World,
     ) -> None:
         self._pad_id, self._world = pad_id, world
-        self._batches: list[tuple[int, HostBatch]] = []
+        self._batches: list[tuple[int, int, HostBatch]] = []  # source, bytes, rows
         readers = {name: ShardReader(folder, "val") for name, folder in folders.items()}
         self.sources = tuple(name for name, reader in readers.items() if reader.n_rows)
         number = 0
@@ -68,24 +92,37 @@ class HeldOut:
             for first in range(0, len(chosen), batch_size):
                 if number % world.world_size == world.rank:
                     batch = _filled(reader, chosen[first : first + batch_size], batch_size, pad_id)
-                    self._batches.append((source, batch))
+                    n_bytes = 0 if text_bytes is None else _count_bytes(batch, text_bytes, pad_id)
+                    self._batches.append((source, n_bytes, batch))
                 number += 1
 
-    def losses(self, model: Transformer, autocast: torch.autocast) -> dict[str, float]:
-        """Mean loss in nats a token of each source that has held-out rows."""
+    def scores(self, model: Transformer, autocast: torch.autocast) -> dict[str, Score]:
+        """The score of each source that has held-out rows."""
         device = self._world.device
-        sums = torch.zeros(len(self.sources), 2, device=device)
-        for source, batch in self._batches:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        sums = torch.zeros(len(self.sources), 3, dtype=dtype, device=device)
+        for source, n_bytes, batch in self._batches:
             tokens, targets, _ = to_device(batch, device, self._pad_id)
             with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):
                 loss_sum = model(tokens, targets)
-            sums[source] += torch.stack([loss_sum, (targets != IGNORED).sum().float()])
+            sums[source, 0] += loss_sum
+            sums[source, 1] += (targets != IGNORED).sum()
+            sums[source, 2] += n_bytes
         totals = self._world.all_reduce(sums).tolist()
         return {
-            name: loss / n_targets
-            for name, (loss, n_targets) in zip(self.sources, totals, strict=True)
+            name: Score(loss / n_targets, loss / math.log(2) / n_bytes if n_bytes else None)
+            for name, (loss, n_targets, n_bytes) in zip(self.sources, totals, strict=True)
             if n_targets
         }
+
+
+def _count_bytes(batch: HostBatch, text_bytes: TextBytes, pad_id: int) -> int:
+    """Bytes of the text that the batch's targets spell."""
+    _, targets, _ = to_device(batch, torch.device("cpu"), pad_id)
+    kept = (targets != IGNORED).numpy()
+    return int(
+        text_bytes.count(targets.numpy()[kept], batch.tokens.numpy().astype(np.int64)[kept]).sum()
+    )
 
 
 def _spread(n_rows: int, wanted: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
