@@ -145,12 +145,12 @@ class PatientFile(io.RawIOBase):
             except Exception as error:
                 self._let_go()
                 waited = time.monotonic() - began
-                if not is_passing(error) or waited + pause > self._patience_s:
+                if not is_passing(error) or waited >= self._patience_s:
                     raise SourceError(
                         f"{self._url}: {one_line(error)} (tried for {waited:.0f} s): start the "
                         "same command again when the Hub is well, it goes on where it stopped"
                     ) from error
-                time.sleep(pause)
+                time.sleep(min(pause, self._patience_s - waited))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _read(self, wanted: int) -> bytes:

@@ -30,11 +30,17 @@ class Repo:
 class HubServer:
     repos: dict[str, Repo]
     faults: list[str] = field(default_factory=list)
-    """What to do to the next requests for content: a status, "cut", "close" or "stall"."""
+    """What to do to the next requests for content: a status, "cut", "close", "stall", or "die":
+    from then on no request is answered."""
     strange: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    """The revisions that were asked for; "" where none was named."""
+    head: str = COMMIT
+    """What `main` is. The files are those of COMMIT, and no others can be had."""
+    dead: bool = False
 
     def __enter__(self) -> "HubServer":
-        hub = self
+        hub, self.ended = self, threading.Event()
 
         class Handler(_Handler):
             server_hub = hub
@@ -49,6 +55,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ended.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -89,6 +96,9 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
         path = unquote(urlsplit(self.path).path)
+        if self.server_hub.dead:
+            self.close_connection = True
+            return None
         for pattern, method in (
             (r"/api/datasets/([^/]+/[^/]+)(?:/revision/([^/]+))?", self._info),
             (r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", self._tree),
@@ -100,6 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
                 repo = self.server_hub.repos.get(name)
                 if repo is None:
                     return self._refuse(401, "RepoNotFound")
+                self.server_hub.asked.append(rest[0] or "")
                 if rest[0] not in (None, "main", COMMIT):
                     return self._refuse(404, "RevisionNotFound")
                 return method(name, repo, *rest[1:], body=body)
@@ -107,9 +118,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._refuse(404, "EntryNotFound")
 
     def _info(self, name: str, repo: Repo, *, body: bytes) -> None:
+        sha = COMMIT if COMMIT in self.path else self.server_hub.head
         self._json(
             {
-                "id": name, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0,
+                "id": name, "sha": sha, "private": False, "tags": [], "downloads": 0, "likes": 0,
                 "gated": "auto" if repo.gated else False, "cardData": {"license": "cc0-1.0"},
                 "siblings": [{"rfilename": path} for path in repo.files],
             }
@@ -164,11 +176,16 @@ class _Handler(BaseHTTPRequestHandler):
             fault = self.server_hub.faults.pop(0)
         if fault.isdigit():
             return self._refuse(int(fault), "")
-        if fault == "close":
+        self.server_hub.dead = fault == "die"
+        if fault in ("close", "die"):
             self.close_connection = True
             return None
-        return self._send(status, data[: len(data) // 2] if fault == "cut" else data, headers,
-                          len(data))  # fmt: skip
+        half = fault in ("cut", "stall")
+        self._send(status, data[: len(data) // 2] if half else data, headers, len(data))
+        if fault == "stall":
+            self.wfile.flush()
+            self.server_hub.ended.wait(5)
+        return None
 
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

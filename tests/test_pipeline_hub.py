@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 
 from hub_server import COMMIT, TOKEN, HubServer, Repo
-from pipeline.errors import SourceError
-from pipeline.hub import PatientFile
 from pipeline_samples import (
     TEXTS,
     contents,
@@ -198,66 +196,6 @@ def test_a_hub_out_of_reach_is_told_at_once(place: Path) -> None:
     )
     assert time.monotonic() - began < 15
     assert code == 1 and error.startswith(f"error: the Hub ({dead}) cannot be reached")
-
-
-READ_ON = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-from pipeline.sources import Choice, find
-from pipeline_samples import prepared, request
-wanted = request(Path(sys.argv[1]), "unused")
-source = find("mine", Choice(dataset="emozilla/pg19"))
-prepared(replace(wanted, source=source, data_files=()))
-"""
-
-
-@pytest.mark.parametrize("faults", [["503", "cut"], ["close", "429"]])
-def test_a_network_that_fails_for_a_while_changes_no_byte(
-    repos: dict[str, Repo], place: Path, faults: list[str]
-) -> None:
-    repo = Repo(dict(repos["emozilla/pg19"].files), card(default="data/train-*"))
-    outs = [place / "calm", place / "stormy"]
-    for out, storm in zip(outs, ([], faults), strict=True):
-        with HubServer({"emozilla/pg19": repo}, list(storm)) as hub:
-            environment = {**os.environ, **hub.environment(place / "home")}
-            environment["PYTHONPATH"] = os.pathsep.join(["tests", "."])
-            done = subprocess.run([sys.executable, "-c", READ_ON, str(out)], env=environment,
-                                  capture_output=True, text=True, check=False)  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            assert hub.faults == []
-    assert contents(outs[0]) == contents(outs[1])
-
-
-class Unsteady(PatientFile):
-    """Reads from bytes; each read fails as often as it is told to, or gives too little."""
-
-    def __init__(self, data: Any, failures: Any, patience_s: Any = 60.0) -> None:
-        super().__init__("hf://datasets/org/name@main/a", len(data), patience_s)
-        self.data, self.failures = data, failures
-
-    def _read(self, wanted: Any) -> Any:
-        if self.failures:
-            raise self.failures.pop()
-        return self.data[self._at : self._at + wanted]
-
-
-def test_reading_goes_on_from_the_byte_where_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    data = bytes(range(256)) * 40
-    with Unsteady(data, [ConnectionError("reset"), TimeoutError()]) as file:
-        assert file.read(1000) == data[:1000]
-        file.failures = [OSError("5 bytes came where 9 were asked for")]
-        assert file.seek(-300, 2) == len(data) - 300 and file.read() == data[-300:]
-        assert file.read(1) == b""
-
-
-def test_patience_has_an_end() -> None:
-    with (
-        Unsteady(b"data", [ConnectionError("reset by peer")] * 9, patience_s=0.5) as file,
-        pytest.raises(SourceError, match=r"reset by peer \(tried for 0 s\): start the same"),
-    ):
-        file.read(1)
 
 
 def test_a_hub_source_is_repaired_from_the_hub(repos: dict[str, Repo], place: Path) -> None:
