@@ -20,10 +20,10 @@ def parse_steps(text: str) -> range:
 
 
 class StepProfiler:
-    """Profiles the steps asked for into `folder`; touches nothing before and after them."""
+    """Profiles the steps asked for into RUN/profile; touches nothing before and after them."""
 
-    def __init__(self, steps: range, folder: Path) -> None:
-        self._steps, self._folder = steps, folder
+    def __init__(self, steps: range, run: Path) -> None:
+        self._steps, self._folder = steps, run / "profile"
         self._profile: profile | None = None
 
     def before(self, step: int) -> None:
