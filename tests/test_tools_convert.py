@@ -1,9 +1,6 @@
 """Runs into Hugging Face folders and back, checked by transformers; and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +8,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 
-from conftest import REPOSITORY
-from pipeline.chat import ROLES, Template, render
 from pipeline.tokenizer import Tokenizer, base_model
 from pipeline.tokenizer import train as train_tokenizer
 from shards.format import TOKENIZER
 from shards.reader import ShardReader
-from test_house import imports
 from tools import hugging_face
-from tools.conversion import ALONE
 from tools.convert import main
 from tools.errors import ConversionError
-from tools.follow import EVALUATIONS
 from tools.generation import Generation, generate
 from tools.hugging_face import read_folder, read_vocabulary, write_folder
 from tools.llama import (
@@ -35,7 +26,6 @@ from tools.llama import (
     weights_to_llama,
 )
 from tools.loading import Choice, load
-from tools.model_card import model_card
 from tools.sampling import Sampling
 from tools.tokenizer_json import piece_bytes, tokenizer_json
 from tools_samples import (
@@ -43,10 +33,10 @@ from tools_samples import (
     sample_model,
     sample_text,
     sample_tokenizer,
+    trained_run,
     write_shards,
 )
-from trainer.checkpoint import save
-from trainer.config import RunConfig, configure, load_config, save_config
+from trainer.config import configure
 from trainer.metrics import read_lines
 from trainer.plan import make_plan
 from trainer.runs import METRICS
@@ -75,22 +65,6 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def trained_run(run: Path, record: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A run with one commit of a random model of that shape."""
-    model = sample_model(**changes)
-    run.mkdir(parents=True)
-    save_config(run, RunConfig(model=model.config))
-    (run / TOKENIZER).write_bytes(sample_tokenizer().model)
-    tensors = {f"model.{name}": weight for name, weight in model.state_dict().items()}
-    save(run, tensors, {"step": 3, "next_index": 0, **(record or {})}, ALONE)
-    return run
-
-
-def plain_run(run: Path) -> Path:
-    """A run whose model has no ALiBi, but LayerScale and grouped-query heads."""
-    return trained_run(run, **PLAIN)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_folder_becomes_a_run_with_the_same_logits(tmp_path: Path, tied: bool) -> None:
     folder = llama_folder(tmp_path / "hf", tie_embeddings=tied)
@@ -108,10 +82,11 @@ def test_a_folder_becomes_a_run_with_the_same_logits(tmp_path: Path, tied: bool)
 
 
 def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
-    run, target = plain_run(tmp_path / "run"), tmp_path / "hf"
+    run, target = trained_run(tmp_path / "run", **PLAIN), tmp_path / "hf"
     result = convert(run, target)
     assert result.exit_code == 0, result.output
-    ours = load(Choice(run=run, device="cpu", dtype="fp32")).model
+    loaded = load(Choice(run=run, device="cpu", dtype="fp32"))
+    ours = loaded.model
     llama = transformers.AutoModelForCausalLM.from_pretrained(target)
     assert type(llama).__name__ == "LlamaForCausalLM"
     with torch.no_grad():
@@ -122,6 +97,13 @@ def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
     assert ids == [1, *sample_tokenizer().encode(text)]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
+    prompt = tokenizer("import argparse", return_tensors="pt").input_ids
+    greedy = Generation(max_tokens=24, sampling=Sampling(temperature=0))
+    written = generate(loaded, prompt[0].tolist(), greedy)
+    assert len(set(written)) > 5
+    theirs = llama.generate(prompt, max_new_tokens=24, do_sample=False)
+    assert theirs[0, prompt.shape[1] :].tolist() == written
+
     back = convert(target, tmp_path / "again")
     assert back.exit_code == 0, back.output
     again = load(Choice(run=tmp_path / "again", device="cpu", dtype="fp32")).model
@@ -130,177 +112,9 @@ def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
 
 
 def test_one_commit_can_be_named(tmp_path: Path) -> None:
-    run = plain_run(tmp_path / "run")
+    run = trained_run(tmp_path / "run", **PLAIN)
     assert convert(run / "checkpoints" / "step-3", tmp_path / "hf").exit_code == 0
     assert (tmp_path / "hf" / "model.safetensors").is_file()
-
-
-IN_PLAIN_TRANSFORMERS = """
-import sys
-sys.path = [place for place in sys.path if place != sys.argv[1]]
-import importlib.util
-assert importlib.util.find_spec("trainer") is None
-import torch
-torch.set_num_threads(1)
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-
-folder, ours = sys.argv[2], torch.load(sys.argv[3])
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-near = dict(rtol=0, atol=1e-4)
-tokens = ours["tokens"]
-greedy = dict(max_new_tokens=24, do_sample=False)
-with torch.inference_mode():
-    logits = model(tokens).logits
-    torch.testing.assert_close(logits, ours["logits"], **near)
-    cache = DynamicCache()
-    cuts = zip((0, 150, 151), (150, 151, 400), strict=True)
-    parts = [model(tokens[:, a:b], past_key_values=cache).logits for a, b in cuts]
-    torch.testing.assert_close(torch.cat(parts, dim=1), logits, **near)
-    padded = torch.cat([torch.zeros(2, 50, dtype=torch.int64), tokens], dim=1)
-    seen = (torch.arange(450) >= 50).long().expand(2, 450)
-    found = model(padded, attention_mask=seen).logits[:, 50:]
-    torch.testing.assert_close(found, logits, **near)
-    alone = []
-    for prompt, written in zip(ours["prompts"], ours["written"], strict=True):
-        ids = tokenizer(prompt, return_tensors="pt")
-        made = model.generate(**ids, **greedy)
-        assert torch.equal(made, model.generate(**ids, **greedy, use_cache=False))
-        alone.append(made[0, ids.input_ids.shape[1]:].tolist())
-        assert alone[-1] == written, (alone[-1], written)
-    batch = tokenizer(ours["prompts"], return_tensors="pt", padding=True)
-    made = model.generate(**batch, **greedy)[:, batch.input_ids.shape[1]:].tolist()
-    assert made == alone
-loss = model.train()(tokens, labels=tokens).loss
-loss.backward()
-expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-assert all(each.grad is not None for each in model.parameters())
-try:
-    model(torch.zeros(1, 16_449, dtype=torch.int64))
-except ValueError as error:
-    assert "16448" in str(error)
-else:
-    assert not model.config.alibi
-"""
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [{"n_heads": 3, "d_model": 48, "n_kv_heads": 1, "tie_embeddings": False},
-     {"rope": False, "alibi": False, "layer_scale": False}],
-)  # fmt: skip
-def test_with_alibi_its_own_code_goes_along(tmp_path: Path, shape: dict[str, Any]) -> None:
-    """It needs nothing of ours: logits far beyond training, cache, padding, generation."""
-    run, target = trained_run(tmp_path / "run", **shape), tmp_path / "hf"
-    result = convert(run, target)
-    assert result.exit_code == 0, result.output
-    ours = load(Choice(run=run, device="cpu", dtype="fp32"))
-    tokens = torch.randint(3, 500, (2, 400), generator=torch.Generator().manual_seed(1))
-    prompts = ["def f(x):", "import argparse\n\nclass", "a"]
-    greedy = Generation(max_tokens=24, sampling=Sampling(temperature=0))
-    encode = ours.vocabulary.encode
-    with torch.inference_mode():
-        written = [generate(ours, [1, *encode(prompt)], greedy) for prompt in prompts]
-        logits = ours.model.logits(tokens)
-    told = {"tokens": tokens, "logits": logits, "prompts": prompts, "written": written}
-    torch.save(told, tmp_path / "ours.pt")
-    plain = subprocess.run(
-        [sys.executable, "-I", "-c", IN_PLAIN_TRANSFORMERS, REPOSITORY, target,
-         tmp_path / "ours.pt"],
-        env=os.environ | {"HF_HOME": str(tmp_path / "cache")}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert plain.returncode == 0, plain.stderr
-
-    never = json.loads((target / "generation_config.json").read_text())["suppress_tokens"]
-    assert never == [0, 1, *range(3, 5), *range(500, 512)]  # not 2, which ends a text
-    again = load(Choice(hf=target, device="cpu", dtype="fp32"))
-    assert again.weights_sha256 == ours.weights_sha256
-    back = convert(target, tmp_path / "back")
-    assert back.exit_code == 0, back.output
-    assert load_config(tmp_path / "back").model == ours.model.config
-
-
-def test_the_code_that_goes_along_needs_torch_and_transformers_alone() -> None:
-    assert {name for name, _ in imports(REPOSITORY / "tools" / hugging_face.MODELING)} == {
-        "__future__", "math", "typing", "torch", "transformers",
-    }  # fmt: skip
-
-
-def test_a_folder_s_own_code_is_never_run(tmp_path: Path) -> None:
-    run, target = trained_run(tmp_path / "run"), tmp_path / "hf"
-    assert convert(run, target).exit_code == 0
-    (target / hugging_face.MODELING).write_text("raise SystemExit('foreign code')")
-    assert convert(target, tmp_path / "back").exit_code == 0
-    edit(target / "config.json", n_layers="two")
-    assert "describes no model of summer-convert" in convert(target, tmp_path / "x").output
-
-
-def test_the_card_says_where_the_weights_come_from(tmp_path: Path) -> None:
-    ledger = {"web": {"rows": 40, "tokens": 1_270, "epochs": 0.25}}
-    record = {
-        "time_s": 7200.0, "world_size": 8, "ledger": ledger, "data": {"web": {"root": "5f" * 32}},
-        "config": {"dollars_per_hour": 18.5, "init_from": "base"},
-    }  # fmt: skip
-    run = trained_run(tmp_path / "run", record)
-    cards = run / EVALUATIONS / "step-3"
-    cards.mkdir(parents=True)
-    (cards / "lambada.md").write_text("## lambada\n\n```\nacc 0.25\n```\n")
-    assert convert(run, tmp_path / "hf").exit_code == 0
-    card = (tmp_path / "hf" / "README.md").read_text()
-    assert "| web | 40 | 1,270 | 0.25 | `" + "5f" * 32 + "` |" in card
-    for said in ("| tokens seen | 1,270 |", "$37.00 at $18.5 an hour", "2.00 h of 8 devices",
-                 "| started from | base |", "### lambada\n\n```\nacc 0.25", "run, step 3",
-                 load(Choice(run=run, device="cpu")).weights_sha256, sample_tokenizer().info.sha256,
-                 "summerlm 0.1.0", "trust_remote_code=True"):  # fmt: skip
-        assert said in card
-    plain = plain_run(tmp_path / "plain") / "checkpoints" / "step-3"
-    assert "trust_remote_code" not in model_card(plain, load(Choice(checkpoint=plain)))
-
-
-@pytest.fixture(scope="module")
-def chatting(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers' tokenizer of the default vocabulary."""
-    folder = tmp_path_factory.mktemp("chat")
-    model = sample_model(**LLAMA, vocab_size=32_768)
-    write_folder(folder, model.config, model.state_dict(), Tokenizer.default())
-    return transformers.AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
-
-
-def test_conversations_have_the_pipeline_s_ids(chatting: Any, shared: Path) -> None:
-    [path] = (shared / "slimorca").glob("*.jsonl")
-    tokenizer = Tokenizer.default()
-    template = Template.of(tokenizer)
-    for line in path.read_text().split("\n")[:-1:8]:
-        record = json.loads(line)["conversations"]
-        turns = [
-            np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.uint16)
-            for text in render(record)
-        ]
-        starts = np.cumsum([0] + [len(turn) for turn in turns[:-1]])
-        ours, _, _ = template.join(np.concatenate(turns), starts, np.array([len(turns)]))
-        messages = [{"role": ROLES[t["from"]], "content": t["value"]} for t in record]
-        assert chatting.apply_chat_template(messages, return_dict=False) == ours.tolist()
-
-
-def test_the_chat_template_keeps_the_pipeline_s_rules(chatting: Any) -> None:
-    def say(*turns: str, **how: Any) -> str:
-        roles = ("user", "assistant") if turns[0] != "S" else ("system", "user", "assistant")
-        messages = [{"role": roles[n] if n < len(roles) else roles[n % 2 + len(roles) - 2],
-                     "content": text} for n, text in enumerate(turns)]  # fmt: skip
-        return str(chatting.apply_chat_template(messages, tokenize=False, **how))
-
-    assert say("S", "q", "a  ") == "<s>[INST]S\n\nq[/INST]a</s>"
-    assert say("q", "a", "r") == "<s>[INST]q[/INST]a</s>"
-    assert say("q", "a", "r", add_generation_prompt=True).endswith("a</s>[INST]r[/INST]")
-    for turns, complaint in (
-        (("q",), "add_generation_prompt"), (("", "a"), "empty turn"), (("q", "  "), "empty turn"),
-        (("q </s>", "a"), "spells </s>"), (("q", "[INST]"), r"spells \[INST\]"),
-    ):  # fmt: skip
-        with pytest.raises(TemplateError, match=complaint):
-            say(*turns)
-    with pytest.raises(TemplateError, match="out of order"):
-        chatting.apply_chat_template([{"role": "assistant", "content": "a"}], tokenize=False)
 
 
 def test_training_goes_on_from_a_converted_model(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from model.transformer import Transformer
 from pipeline.tokenizer import Tokenizer, train
 from shards.format import TOKENIZER, Facts, Manifest, Part, token_dtype
 from shards.writer import ShardWriter, write_manifest
+from tools.conversion import ALONE
 from tools.loading import LoadedModel, sha256_of_weights
 from tools.vocabulary import Vocabulary
 from trainer.checkpoint import save, tensors_of
 from trainer.config import RunConfig, save_config
-from trainer.distributed import World
 
 SEQ_LEN = 32
 
@@ -66,9 +66,6 @@ def write_run(run: Path, steps: tuple[int, ...] = (2, 4)) -> dict[int, Transform
     run.mkdir(parents=True)
     save_config(run, RunConfig(model=sample_config(), mixture={"s": 1.0}))
     (run / TOKENIZER).write_bytes(sample_tokenizer().model)
-    world = World(
-        rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu")
-    )
     models = {}
     for step in steps:
         models[step] = model = sample_model(seed=step)
@@ -76,8 +73,25 @@ def write_run(run: Path, steps: tuple[int, ...] = (2, 4)) -> dict[int, Transform
         tokens = torch.arange(8)[None]
         model(tokens, tokens).backward()
         optimizer.step()
-        save(run, tensors_of(model, optimizer), {"step": step, "next_index": 0}, world)
+        save(run, tensors_of(model, optimizer), {"step": step, "next_index": 0}, ALONE)
     return models
+
+
+def trained_run(run: Path, record: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A run with one commit of a random model of that shape, whose layers say more than its head.
+
+    (Those of `sample_model` are so quiet that it repeats one id for ever.)
+    """
+    model = sample_model(**changes)
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.mul_(10 if parameter.dim() > 1 else 1)
+    run.mkdir(parents=True)
+    save_config(run, RunConfig(model=model.config))
+    (run / TOKENIZER).write_bytes(sample_tokenizer().model)
+    tensors = {f"model.{name}": weight for name, weight in model.state_dict().items()}
+    save(run, tensors, {"step": 3, "next_index": 0, **(record or {})}, ALONE)
+    return run
 
 
 def write_shards(
