@@ -26,10 +26,9 @@ MOST_MARKS: Final = 1000
 
 @dataclass(frozen=True)
 class Mark:
-    """How far the work was at a time."""
+    """How much text was done at a time."""
 
     at: float
-    share: float
     text_bytes: int
 
 
@@ -47,12 +46,12 @@ class Course:
         self._ahead = ahead
         self._planned_bytes = max(1, sum(ahead.units.values()))
         self._steps: dict[int, Step] = {}
-        self._at_work: dict[int, float] = {}  # when a unit was begun
+        self._at_work: dict[int, tuple[float, float]] = {}  # when begun, when last heard of
         self._ended: set[int] = set()
         self._ended_planned = self._ended_text = 0
         self.documents = self.tokens = self.text_bytes = 0
         self._trail: deque[Mark] = deque()
-        self._last = Mark(0.0, 0.0, 0)
+        self._last = Mark(0.0, 0)
 
     def step(self, step: Step, now: float) -> None:
         """A unit has come further, or is begun (again)."""
@@ -63,12 +62,15 @@ class Course:
         self.text_bytes += step.text_bytes - old.text_bytes
         if step.unit in self._ended:
             self._ended_text += step.text_bytes - old.text_bytes
-        elif not step.text_bytes:
-            self._at_work[step.unit] = now
+        else:
+            begun, _ = self._at_work.get(step.unit, (now, now))
+            self._at_work[step.unit] = begun if step.text_bytes else now, now
         self._note(now)
 
     def unit_done(self, position: int) -> None:
         """A unit is done; its last step may be told later."""
+        if position in self._ended:
+            return
         self._ended.add(position)
         self._at_work.pop(position, None)
         self._ended_planned += self._ahead.units.get(position, 0)
@@ -92,32 +94,36 @@ class Course:
         return min(1.0, max(shares))
 
     def bytes_per_second(self) -> float:
-        """Text of late, a second."""
-        first = self._trail[0] if self._trail else self._last
-        seconds = self._last.at - first.at
-        return (self._last.text_bytes - first.text_bytes) / seconds if seconds else 0.0
+        """Text of late, a second; 0 if nothing tells yet."""
+        first, last = self._trail[0] if self._trail else self._last, self._last
+        done = last.text_bytes - first.text_bytes
+        return done / (last.at - first.at) if done > 0 else 0.0
 
     def seconds_left(self, now: float) -> float | None:
         """Seconds until all is done, or None if nothing tells yet."""
-        if not self._trail or self._last.share <= self._trail[0].share:
+        rate, share = self.bytes_per_second(), self.share
+        if not rate or not share:
             return None
-        first, last = self._trail[0], self._last
-        rate = (last.share - first.share) / (last.at - first.at)
-        left = (1 - last.share) / rate - (now - last.at)
+        left = self.text_bytes * (1 - share) / share / rate - (now - self._last.at)
         if self._ahead.limit == NO_LIMIT:  # with few units left, the longest of them tells
             left = max([left, *(self._seconds_of(unit, now) for unit in self._at_work)])
         return max(0.0, left)
 
     def _note(self, now: float) -> None:
-        trail = self._trail
-        self._last = last = Mark(now, self.share, self.text_bytes)
+        trail, self._last = self._trail, Mark(now, self.text_bytes)
         if not trail:
             self._began = now
-        further = last.share > trail[-1].share if trail else True
-        if further and (not trail or now - trail[-1].at > (now - self._began) / MOST_MARKS):
-            trail.append(last)
+            trail.append(self._last)
+        if self.text_bytes > trail[-1].text_bytes:
+            if now - trail[-1].at > (now - self._began) / MOST_MARKS:
+                trail.append(self._last)
+        elif self.text_bytes < trail[-1].text_bytes:  # a unit was lost: no rate is made of that
+            trail.clear()
+            trail.append(self._last)
         half, least = (self._began + now) / 2, LEAST_MARKS * max(1, len(self._at_work))
-        while len(trail) > least and (trail[1].at <= half or trail[1].share <= last.share / 2):
+        while len(trail) > least and (
+            trail[1].at <= half or trail[1].text_bytes <= self.text_bytes / 2
+        ):
             trail.popleft()
 
     def _planned_of(self, unit: int) -> float:
@@ -129,8 +135,9 @@ class Course:
 
     def _seconds_of(self, unit: int, now: float) -> float:
         """What a unit at work still takes, at its own rate."""
-        done, spent = self._planned_of(unit), now - self._at_work[unit]
-        return (self._ahead.units.get(unit, 0) - done) * spent / done if done else 0.0
+        done, (begun, heard) = self._planned_of(unit), self._at_work[unit]
+        left = self._ahead.units.get(unit, 0) - done
+        return left * (heard - begun) / done - (now - heard) if done else 0.0
 
 
 class Screen(Watch):
