@@ -1,7 +1,7 @@
 """Encoding on one core: ours beside sentencepiece, Hugging Face's tokenizers and gigatoken.
 
     python tools/benchmarks/encode.py                              # the standard library's sources
-    python tools/benchmarks/encode.py --corpus web='web/*.parquet:text' --corpus x='x.jsonl.zst:text'
+    python tools/benchmarks/encode.py --corpus web='web/*.parquet:text' --corpus x='x.jsonl:text'
 
 All sides encode the same documents in the same process, in turns, `--repeats` times; a figure is MB
 of UTF-8 a CPU second, the median of the turns with the lowest and highest. *Warm* is the same batch

@@ -35,6 +35,7 @@ MODULES = {
 }
 TOKENS = {"megatron": "*.bin", "datatrove": "*.ds"}  # of the others *.npy
 FILES = 16
+SOURCES_BYTES = 128 << 20
 
 
 def main() -> None:
@@ -123,16 +124,18 @@ def make_corpus(pattern: str | None, column: str, folder: Path) -> Corpus:
 
 
 def _python_sources() -> Iterator[str]:
-    """Each .py file of the standard library and of what is installed, once, in a fixed disorder."""
+    """Installed .py files and the standard library's, each once, in a fixed disorder."""
     paths = sysconfig.get_paths()
     folders = {Path(paths[name]) for name in ("stdlib", "purelib", "platlib")}
     files = sorted({path for folder in folders for path in folder.rglob("*.py")})
     random.Random(1).shuffle(files)
     seen: set[str] = set()
+    left = SOURCES_BYTES
     for path in files:
         text = path.read_text(errors="ignore")
-        if text not in seen and text:
+        if text and text not in seen and left > 0:
             seen.add(text)
+            left -= path.stat().st_size
             yield text
 
 

@@ -27,7 +27,7 @@ STAGES = {
         "pipeline.documents:DocumentMaker.documents",
         "pipeline.work:in_batches",
     ],
-    "checking ids with sentencepiece": ["pipeline.work:check_against_sentencepiece"],
+    "checking ids with sentencepiece": ["pipeline.encode:CheckedEncoder._compare"],
     "encoding": ["pipeline.work:encode_documents", "pipeline.work:make_encoder"],
     "packing": ["pipeline.work:Packer.add", "pipeline.work:Packer.finish",
                 "pipeline.encode:Encoded.choose"],
