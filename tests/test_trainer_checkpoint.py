@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointConfig, load_weights, newest_proven, prove, restore, save
+from trainer.checkpoint import CheckpointConfig, load_weights, prove, restore, save
 from trainer.errors import CheckpointError, ConfigError
 from trainer.optimizer import make_optimizer
+from trainer.retention import newest_proven, purge
 from trainer.runs import COMMIT, commits, newest_commit, newest_run
 from trainer.schedule import OptimConfig
 from trainer_samples import ALONE
@@ -171,9 +172,9 @@ def test_a_disk_that_fills_up_leaves_nothing_half_done(
 def test_purging_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10):
         committed(tmp_path, step)
-    checkpoint.purge(tmp_path, CheckpointConfig(keep_last=2, keep_every=4))
+    purge(tmp_path, CheckpointConfig(keep_last=2, keep_every=4))
     assert [commit.name for commit in commits(tmp_path)] == ["step-4", "step-8", "step-10"]
-    checkpoint.purge(tmp_path, CheckpointConfig(keep_last=2))
+    purge(tmp_path, CheckpointConfig(keep_last=2))
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
         "step-10",
         "step-8",

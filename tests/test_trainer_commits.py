@@ -25,14 +25,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_full_disk_is_shouted_and_outlived(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, tries = checkpoint.save, itertools.count(1)
+    save, tries = checkpoint.save_from_any_thread, itertools.count(1)
 
     def full_at_first(*args: Any) -> Path:
         if next(tries) == 2:
             raise CheckpointError("no room; older commits stand: make room")
         return save(*args)
 
-    monkeypatch.setattr(checkpoint, "save", full_at_first)
+    monkeypatch.setattr(checkpoint, "save_from_any_thread", full_at_first)
     said = Said()
     plan = small_plan(shards, max_steps=6, checkpoint__interval_steps=2)
     train(plan, tmp_path, screen=said)

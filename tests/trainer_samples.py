@@ -27,6 +27,7 @@ SMALL = {
     "loader.num_workers": 0,
     "validation.interval": 0,
     "checkpoint.interval_steps": 0,
+    "checkpoint.asynchronous": "false",  # so that it is known what is committed when
     "optim.warmup_steps": 2,
 }
 

@@ -27,6 +27,7 @@ What stays:
     runs.py         where a run keeps things
     state.py        what changes while it trains, and how it is found again
     checkpoint.py   commits: all of that on disk, proven by digests
+    retention.py    which of them stand: found, set aside, purged, copied
     metrics.py      metrics.jsonl, events.jsonl, TensorBoard
     logbook.py      a step's numbers made into a line
     screen.py       what a person sees

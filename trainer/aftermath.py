@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from shards.errors import ShardError
 from trainer.budget import heed
-from trainer.checkpoint import abandon_after, read_record
+from trainer.checkpoint import read_record
 from trainer.commits import Committer
 from trainer.errors import TrainingError
 from trainer.guard import REFUSED, ROLLBACK
@@ -16,6 +16,7 @@ from trainer.heartbeat import Heart
 from trainer.inject import Faults
 from trainer.loader import Loader
 from trainer.logbook import Arrived
+from trainer.retention import abandon_after, mirror_of
 from trainer.runs import commits
 from trainer.session import Session
 from trainer.state import State
@@ -100,6 +101,7 @@ def _roll_back(step: int, job: Job) -> None:
             "commit (--resume runs/NAME/checkpoints/step-N) with a lower optim.lr or with "
             "--set precision=fp32, or raise guard.max_rollbacks"
         )
+    job.committer.finish()
     to_step, begin = session.world.on_main(lambda: _last_good(session))
     session.tell(
         f"! {refused}: back to step {to_step}, without samples {begin} to {state.next_index - 1}",
@@ -110,10 +112,11 @@ def _roll_back(step: int, job: Job) -> None:
 
 def _last_good(session: Session) -> tuple[int, int]:
     """Step and next sample of the newest commit that no refusal precedes; later ones set aside."""
+    mirror = mirror_of(session.run, session.plan.config.checkpoint)
     for commit in reversed(commits(session.run)):
         record = read_record(commit)
         if not record["refused_in_a_row"]:
-            abandon_after(session.run, int(record["step"]))
+            abandon_after(session.run, int(record["step"]), mirror)
             return int(record["step"]), int(record["next_index"])
-    abandon_after(session.run, -1)
+    abandon_after(session.run, -1, mirror)
     return 0, session.first_index

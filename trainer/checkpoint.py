@@ -40,12 +40,10 @@ from torch.optim import Optimizer
 from shards.files import fsync_folder, json_bytes, publish_bytes, sha256_file
 from trainer.distributed import World
 from trainer.errors import CheckpointError, at_least
-from trainer.runs import COMMIT, commit_path, commits, step_of
+from trainer.runs import COMMIT, commit_path
 
 FORMAT: Final = "summerlm-commit/1"
 _WEIGHTS, _MOMENTS = 1, 2  # the files that tensors of each kind go to
-_DAMAGED: Final = "COMMIT.damaged.json"
-_ABANDONED: Final = "COMMIT.abandoned.json"
 
 Record = dict[str, Any]
 
@@ -55,12 +53,15 @@ class CheckpointConfig:
     """When to commit, by steps or by minutes (0: not by that), and what to keep.
 
     The last `keep_last` commits stay, and each whose step is a multiple of `keep_every` (0: none).
+    `mirror` is a folder on another disk or machine, where a copy of each goes (empty: nowhere).
     """
 
     interval_steps: int = 0
     interval_minutes: float = 30.0
     keep_last: int = 2
     keep_every: int = 0
+    asynchronous: bool = True  # written while training goes on, from a copy in host memory
+    mirror: str = ""
 
     def __post_init__(self) -> None:
         at_least("checkpoint.", self, interval_steps=0, interval_minutes=0, keep_every=0)
@@ -82,24 +83,70 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def save(run: Path, tensors: Mapping[str, Tensor], record: Record, world: World) -> Path:
-    """The new commit of `record["step"]`. CheckpointError leaves the older ones as they are."""
+def share_of(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What this rank writes of tensors that all ranks hold alike: as many bytes as any other."""
+    loads = [0] * world.world_size
+    share = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        rank = loads.index(min(loads))
+        loads[rank] += tensor.nbytes
+        if rank == world.rank:
+            share[name] = tensor
+    return share
+
+
+def save(run: Path, share: Mapping[str, Tensor], record: Record, world: World) -> Path:
+    """The new commit of `record["step"]`, of which every rank gives its share.
+
+    CheckpointError, on every rank, leaves the older ones as they are.
+    """
+    with no_warning_of_being_alone():
+        return save_from_any_thread(run, share, record, world)
+
+
+def save_from_any_thread(
+    run: Path, share: Mapping[str, Tensor], record: Record, world: World
+) -> Path:
+    """What `save` returns; torch's warnings, which only the main thread can silence, are heard."""
     folder = commit_path(run, int(record["step"]))
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    world.on_main(lambda: _make_room(folder, size))
+    size = sum(world.gather(sum(tensor.nbytes for tensor in share.values())))
     try:
-        _write_tensors(folder, tensors, world)
-        files = _digests(folder, sorted(p.name for p in folder.glob("*.safetensors")), world)
+        world.on_main(lambda: make_room(folder, size))
+        _write_tensors(folder, share, world)
+        files = _digests(folder, world)
         record = {"format": FORMAT, **record, "versions": versions(world.device), "files": files}
         world.on_main(lambda: _publish_record(folder, record))
     except (OSError, CheckpointException) as error:
         if world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(folder)
         raise CheckpointError(
-            f"{folder} could not be written ({_cause(error)}); older commits stand: "
+            f"{folder} could not be written ({cause_of(error)}); older commits stand: "
             "make room or repair the disk"
         ) from error
     return folder
+
+
+def make_room(folder: Path, size: int) -> None:
+    """Make the folder of a commit of `size` bytes; CheckpointError where they would not fit."""
+    remove(folder)  # a try that was not committed, or a commit found damaged
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < size + (1 << 20):
+        raise CheckpointError(
+            f"{folder} needs {size / 1e9:.3f} GB and the disk has {free / 1e9:.3f} GB left; "
+            "older commits stand: make room"
+        )
+    folder.mkdir()
+
+
+def remove(folder: Path) -> None:
+    """Remove a commit, its mark first: what is left of it after a kill is no commit."""
+    if folder.exists():
+        (folder / COMMIT).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that fails: digests will find what is left
+            fsync_folder(folder)
+        shutil.rmtree(folder)
 
 
 def restore(commit: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
@@ -159,49 +206,6 @@ def prove(commit: Path, world: World) -> Record:
     return record
 
 
-def newest_proven(run: Path, world: World) -> tuple[Path, Record, list[str]] | None:
-    """The newest commit that is whole, its record, and what was wrong with newer ones.
-
-    None if the run has none at all. A damaged one loses its COMMIT.json's name, so that it is
-    neither loaded by anyone else nor counted among those that are kept.
-    """
-    complaints: list[str] = []
-    for commit in reversed(world.on_main(lambda: commits(run))):
-        try:
-            return commit, prove(commit, world), complaints
-        except CheckpointError as error:
-            complaints.append(str(error))
-            if world.is_main:
-                (commit / COMMIT).replace(commit / _DAMAGED)
-    if complaints:
-        raise CheckpointError(
-            f"no commit of {run} is whole ({complaints[0]}); restore a copy, "
-            "or start anew with --out"
-        )
-    return None
-
-
-def abandon_after(run: Path, step: int) -> list[str]:
-    """The names of commits after `step`, which lose their mark: the run goes on from before them.
-
-    Left as they are they would be what the next resume finds newest, on another path.
-    """
-    newer = [commit for commit in commits(run) if step_of(commit) > step]
-    for commit in newer:
-        (commit / COMMIT).replace(commit / _ABANDONED)
-    return [commit.name for commit in newer]
-
-
-def purge(run: Path, config: CheckpointConfig) -> None:
-    """Remove commits beyond those to keep, the commit mark first."""
-    found = commits(run)
-    for folder in found[: -config.keep_last]:
-        if config.keep_every and step_of(folder) % config.keep_every == 0:
-            continue
-        (folder / COMMIT).unlink()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def versions(device: torch.device) -> dict[str, str | None]:
     """What the numbers were computed with."""
     on_cuda = device.type == "cuda"
@@ -214,59 +218,49 @@ def versions(device: torch.device) -> dict[str, str | None]:
     }
 
 
-def _make_room(folder: Path, size: int) -> None:
-    if folder.exists():  # a try that was not committed, or a commit found damaged
-        shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < size + (1 << 20):
-        raise CheckpointError(
-            f"{folder} needs {size / 1e9:.3f} GB and the disk has {free / 1e9:.3f} GB left; "
-            "older commits stand: make room"
-        )
-    folder.mkdir()
-
-
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
-    kinds = {name: _WEIGHTS if name.startswith("model.") else _MOMENTS for name in tensors}
+    names = [name for part in world.gather(list(tensors)) for name in part]
+    kinds = {name: _WEIGHTS if name.startswith("model.") else _MOMENTS for name in names}
     writer = HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=kinds, save_distributed=True
     )
-    with _no_warning_of_being_alone():
-        save_tensors(dict(tensors), storage_writer=writer, no_dist=world.world_size == 1)
+    alone = world.world_size == 1
+    save_tensors(dict(tensors), storage_writer=writer, process_group=world.group, no_dist=alone)
 
 
 def _read_tensors(commit: Path, tensors: dict[str, Any], *, alone: bool) -> None:
     reader = HuggingFaceStorageReader(str(commit))
     try:
-        with _no_warning_of_being_alone():
+        with no_warning_of_being_alone():
             load(tensors, storage_reader=reader, no_dist=alone)
     except CheckpointException as error:
-        raise CheckpointError(f"{commit} cannot be loaded ({_cause(error)})") from error
+        raise CheckpointError(f"{commit} cannot be loaded ({cause_of(error)})") from error
 
 
 @contextlib.contextmanager
-def _no_warning_of_being_alone() -> Iterator[None]:
+def no_warning_of_being_alone() -> Iterator[None]:
+    """A block in which torch saves on one process without remarking on it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
-def _digests(folder: Path, names: list[str], world: World) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file, the work shared by the ranks."""
-    mine = {}
-    for name in names[world.rank :: world.world_size]:
-        path = folder / name
-        _order_header(path)
-        mine[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    merged = {name: entry for part in world.gather(mine) for name, entry in part.items()}
+def _digests(folder: Path, world: World) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file, by the rank that wrote it; all are on the disk then."""
+
+    def mine() -> dict[str, dict[str, Any]]:
+        paths = folder.glob(f"shard-{world.rank + 1:05d}-*.safetensors")
+        return {path.name: _settled(path) for path in paths}
+
+    merged = {name: entry for part in world.on_all(mine) for name, entry in part.items()}
     return dict(sorted(merged.items()))
 
 
-def _order_header(path: Path) -> None:
-    """Put a file's header in order, so that equal tensors make equal files.
+def _settled(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file that is on the disk, its header in order.
 
-    safetensors writes the header's metadata in the order of a randomly seeded hash table.
+    safetensors writes the header's metadata in the order of a randomly seeded hash table; in order,
+    equal tensors make equal files.
     """
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -274,8 +268,9 @@ def _order_header(path: Path) -> None:
         if len(header) <= size:
             file.seek(8)
             file.write(header.encode().ljust(size))
-            file.flush()
-            os.fsync(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _publish_record(folder: Path, record: Record) -> None:
@@ -296,7 +291,7 @@ def _complaint(commit: Path, record: Record, names: list[str]) -> str:
     return ""
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """The first cause of a failure, in one line, from under torch's wrapping."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -74,3 +75,18 @@ def device_memory_bytes(kind: str, sharers: int = 1) -> int:
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
     return total // sharers
+
+
+def available_memory_bytes() -> int | None:
+    """Host memory that nothing needs now; None where the system does not say."""
+    try:
+        entries = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in entries if "MemAvailable" in line)
+    except (OSError, StopIteration):
+        return None
+    cgroup = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        limit = int((cgroup / "memory.max").read_text())
+        used = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        free = min(free, limit - int(used["anon"]))
+    return free

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -29,6 +29,7 @@ class World:
     world_size: int
     local_world_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # on which it speaks to its peers; None: the first one
 
     @property
     def is_main(self) -> bool:
@@ -38,7 +39,7 @@ class World:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over all ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, value: T) -> list[T]:
@@ -46,8 +47,16 @@ class World:
         if self.world_size == 1:
             return [value]
         values: list[T | None] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values  # type: ignore[return-value]  # each None has been replaced
+
+    def on_all(self, act: Callable[[], T]) -> list[T]:
+        """What `act` returns on every rank; what it raises on any of them, on every rank."""
+        outcomes = self.gather(_attempt(act))
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return [value for value, _ in outcomes]  # type: ignore[misc]  # none has failed
 
     def on_main(self, act: Callable[[], T]) -> T:
         """What `act` returns on the main rank, on every rank; what it raises, on every rank.
@@ -56,16 +65,25 @@ class World:
         """
         outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
         if self.is_main:
-            try:
-                outcome = [(act(), None)]
-            except Exception as error:
-                outcome = [(None, error)]
+            outcome = [_attempt(act)]
         if self.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+            device = torch.device("cpu")
+            dist.broadcast_object_list(outcome, src=0, group=self.group, device=device)
         value, failure = outcome[0]
         if failure is not None:
             raise failure
         return value  # type: ignore[return-value]
+
+    def apart(self) -> World:
+        """The same ranks, speaking to each other on a group of their own, from another thread."""
+        return self if self.world_size == 1 else replace(self, group=dist.new_group(backend="gloo"))
+
+
+def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return act(), None
+    except Exception as error:
+        return None, error
 
 
 def launched_by_torchrun() -> bool:

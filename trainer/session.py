@@ -30,6 +30,7 @@ from trainer.metrics import Journal, read_lines
 from trainer.optimizer import make_optimizer
 from trainer.parallel import Network, build_network
 from trainer.plan import Plan
+from trainer.retention import abandon_after, mirror_of
 from trainer.runs import CONFIG, EVENTS, commits, newest_commit
 from trainer.screen import Screen
 from trainer.state import Found, State, find, fresh, state_from
@@ -87,7 +88,8 @@ def begin(
     began, config = time.time(), plan.config
     if again and world.on_main(lambda: bool(commits(run))):
         resume = "auto"
-    found = find(run, resume, world)
+    mirror = mirror_of(run, config.checkpoint)
+    found = find(run, resume, world, mirror)
     state = fresh(plan)
     notes: list[str] = []
     if found is not None:
@@ -104,7 +106,7 @@ def begin(
     anew = not again and world.on_main(lambda: _another_history(plan, run, resume))
     known = NOTHING_RECORDED if anew else world.on_main(lambda: recorded(run))
     state.leave_out(known.skipped)
-    abandoned = world.on_main(lambda: checkpoint.abandon_after(run, state.step))
+    abandoned = world.on_main(lambda: abandon_after(run, state.step, mirror))
     notes += [f"! {name} is set aside: the run goes on from before it" for name in abandoned]
     world.on_main(lambda: _introduce(plan, run))
     session = Session(

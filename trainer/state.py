@@ -18,6 +18,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.guard import add_skipped
 from trainer.mixture import DataOrder, Phase, leave_out
 from trainer.plan import Plan, SourceFacts
+from trainer.retention import newest_proven
 from trainer.runs import COMMIT, commits
 from trainer.schedule import Anneal
 
@@ -123,7 +124,7 @@ class Found:
     complaints: tuple[str, ...]  # what was wrong with newer ones
 
 
-def find(run: Path, resume: str, world: World) -> Found | None:
+def find(run: Path, resume: str, world: World, mirror: Path | None = None) -> Found | None:
     """The commit that `--resume auto|never|PATH` means, proven; None to start at the beginning."""
     if resume == "never":
         if there := commits(run):
@@ -135,7 +136,7 @@ def find(run: Path, resume: str, world: World) -> Found | None:
     place = run if resume == "auto" else Path(resume)
     if (place / COMMIT).exists():
         return Found(commit=place, record=checkpoint.prove(place, world), complaints=())
-    found = checkpoint.newest_proven(place, world)
+    found = newest_proven(place, world, mirror if resume == "auto" else None)
     if found is None:
         if resume == "auto":
             return None

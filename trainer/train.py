@@ -27,7 +27,7 @@ from typing import Final, NamedTuple
 from trainer import goodput
 from trainer.aftermath import Job, RolledBackError, look_at
 from trainer.budget import Budget
-from trainer.commits import Committer
+from trainer.commits import open_committer
 from trainer.distributed import join_world, restarted_by_torchrun
 from trainer.faults import named_faults
 from trainer.guard import Guard
@@ -80,8 +80,8 @@ def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None 
                 with (
                     begin(plan, run, resume, world, screen or Silent(), again=again) as found,
                     open_loader(*found, faults) as loader,
+                    open_committer(*found) as committer,
                 ):
-                    committer = Committer(*found)
                     return _go_on(Job(*found, loader, committer, heart, faults, asked_to_stop))
             except RolledBackError:
                 again = True
