@@ -9,11 +9,13 @@ from pipeline.inputs import local_inputs
 from pipeline.recipe import recipe_of
 from pipeline.work import Limit
 from pipeline_samples import (
+    WORDS,
     contents,
     corpus,
     documents,
     prepared,
     request,
+    write_parquet,
 )
 from shards.reader import ShardReader, read_manifest
 
@@ -63,3 +65,17 @@ def test_a_limit_beyond_the_source_takes_all(tmp_path: Path) -> None:
     wanted = request(tmp_path, str(tmp_path / "in"), limit=Limit(tokens=10**9))
     assert prepared(wanted).n_documents == len(texts)
     assert prepared(wanted).n_documents == len(texts)
+
+
+@pytest.mark.parametrize("limit", [Limit(documents=120), Limit(tokens=3000)])
+def test_a_small_sample_is_of_the_whole_listing(tmp_path: Path, limit: Limit) -> None:
+    """A tenth or less of sixty files of two row groups each, as web crawls come."""
+    for number in range(60):
+        rows = [f"{number} {n} {WORDS[number % 30 :]}" for n in range(20)]
+        write_parquet(tmp_path / "in" / f"{number:03}.parquet", rows, group=10)
+    wanted = request(tmp_path, str(tmp_path / "in"), unit_bytes=1, limit=limit, val_fraction=0.0)
+    manifest = prepared(wanted)
+    reader = ShardReader(tmp_path / "mine")
+    files = {int(reader.origin(row)[0].split(".")[0]) for row in range(reader.n_rows)}
+    assert manifest.n_documents <= 130 and len(files) > 8
+    assert {number // 10 for number in files} == set(range(6))
