@@ -46,13 +46,13 @@ def render(record: object) -> list[str]:
     """
     turns = _turns(record)
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
-    if turns and turns[-1][0] == "user":
-        turns.pop()
-    if not turns:
-        raise BadConversationError(NO_ANSWER)
     expected = ("user", "assistant")
     if any(role != expected[place % 2] for place, (role, _) in enumerate(turns)):
         raise BadConversationError(OUT_OF_ORDER)
+    if len(turns) % 2:
+        turns.pop()
+    if not turns:
+        raise BadConversationError(NO_ANSWER)
     texts = [text if role == "user" else text.rstrip(" ") for role, text in turns]
     if not all(texts):
         raise BadConversationError(EMPTY_TURN)

@@ -83,6 +83,7 @@ def test_the_template_by_its_definition(conversations: Any) -> None:
         ([turn("gpt", "a"), turn("human", "q"), turn("gpt", "a")], "turns out of order"),
         ([turn("human", "q"), turn("human", "q"), turn("gpt", "a")], "turns out of order"),
         ([turn("human", "q"), turn("gpt", "a"), turn("system", "s")], "turns out of order"),
+        ([turn("human", "q"), turn("human", "q")], "turns out of order"),
         ([turn("human", "q"), turn("gpt", "   ")], "empty turn"),
         ([turn("human", "q")], "no answer"),
         ([turn("system", "s")], "no answer"),
