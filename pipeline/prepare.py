@@ -205,8 +205,10 @@ def _run(request: Request, executor: Executor, watch: Watch, job: Job, plan: Pla
         executor.workers,
     )
     refuse_without_room(job.folder, ahead.disk_bytes)
-    watch.planned(job, ahead, encoder_note(request.tokenizer))
-    with executor.running(job, len(missing), watch.step) as submit:
+    with executor.running(
+        job, len(missing), watch.step
+    ) as submit:  # may fork: a screen has threads
+        watch.planned(job, ahead, encoder_note(request.tokenizer))
         if request.limit == NO_LIMIT:
             run_all(missing, submit, executor.at_once, watch.unit_done)
             return len(plan.units)

@@ -22,6 +22,9 @@ from pipeline_samples import TEXTS, contents, tokenizer, write_jsonl
 
 N_UNITS = 40
 COMMAND = """
+import os, threading, time
+if "SPAWNED" in os.environ:  # beside a thread no process is forked
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 from pipeline import cluster, recipe
 recipe.UNIT_BYTES = recipe.LEAST_UNIT_BYTES = 1 << 19
 cluster.GONE_AFTER_S = 2.0
@@ -37,6 +40,7 @@ class Stage:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.model = folder, folder / "small.model"
+        self.started: list[subprocess.Popen[str]] = []
         self.model.write_bytes(tokenizer().model)
         rng = random.Random(3)
         for number in range(N_UNITS):
@@ -52,11 +56,13 @@ class Stage:
                 "--val-fraction", "0.1", "--check-encoding", "1",
                 "--out", str(self.folder / out), *more]  # fmt: skip
 
-    def start(self, out: str, *more: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            self.arguments(out, *more), env=ENVIRONMENT, text=True, start_new_session=True,
+    def start(self, out: str, *more: str, spawned: bool = False) -> "subprocess.Popen[str]":
+        environment = {**ENVIRONMENT, "SPAWNED": "yes"} if spawned else ENVIRONMENT
+        self.started.append(subprocess.Popen(
+            self.arguments(out, *more), env=environment, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        ))  # fmt: skip
+        return self.started[-1]
 
     def run(self, out: str, *more: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
@@ -76,11 +82,16 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    return Stage(tmp_path_factory.mktemp("stage"))
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    stage = Stage(tmp_path_factory.mktemp("stage"))
+    yield stage
+    for process in stage.started:
+        if process.poll() is None:  # only where a test failed
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -117,7 +128,9 @@ def lives(group: int) -> bool:
 
 
 def kill_a_worker(process: "subprocess.Popen[str]") -> None:
-    workers = [pid for pid, command in children(process.pid).items() if "spawn_main" in command]
+    workers = [
+        pid for pid, command in children(process.pid).items() if "resource_tracker" not in command
+    ]
     os.kill(workers[0], signal.SIGKILL)
 
 
@@ -129,35 +142,42 @@ ENDS: list[tuple[Callable[["subprocess.Popen[str]"], None], int, str]] = [
 ]
 
 
-def test_a_pool_that_is_ended_in_any_way_goes_on_to_the_same_bytes(stage: Stage) -> None:
+@pytest.mark.parametrize("spawned", [False, True])
+def test_a_pool_that_is_ended_in_any_way_goes_on_to_the_same_bytes(
+    stage: Stage, spawned: bool
+) -> None:
+    out = f"ended-{spawned}"
     for number, (end, code, told) in enumerate(ENDS):
-        process = stage.start("ended", "--workers", "3")
-        stage.wait_for("ended", 3 + 7 * number, process)
-        done = stage.receipts("ended")
+        process = stage.start(out, "--workers", "3", spawned=spawned)
+        stage.wait_for(out, 3 + 7 * number, process)
+        done = stage.receipts(out)
         end(process)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=120)
         assert process.returncode == code, stderr
         assert stderr.splitlines()[-1].startswith(told) and "Traceback" not in stderr
-        wait_until(lambda group=process.pid: not lives(group), 10)  # type: ignore[misc]
-        assert stage.temporaries("ended") == []
-        assert done <= stage.receipts("ended") < N_UNITS
-    assert stage.run("ended", "--workers", "2").returncode == 0
-    assert contents(stage.folder / "ended") == stage.whole
+        wait_until(lambda group=process.pid: not lives(group))  # type: ignore[misc]
+        assert stage.temporaries(out) == []
+        assert done <= stage.receipts(out) < N_UNITS
+    assert stage.run(out, "--workers", "2").returncode == 0
+    assert contents(stage.folder / out) == stage.whole
 
 
 def test_ctrl_c_as_the_workers_start_is_one_line(stage: Stage) -> None:
-    process = stage.start("early", "--workers", "3")
+    process = stage.start("early", "--workers", "3", spawned=True)
     wait_until(lambda: any("spawn_main" in c for c in children(process.pid).values()))
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in stderr
 
 
 SCRIPT = """
 import sys
+import threading
+import time
 from pathlib import Path
 from pipeline_samples import prepared, request
 print("once")
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()  # so they are spawned
 prepared(request(Path(sys.argv[1]), sys.argv[2], unit_bytes=1 << 19), workers=2)
 """
 
@@ -255,7 +275,7 @@ def ray_cluster() -> Iterator[Any]:
             yield json.loads(process.stdout.readline())
             started = set(children(process.pid))
             process.stdin.close()
-            process.wait(timeout=30)
+            process.wait(timeout=60)
         finally:
             started |= set(children(process.pid))
             for pid in (*started, process.pid):
@@ -309,7 +329,7 @@ def test_what_ends_a_run_on_ray_is_one_line_and_it_goes_on(stage: Stage, cluster
         process = stage.start("stopped", "--executor", "ray", "--address", cluster["address"])
         stage.wait_for("stopped", stage.receipts("stopped") + 2, process)
         end(process)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=120)
         if end is take_the_input_away:
             (stage.folder / "elsewhere").rename(files)
         assert process.returncode == code, stderr
