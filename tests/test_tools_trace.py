@@ -1,16 +1,20 @@
 """What a step saw, and when a document is seen: both against a walk over the shards."""
 
 import json
+import math
 import re
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import pipeline_samples
+from model.transformer import Transformer
 from shards.reader import ShardReader
 from tools.errors import TraceError
 from tools.provenance import rows_of_document
@@ -18,6 +22,7 @@ from tools.trace import main
 from tools.tracing import RunTrace
 from trainer.metrics import read_lines
 from trainer.mixture import BatchShape, micro_batch_indices
+from trainer.state import State
 from trainer.train import train
 from trainer_samples import small_plan
 
@@ -101,15 +106,76 @@ def test_there_and_back(folder: Path) -> None:
         assert all(each.step <= 40 for each in again)
 
 
-def test_steps_are_those_of_the_log_where_batches_changed(folder: Path, tmp_path: Path) -> None:
-    shards = folder / "shards"
-    train(small_plan(shards, max_steps=3, global_batch_tokens=1024), tmp_path)
-    train(small_plan(shards, max_steps=6, global_batch_tokens=512), tmp_path)
+class Seen:
+    """Every row that the model computed on, by step; a step made again counts as made last."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: dict[int, list[list[int]]] = {}
+        self.micro_steps: list[list[list[int]]] = []
+        self.poisoned: set[int] = set()
+        forward, advance = Transformer.forward, State.advance
+
+        def watched(model: Transformer, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+            self.micro_steps.append(tokens.tolist())
+            loss = forward(model, tokens, *rest)
+            first = sum(map(len, self.micro_steps)) == len(tokens)
+            return loss * math.nan if first and len(self.rows) + 1 in self.poisoned else loss
+
+        def advanced(state: State, *rest: Any) -> None:
+            advance(state, *rest)
+            self.rows = {step: rows for step, rows in self.rows.items() if step < state.step}
+            self.rows[state.step] = [row for rows in self.micro_steps for row in rows]
+            self.micro_steps = []
+            if state.step == max(self.poisoned, default=0):
+                self.poisoned = set()
+
+        monkeypatch.setattr(Transformer, "forward", watched)
+        monkeypatch.setattr(State, "advance", advanced)
+
+
+def traced(run: Path, step: int) -> list[list[int]]:
+    trace = RunTrace(run)
+    found = []
+    for sighting in trace.at_step(step):
+        rows, _ = trace.readers[sighting.source].rows(np.array([sighting.row]))
+        found.append(rows[0].tolist())
+    return found
+
+
+def test_what_is_traced_is_what_the_model_saw_whatever_happened(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another batch size, another mixture, updates that fail and are rolled back over."""
+    seen, shards = Seen(monkeypatch), folder / "shards"
+    common: dict[str, Any] = {"precision": "fp32", "checkpoint__interval_steps": 2}
+    common |= {"guard__patience": 1, "micro_batch_size": 4}
+    train(small_plan(shards, max_steps=3, global_batch_tokens=1024, **common), tmp_path)
+    seen.poisoned = {7, 8}
+    common |= {"mixture__pg19": 50, "global_batch_tokens": 512}
+    train(small_plan(shards, max_steps=12, **common), tmp_path)
+    events = read_lines(tmp_path / "events.jsonl")
+    assert [event["event"] for event in events].count("rollback") == 1
+    assert sorted(seen.rows) == list(range(1, 13))
+    for step in range(1, 13):
+        assert traced(tmp_path, step) == seen.rows[step], step
     trace = RunTrace(tmp_path)
-    lines = read_lines(tmp_path / "metrics.jsonl")
-    for line in lines[3:]:
-        indices = sorted(sighting.index for sighting in trace.at_step(line["step"]))
-        assert indices == list(range(line["next_index"] - 8, line["next_index"]))
+    (begin, end) = next(e["skipped"] for e in events if e["event"] == "rollback")
+    indices = [each.index for step in range(1, 13) for each in trace.at_step(step)]
+    assert sorted(indices) == [i for i in range(max(indices) + 1) if not begin <= i < end]
+    everything = {
+        (each.step, each.index): each for step in range(1, 13) for each in trace.at_step(step)
+    }
+    for origin in {each.origin for each in everything.values() if each.step in (3, 6, 7, 12)}:
+        for sighting in trace.of_document(origin):
+            assert everything[sighting.step, sighting.index] == sighting
+
+
+def test_steps_of_another_run_are_not_guessed(folder: Path, tmp_path: Path) -> None:
+    plan = small_plan(folder / "shards", max_steps=42, global_batch_tokens=1024, micro_batch_size=4)
+    train(plan, tmp_path, resume=str(folder / "run"))
+    assert len(list(RunTrace(tmp_path).at_step(41))) == 16
+    with pytest.raises(TraceError, match="has the steps 41 to 42; those before 41 were made in an"):
+        list(RunTrace(tmp_path).at_step(40))
 
 
 def invoke(folder: Path, *arguments: str) -> Result:
@@ -125,7 +191,10 @@ def test_the_command_shows_and_refuses(folder: Path) -> None:
     assert {json.loads(line)["source"] for line in result.stdout.splitlines()} == {"pg19"}
     for arguments, message in [
         (["--step", "41"], "error: --step 41: this run has the steps 1 to 40"),
-        (["--step", "1", "--rank", "1"], "error: --rank 1: this run has the ranks 0 to 0"),
+        (
+            ["--step", "1", "--rank", "1"],
+            "error: --rank 1: this run has the ranks 0 to 0 at step 1",
+        ),
         (["--document", "web.parquet:3"], f"error: web.parquet was read in {PARTS} parts: write"),
         (["--document", "web.parquet#7:3"], "that file has the parts 0 to 2"),
         (["--document", "nowhere.txt:3"], "no training row holds it"),

@@ -1,16 +1,18 @@
 """From a step of a run to the text it saw, and from a document to the steps that see it.
 
-Nothing was recorded for this: the data order is a pure function of what COMMIT.json says, so any
-step, past or to come, can be looked up, and so can any row.
+No step was recorded for this: the data order is a pure function, so any step, past or to come, can
+be looked up, and so can any row. What is recorded is where it was begun anew: the events of a start
+and of each resumption (after a rollback too) say the step, the sample, the samples left out, how a
+step is dealt out to ranks, and the phases of the mixture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,9 +23,10 @@ from tools.errors import TraceError
 from tools.provenance import document_name, rows_of_document
 from trainer.checkpoint import read_record
 from trainer.config import RunConfig, load_config
+from trainer.loader import Stretch
 from trainer.metrics import read_lines
-from trainer.mixture import BatchShape, DataOrder, Phase, micro_batch_indices
-from trainer.runs import METRICS, commits
+from trainer.mixture import BatchShape, DataOrder, Phase, leave_out
+from trainer.runs import EVENTS, commits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,43 @@ class Sighting:
     text: str
 
 
+class _Section(NamedTuple):
+    """The steps from one (re)start of the run to the next."""
+
+    after_step: int
+    next_index: int
+    skipped: tuple[tuple[int, int], ...]
+    shape: BatchShape
+
+    def indices(self, seed: int, step: int, rank: int, micro_step: int) -> list[int]:
+        """The samples of one micro-batch of a step."""
+        n_steps = step - self.after_step
+        stretch = Stretch(
+            first_index=self.next_index,
+            n_steps=n_steps,
+            shape=self.shape,
+            rank=rank,
+            skipped=self.skipped,
+        )
+        number = (n_steps - 1) * self.shape.grad_accum_steps + micro_step
+        samples: list[int] = stretch.indices(seed, number).tolist()
+        return samples
+
+    def first_index(self, step: int) -> int:
+        """The sample that a step begins with."""
+        places = np.array((step - 1 - self.after_step) * self.shape.global_batch_size)
+        return int(leave_out(self.next_index, places, self.skipped))
+
+    def step_of(self, index: int) -> int | None:
+        """The step that takes a sample if no other section follows; None if none does."""
+        if index < self.next_index or any(begin <= index < end for begin, end in self.skipped):
+            return None
+        left_out = sum(end - max(begin, self.next_index) for begin, end in self.skipped
+                       if self.next_index < end <= index)  # fmt: skip
+        place = index - self.next_index - left_out
+        return self.after_step + 1 + place // self.shape.global_batch_size
+
+
 class RunTrace:
     """A run's data order, with the shards it was drawn from and the steps it was cut into."""
 
@@ -48,7 +88,10 @@ class RunTrace:
         self.config: RunConfig = load_config(run)
         record = _newest_record(run)
         manifests = find_sources(Path(self.config.shards))
+        begun = [e for e in read_lines(run / EVENTS) if e["event"] in ("start", "resume")]
         phases, rows = _order_facts(self.config, record, manifests)
+        if begun:
+            phases = [Phase(int(first), weights) for first, weights in begun[-1]["phases"]]
         self.order = DataOrder(seed=self.config.seed, rows=rows, phases=phases)
         folders = {name: Path(self.config.shards) / name for name in self.order.sources}
         self.readers = {
@@ -56,34 +99,31 @@ class RunTrace:
             for name, folder in folders.items()
             if name in manifests
         }
-        n_rows = max(1, self.config.global_batch_tokens // self.config.model.seq_len)
-        world_size = record["world_size"] if record else 1
-        size = self.config.micro_batch_size or n_rows // world_size
-        self.shape = BatchShape(n_rows, size, world_size)
-        lines = read_lines(run / METRICS)
-        self._anchors = [(0, 0), *((line["step"], line["next_index"]) for line in lines)]
+        self._sections = _sections(begun) or [_planned(self.config)]
+        anneal = (record or {}).get("anneal")
+        self.last_step = min(self.config.max_steps, sum(anneal or [self.config.max_steps]))
         path = run / TOKENIZER
         self._tokenizer = Tokenizer.load(path) if path.exists() else None
 
     def at_step(self, step: int, rank: int | None = None) -> Iterator[Sighting]:
         """What the ranks (or one of them) computed on in the step that was number `step`."""
-        if not 1 <= step <= self.config.max_steps:
-            raise TraceError(f"--step {step}: this run has the steps 1 to {self.config.max_steps}")
-        if rank is not None and not 0 <= rank < self.shape.world_size:
-            last = self.shape.world_size - 1
-            raise TraceError(f"--rank {rank}: this run has the ranks 0 to {last}")
-        first = self._first_index(step)
-        for number in range(self.shape.world_size) if rank is None else (rank,):
-            for micro_step in range(self.shape.grad_accum_steps):
-                indices = micro_batch_indices(
-                    self.config.seed, first, self.shape, micro_step, number
-                )
-                for index in indices.tolist():
+        first = self._sections[0].after_step + 1
+        if not first <= step <= self.last_step:
+            before = f"; those before {first} were made in another run" if first > 1 else ""
+            raise TraceError(
+                f"--step {step}: this run has the steps {first} to {self.last_step}{before}"
+            )
+        section = self._section(step)
+        if rank is not None and not 0 <= rank < section.shape.world_size:
+            last = section.shape.world_size - 1
+            raise TraceError(f"--rank {rank}: this run has the ranks 0 to {last} at step {step}")
+        for number in range(section.shape.world_size) if rank is None else (rank,):
+            for micro_step in range(section.shape.grad_accum_steps):
+                for index in section.indices(self.config.seed, step, number, micro_step):
                     yield self._sighting(step, number, micro_step, index)
 
     def of_document(self, name: str) -> Iterator[Sighting]:
         """Every step up to the run's end at which a row with a piece of FILE:RECORD is seen."""
-        end = self._first_index(self.config.max_steps + 1)
         found = [
             (source, row)
             for source, reader in self.readers.items()
@@ -94,6 +134,7 @@ class RunTrace:
                 f"--document {name}: no training row holds it: it was held out or rejected, or "
                 "it has another name (--step N shows names)"
             )
+        end = self._sections[-1].first_index(self.last_step + 1)
         indices = []
         for source, row in found:
             epoch = 0
@@ -101,9 +142,8 @@ class RunTrace:
                 indices.append(index)
                 epoch += 1
         for index in sorted(indices):
-            step = self._step_of(index)
-            rank, micro_step = self._place(self._first_index(step), index)
-            yield self._sighting(step, rank, micro_step, index)
+            if (step := self._step_of(index)) is not None:
+                yield self._sighting(step, *self._place(step, index), index)
 
     def _sighting(self, step: int, rank: int, micro_step: int, index: int) -> Sighting:
         located = self.order.locate(np.array([index], np.int64))
@@ -134,33 +174,43 @@ class RunTrace:
         pieces = [tokenizer.decode(ids[first:last]) for first, last in pairwise(begins)]
         return "<s>".join(pieces)
 
-    def _first_index(self, step: int) -> int:
-        """The sample that a step begins with: from the log, and beyond it by the batch size."""
-        done = step - 1
-        before = max(anchor for anchor in self._anchors if anchor[0] <= done)
-        after = next((anchor for anchor in self._anchors if anchor[0] > done), None)
-        rows = self.shape.global_batch_size
-        if after is not None:
-            rows = (after[1] - before[1]) // (after[0] - before[0])
-        return int(before[1] + (done - before[0]) * rows)
+    def _section(self, step: int) -> _Section:
+        return next(each for each in reversed(self._sections) if each.after_step < step)
 
-    def _step_of(self, index: int) -> int:
-        """The step that computes on a sample."""
-        low, high = 1, self.config.max_steps
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._first_index(middle) <= index else (low, middle - 1)
-        return low
+    def _step_of(self, index: int) -> int | None:
+        """The step that computes on a sample; None if none does, left out or beyond the end."""
+        ends = [*(each.after_step for each in self._sections[1:]), self.last_step]
+        for section, end in zip(self._sections, ends, strict=True):
+            step = section.step_of(index)
+            if step is not None and step <= end:
+                return step
+        return None
 
-    def _place(self, first: int, index: int) -> tuple[int, int]:
-        """Rank and micro-step of a sample of the step that begins with `first`."""
-        for micro_step in range(self.shape.grad_accum_steps):
-            for rank in range(self.shape.world_size):
-                if index in micro_batch_indices(
-                    self.config.seed, first, self.shape, micro_step, rank
-                ):
+    def _place(self, step: int, index: int) -> tuple[int, int]:
+        """Rank and micro-step of a sample of a step."""
+        section = self._section(step)
+        for micro_step in range(section.shape.grad_accum_steps):
+            for rank in range(section.shape.world_size):
+                if index in section.indices(self.config.seed, step, rank, micro_step):
                     return rank, micro_step
-        raise TraceError(f"sample {index} is in no batch of {self.shape.global_batch_size} rows")
+        raise TraceError(f"sample {index} is in no batch of {section.shape.global_batch_size} rows")
+
+
+def _sections(begun: Sequence[Mapping[str, Any]]) -> list[_Section]:
+    """The sections of a run's last history: what was set aside by going back is not among them."""
+    sections: list[_Section] = []
+    for event in begun:
+        sections = [each for each in sections if each.after_step < event["step"]]
+        skipped = tuple((int(begin), int(end)) for begin, end in event["skipped"])
+        shape = BatchShape(**event["shape"])
+        sections.append(_Section(event["step"], event["next_index"], skipped, shape))
+    return sections
+
+
+def _planned(config: RunConfig) -> _Section:
+    """The one section of a run that has not begun, on one rank."""
+    n_rows = max(1, config.global_batch_tokens // config.model.seq_len)
+    return _Section(0, 0, (), BatchShape(n_rows, config.micro_batch_size or n_rows, 1))
 
 
 def _newest_record(run: Path) -> dict[str, Any] | None:
