@@ -104,7 +104,9 @@ def _chosen(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--loss-mask", is_flag=True, help="Chat: only the answers are targets.")
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option("--address", default="", help="Ray cluster; default: one on this machine.")
+@click.option(
+    "--address", default="", metavar="HOST:PORT", help="Ray cluster; default: one on this machine."
+)
 @click.option(
     "--part",
     default="1/1",
@@ -143,8 +145,11 @@ def tokenize(source: str, **options: Any) -> None:
         check_encoding=options["check_encoding"],
         part=options["part"],
     )
-    workers = options["workers"] or default_workers()
-    executor = Executor(options["executor"], workers, options["address"])
+    kind, address = options["executor"], options["address"]
+    if address and kind != "ray":
+        raise click.UsageError(f"--address {address} goes with --executor ray")
+    workers = options["workers"] or (1 if kind == "ray" else default_workers())
+    executor = Executor(kind, workers, address)
     screen = Screen(sys.stderr)
     try:
         manifest = prepare(request, executor, screen)
