@@ -6,7 +6,6 @@ first annealed step, and from there on the learning rate is again a function of 
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from typing import Final
 
@@ -15,8 +14,8 @@ from trainer.goodput import Stopwatch, total
 from trainer.schedule import Anneal
 from trainer.state import State
 
-SHARE: Final = 0.1
-"""Of all steps, those that anneal: MiniCPM (Hu et al., 2024) found a tenth to be enough."""
+ONE_IN: Final = 10
+"""Of so many steps one anneals: MiniCPM (Hu et al., 2024) found a tenth to be enough."""
 
 _RECENT: Final = 64  # steps by whose mean the next ones are judged
 _LATE: Final = 3  # steps between a wish and what comes of it
@@ -62,7 +61,7 @@ class Budget:
 
 def annealing_steps(step: int) -> int:
     """How many steps anneal a run that has made `step` steps."""
-    return max(1, math.ceil(step * SHARE / (1 - SHARE)))
+    return max(1, -(-step // (ONE_IN - 1)))
 
 
 def heed(wish: int, state: State, max_steps: int) -> str:

@@ -1,0 +1,216 @@
+"""Where seconds went, and a budget that ends a run in time: all on a clock that the tests turn."""
+
+import json
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer import goodput
+from trainer.budget import END, annealing_steps, heed
+from trainer.checkpoint import load_weights
+from trainer.errors import ConfigError
+from trainer.goodput import Stopwatch, count_start, parts, total
+from trainer.metrics import read_lines
+from trainer.runs import commits, newest_commit
+from trainer.schedule import Anneal, OptimConfig, lr_at
+from trainer.state import State, fresh
+from trainer.train import train
+from trainer_samples import make_shards, small_plan
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+class Clock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1e9
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    time = perf_counter
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(goodput, "time", clock)
+    return clock
+
+
+def test_a_pause_belongs_to_its_kind_and_to_no_lap(clock: Clock) -> None:
+    watch = Stopwatch({"evaluation": 1.0})
+    clock.now += 3
+    with watch.within("communication"):
+        clock.now += 2
+    with watch.paused("evaluation"):
+        clock.now += 10
+    clock.now += 1
+    assert watch.lap() == 6
+    assert watch.lap() == 0
+    assert watch.spent_s == {"evaluation": 11.0, "communication": 2.0}
+    assert watch.longest_s == {"evaluation": 10.0, "communication": 2.0}
+    assert parts(6.0, watch.spent_s)["compute"] == 4.0
+    assert total(6.0, watch.spent_s) == sum(parts(6.0, watch.spent_s).values()) == 17.0
+
+
+def events(*named: tuple[str, float]) -> list[dict[str, Any]]:
+    return [{"event": kind, "unix_s": 1e9 + at} for kind, at in named]
+
+
+@pytest.mark.parametrize(
+    ("past", "committed", "kind", "lost"),
+    [
+        ([], None, "start", 5),
+        ([], 900, "start", 5),  # resumed from another run
+        ([("start", 100)], None, "restarts", 905),  # killed before its first commit
+        ([("start", 100), ("commit", 501)], 500, "restarts", 505),  # killed
+        ([("start", 100), ("commit", 501), ("stopped", 502)], 500, "restarts", 7),
+        ([("start", 1), ("stopped", 502), ("resume", 702), ("commit", 801)], 800, "restarts", 205),
+        ([("start", 1), ("stopped", 502), ("resume", 702)], 500, "restarts", 305),
+    ],
+)
+def test_time_between_sessions_is_lost_unless_the_run_was_stopped(
+    clock: Clock, past: list[tuple[str, float]], committed: float | None, kind: str, lost: float
+) -> None:
+    clock.now += 1005  # the process came at 1000 and is about to make its first step
+    spent: dict[str, float] = {}
+    since = None if committed is None else 1e9 + committed
+    count_start(spent, 1e9 + 1000, since, events(*past))
+    assert spent == {kind: lost}
+
+
+def test_every_second_of_a_run_is_somewhere(shards: Path, tmp_path: Path) -> None:
+    """The parts add up to what passed on the wall, and go on where the last commit left them."""
+    began = time.time()
+    changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "validation__interval": 3}
+    train(small_plan(shards, max_steps=4, **changes), tmp_path)
+    passed = time.time() - began
+    train(small_plan(shards, max_steps=6, **changes), tmp_path)
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    for line in lines:
+        spent = line["spent_s"]
+        assert list(spent) == [
+            *("compute", "data", "communication", "checkpoint", "evaluation", "start", "restarts")
+        ]
+        assert sum(spent.values()) >= line["time_s"]
+    assert lines[2]["spent_s"]["evaluation"] == 0 < lines[3]["spent_s"]["evaluation"]
+    assert lines[3]["spent_s"]["restarts"] == 0 < lines[4]["spent_s"]["restarts"]
+    for before, after in pairwise(lines):
+        assert all(after["spent_s"][part] >= value for part, value in before["spent_s"].items()
+                   if part != "compute")  # fmt: skip
+    done = [line for line in read_lines(tmp_path / "events.jsonl") if line["event"] == "done"]
+    assert sum(done[0]["spent_s"].values()) == pytest.approx(passed, rel=0.2)
+
+
+def test_annealing_is_a_line_down_to_min_lr() -> None:
+    optim = OptimConfig(lr=1.0, warmup_steps=10)
+    anneal = Anneal(first_step=50, n_steps=10)
+    assert [lr_at(step, optim, 100, anneal) for step in range(50)] == [
+        lr_at(step, optim, 100) for step in range(50)
+    ]
+    start = lr_at(50, optim, 100)
+    rates = [lr_at(step, optim, 100, anneal) for step in range(50, 61)]
+    assert rates == pytest.approx([0.1 + (start - 0.1) * (1 - n / 10) for n in range(11)])
+    assert lr_at(3, optim, 100, Anneal(2, 4)) == pytest.approx(0.3 - 0.2 / 4)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**6))
+def test_a_tenth_of_the_steps_anneal(step: int, more: int) -> None:
+    n_steps = annealing_steps(step)
+    assert n_steps == 1 or (n_steps - 1) / (step + n_steps - 1) < 0.1 <= n_steps / (step + n_steps)
+    state = State(step=step, phases=(), data={})
+    assert "anneal" in heed(1, state, step + more)
+    assert state.last_step(step + more) == min(step + n_steps, step + more)
+    assert heed(1, state, step + more) == ""
+
+
+def metered(clock: Clock, monkeypatch: pytest.MonkeyPatch, step_s: float, commit_s: float) -> None:
+    """Let each step and each commit take so long."""
+    from trainer.commits import Committer
+
+    advance, commit = Stopwatch.lap, Committer.commit
+
+    def lap(watch: Stopwatch) -> float:
+        clock.now += step_s
+        return advance(watch)
+
+    def committed(committer: Committer, **how: Any) -> None:
+        clock.now += commit_s
+        commit(committer, **how)
+
+    monkeypatch.setattr(Stopwatch, "lap", lap)
+    monkeypatch.setattr(Committer, "commit", committed)
+
+
+def test_a_budget_anneals_commits_and_ends_inside_itself(
+    shards: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metered(clock, monkeypatch, step_s=10, commit_s=5)
+    money: dict[str, Any] = {"dollars_per_hour": 36, "max_dollars": 6}  # a cent a second: 600 s
+    plan = small_plan(shards, max_steps=1000, **money)
+    outcome = train(plan, tmp_path / "whole")
+    assert not outcome.stopped
+    happened = read_lines(tmp_path / "whole" / "events.jsonl")
+    (anneal,) = [event for event in happened if event["event"] == "anneal"]
+    first, n_steps = anneal["anneal"]
+    assert outcome.step == first + n_steps
+    assert n_steps == annealing_steps(first)
+    assert [commit.name for commit in commits(tmp_path / "whole")] == [
+        f"step-{first}", f"step-{outcome.step}"
+    ]  # fmt: skip
+    lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    assert [line["lr"] for line in lines] == [
+        lr_at(step, plan.config.optim, 1000, Anneal(first, n_steps)) for step in range(len(lines))
+    ]
+    assert lines[-1]["dollars_left"] == pytest.approx(6 - lines[-1]["dollars"], abs=1e-3)
+    spent = 0.01 * sum(happened[-1]["spent_s"].values())
+    assert 5 < spent <= 6
+    # killed while it annealed: the recorded beginning is replayed, whatever the clock says now
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train(plan, parted, resume=str(whole / "checkpoints" / f"step-{first}"))
+    a, b = load_weights(newest_commit(whole)), load_weights(newest_commit(parted))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not train(plan, parted).stopped  # complete: nothing is added
+    assert newest_commit(parted).name == f"step-{outcome.step}"
+
+
+def test_a_budget_that_runs_out_early_ends_the_annealing(
+    shards: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metered(clock, monkeypatch, step_s=10, commit_s=5)
+    plan = small_plan(shards, max_steps=1000, dollars_per_hour=36, max_dollars=1)
+    assert train(plan, tmp_path).step < 10
+    assert sum(read_lines(tmp_path / "events.jsonl")[-1]["spent_s"].values()) <= 100
+    record = json.loads((newest_commit(tmp_path) / "COMMIT.json").read_text())
+    assert sum(record["anneal"]) == record["step"]
+    state = fresh(plan)
+    assert "used up: step 0 is the last" in heed(END, state, 1000)
+    assert state.last_step(1000) == 0
+    # another budget is another decision
+    more = small_plan(shards, max_steps=1000, dollars_per_hour=36, max_dollars=2)
+    assert train(more, tmp_path).step > record["step"]
+
+
+def test_a_budget_needs_a_price(shards: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_dollars=5\.0: give the price too"):
+        small_plan(shards, max_dollars=5)
