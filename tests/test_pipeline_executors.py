@@ -22,7 +22,8 @@ from pipeline_samples import TEXTS, contents, tokenizer, write_jsonl
 
 N_UNITS = 40
 COMMAND = """
-import os, threading, time
+import os, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 if "SPAWNED" in os.environ:  # beside a thread no process is forked
     threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 from pipeline import cluster, recipe
