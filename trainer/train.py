@@ -140,6 +140,8 @@ def _go_on(job: Job) -> Outcome:
             if not state.refused_in_a_row:
                 with watch.paused("checkpoint"):
                     committer.commit()
+                    if state.anneal is not None and state.anneal.first_step == state.step:
+                        committer.wait()  # what follows from the clock must be on disk first
                 commit = False
         profiler.after(state.step)
     heart.mark(state.step, "commit")
