@@ -295,6 +295,7 @@ def cluster() -> Iterator[Any]:
         yield cluster
 
 
+@pytest.mark.slow
 def test_ray_loses_a_node_and_gives_the_same_bytes(stage: Stage, cluster: Any) -> None:
     process = stage.start("ray", "--executor", "ray", "--address", cluster["address"])
     stage.wait_for("ray", 4, process)
@@ -309,6 +310,16 @@ def test_ray_loses_a_node_and_gives_the_same_bytes(stage: Stage, cluster: Any) -
     assert f"{N_UNITS}/{N_UNITS} units, 180,000 documents" in stderr and "Traceback" not in stderr
 
 
+@pytest.mark.slow
+def test_a_limit_on_ray_takes_what_one_worker_takes(stage: Stage, cluster: Any) -> None:
+    limit = ("--max-tokens", "2000000")
+    told = stage.run("few-ray", "--executor", "ray", "--address", cluster["address"], *limit)
+    assert told.returncode == 0, told.stderr
+    assert stage.run("few", "--workers", "1", *limit).returncode == 0
+    assert contents(stage.folder / "few-ray") == contents(stage.folder / "few")
+
+
+@pytest.mark.slow
 def test_what_ends_a_run_on_ray_is_one_line_and_it_goes_on(stage: Stage, cluster: Any) -> None:
     """A signal, input that is gone, and the cluster itself: this test is its last."""
     files = stage.folder / "in"
