@@ -1,0 +1,137 @@
+"""The data order and the loader against their bars, as a markdown table.
+
+    python -m tools.benchmarks.data [--rows 20000]
+
+Times of the order are CPU time; the loader's are elapsed time and CPU time. Files are written under
+a temporary folder and read once before, so all is warm.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from shards.format import Facts, Part, TokenizerInfo
+from shards.reader import ShardReader
+from shards.writer import ShardWriter, write_manifest
+from tools.benchmarks.measure import machine, spread
+from trainer.loader import Loader, LoaderConfig, MicroBatches, Stretch
+from trainer.mixture import BatchShape, DataOrder, Phase
+from trainer.shares import REFERENCE_SHARES
+
+_SEQ_LEN = 4096
+_TIMES = 7
+_ROWS = {"fineweb": 10**9, "the-stack": 3 * 10**8, "books3": 10**8, "arxiv": 5 * 10**7,
+         "slimorca": 6 * 10**5}  # fmt: skip
+
+
+def reference_order(scale: int = 1) -> DataOrder:
+    """The data order of the reference mixture; each source has `scale` times its rows."""
+    weights = {name: int(share) // 5 for name, share in REFERENCE_SHARES.items()}
+    rows = {name: scale * n for name, n in _ROWS.items()}
+    return DataOrder(seed=0, rows=rows, phases=[Phase(0, weights)])
+
+
+def cpu_s(act: Callable[[], object], times: int = _TIMES) -> list[float]:
+    """CPU seconds of each of several calls, after one that is not counted."""
+    act()
+    taken = []
+    for _ in range(times):
+        start = time.process_time()
+        act()
+        taken.append(time.process_time() - start)
+    return taken
+
+
+def write_rows(folder: Path, n_rows: int) -> None:
+    """A source of random rows of 4096 ids in uint16."""
+    folder.mkdir(parents=True)
+    tokenizer = TokenizerInfo(
+        name="none", sha256="0" * 64, vocab_size=32_768, bos_id=1, eos_id=2, pad_id=0
+    )
+    facts = Facts(
+        source=folder.name, dataset="none", revision="none", licence="none", seq_len=_SEQ_LEN,
+        dtype="uint16", packing="concat", val_fraction=0.0, tokenizer=tokenizer,
+    )  # fmt: skip
+    writer, random = ShardWriter(folder, "00000", facts), np.random.default_rng(0)
+    for first in range(0, n_rows, 1000):
+        n = min(1000, n_rows - first)
+        rows = random.integers(3, 32_768, (n, _SEQ_LEN)).astype(np.uint16)
+        numbers = np.arange(first, first + n, dtype=np.uint32)
+        writer.add("train", rows, np.zeros(n, np.uint32), numbers)
+    writer.finish([], plan_sha256="0" * 64)
+    write_manifest(folder, facts, [Part(file="none", first=0, last=1)], 1)
+
+
+def loader_rates(folder: Path, n_rows: int) -> tuple[list[float], list[float]]:
+    """GB/s of rows read, proven, stacked: by elapsed and by CPU time of this one process."""
+    order = DataOrder(seed=0, rows={folder.name: n_rows}, phases=[Phase(0, {folder.name: 1})])
+    shape = BatchShape(64, 8, 1)
+    elapsed, cpu = [], []
+    for _ in range(_TIMES + 1):
+        stretch = Stretch(first_index=0, n_steps=n_rows // 64, shape=shape, rank=0)
+        batches = MicroBatches(order, {folder.name: ShardReader(folder)}, stretch)
+        wall, start, size = time.perf_counter(), time.process_time(), 0
+        for batch in batches:
+            size += batch.tokens.nbytes  # type: ignore[union-attr]
+        cpu.append(size / 1e9 / (time.process_time() - start))
+        elapsed.append(size / 1e9 / (time.perf_counter() - wall))
+    return elapsed[1:], cpu[1:]
+
+
+def waits(folder: Path, n_rows: int, step_s: float, steps: int) -> float:
+    """Share of the time that steps of this length wait for a loader of two workers."""
+    order = DataOrder(seed=0, rows={folder.name: n_rows}, phases=[Phase(0, {folder.name: 1})])
+    stretch = Stretch(first_index=0, n_steps=steps, shape=BatchShape(8, 8, 1), rank=0)
+    batches = MicroBatches(order, {folder.name: ShardReader(folder)}, stretch)
+    loader = Loader(batches, LoaderConfig(), torch.device("cpu"), 0, print)
+    loader.next()  # the first comes with the workers
+    loader.waited_s = 0.0
+    start = time.perf_counter()
+    for _ in range(steps - 1):
+        loader.next()
+        time.sleep(step_s)
+    share = loader.waited_s / (time.perf_counter() - start)
+    loader.close()
+    return share
+
+
+@click.command()
+@click.option("--rows", default=20_000, show_default=True, help="Rows of 8 KiB that are read.")
+def main(rows: int) -> None:
+    """Measure the data order and the loader.
+
+    Example: python -m tools.benchmarks.data
+    """
+    order = reference_order()
+    index_us = [s * 1e6 / 65_536 for s in cpu_s(lambda: order.locate(np.arange(65_536) + 10**6))]
+    seek_ms = [s * 1e3 for s in cpu_s(lambda: order.locate(np.array([10**12])))]
+    start_ms = [[s * 1e3 for s in cpu_s(lambda n=n: reference_order(n).locate(np.arange(64)))]  # type: ignore[misc]
+                for n in (1, 1000)]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "rows"
+        write_rows(source, rows)
+        elapsed, cpu = loader_rates(source, rows)
+        waited = waits(source, rows, 0.05, 200)
+    click.echo(f"{machine('numpy', 'torch')}\n")
+    click.echo("| what | bar | measured: median (least .. most) |\n|---|---|---|")
+    for line in (
+        ("an index, 65,536 at once", "< 0.5 us", spread(index_us, "us CPU")),
+        ("seek(10^12)", "< 1 ms", spread(seek_ms, "ms CPU")),
+        ("start-up, 1.45 G rows", "the same", spread(start_ms[0], "ms CPU")),
+        ("start-up, 1.45 T rows", "the same", spread(start_ms[1], "ms CPU")),
+        ("rows read, proven, stacked", ">= 1 GB/s a process", spread(elapsed, "GB/s elapsed")),
+        ("the same", "", spread(cpu, "GB/s of CPU time")),
+        ("steps of 50 ms and 8 rows wait", "< 1 %", f"{waited:.2%} of the time"),
+    ):
+        click.echo(f"| {' | '.join(line)} |")
+
+
+if __name__ == "__main__":
+    main()
