@@ -27,7 +27,7 @@ from trainer import checkpoint, retention
 from trainer.checkpoint import Record
 from trainer.devices import available_memory_bytes
 from trainer.errors import CheckpointError
-from trainer.runs import commit_path, commits
+from trainer.runs import COMMIT, commit_path, commits, step_of
 from trainer.session import Session
 from trainer.state import State
 
@@ -74,6 +74,10 @@ class Committer:
         self._mirroring: Future[None] | None = None
         self._mirrored: Path | None = None
         self._staging = self._make_staging() if self._config.asynchronous else None
+        if own and self._mirror is not None and self._world.is_main:
+            newest = own[-1]  # a kill may have kept it from being copied
+            if not (commit_path(self._mirror, step_of(newest)) / COMMIT).exists():
+                self._mirroring = _beside(lambda: self._copy(newest))
 
     def clock_wishes(self) -> bool:
         """Whether this rank, if it is the main one, finds that enough time has passed."""
