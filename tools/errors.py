@@ -33,5 +33,9 @@ class PlanError(ToolError):
     """A plan for a machine or a budget that does not add up."""
 
 
+class RehearsalError(ToolError):
+    """A run that did not do what the rehearsal needs of it."""
+
+
 class ReportError(ToolError):
     """A report without anything to show, or without the means to draw it."""

@@ -20,17 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tools.errors import ToolError
+from tools.errors import RehearsalError
+from trainer.inject import VARIABLE
 
 POLL_S: Final = 0.05
 GRACE_S: Final = 120.0
 
 Watch = Callable[[int], None]
 """Called with the last step logged, again and again, while a run goes on."""
-
-
-class RehearsalError(ToolError):
-    """A run that did not do what the rehearsal needs of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +63,13 @@ def train_and_kill(
     return logged
 
 
-def train_and_terminate(arguments: Sequence[str], run: Path, step: int) -> tuple[int, int]:
-    """The last step that was logged, and the exit code, of a run told to stop after `step`."""
-    with _training(arguments, run) as process:
-        _wait_until(lambda: last_step(run) >= step, process, run)
-        process.terminate()
-        code = process.wait(GRACE_S)
-    return last_step(run), code
+def train_hurt(arguments: Sequence[str], run: Path, faults: str, limit_s: float) -> int:
+    """The exit code of a run that has these faults (trainer/inject.py); -9 after `limit_s`."""
+    with _training(arguments, run, faults) as process:
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
 
 
 def train_until_commit(
@@ -108,14 +105,20 @@ def last_step(run: Path) -> int:
 
 
 @contextlib.contextmanager
-def _training(arguments: Sequence[str], run: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _training(
+    arguments: Sequence[str], run: Path, faults: str = ""
+) -> Iterator[subprocess.Popen[bytes]]:
     """`summer-train` in a process group of its own, its output in <run>.log."""
     log = run.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "trainer.cli", *arguments, "--out", str(run)]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, VARIABLE: faults},
         )
         try:
             yield process

@@ -44,9 +44,14 @@ class PlainLines:
         self._stream = stream
 
     def say(self, text: str) -> None:
-        """Write the text."""
-        self._stream.write(f"{text}\n")
-        self._stream.flush()
+        """Write the text, now or when there is room: a full disk may hold the log as well."""
+        try:
+            self._stream.write(f"{text}\n")
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Write the step's line."""
