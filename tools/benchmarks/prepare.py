@@ -101,18 +101,15 @@ def make_corpus(pattern: str | None, column: str, folder: Path) -> Corpus:
     files = tuple(sorted(str(path) for path in there.iterdir()))
     if not files:
         raise SystemExit(f"no file matches {pattern}")
-    n_bytes = documents = 0
-    distinct: set[str] = set()
-    early = 0
-    with (folder / "lines.jsonl").open("w", encoding="utf-8") as lines:
-        for path in files:
-            texts = pq.read_table(path, columns=[column])[column].drop_null()
-            n_bytes += pc.sum(pc.binary_length(texts)).as_py()
-            documents += len(texts)
-            for text in texts.to_pylist():
-                lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                distinct.update(text.split())
-            early = early or len(distinct)
+    n_bytes = documents = early = 0
+    distinct = pa.array([], pa.large_string())
+    for path in files:
+        texts = pq.read_table(path, columns=[column])[column].drop_null().combine_chunks()
+        n_bytes += pc.sum(pc.binary_length(texts)).as_py()
+        documents += len(texts)
+        words = pc.unique(pc.list_flatten(pc.ascii_split_whitespace(texts)))
+        distinct = pc.unique(pa.concat_arrays([distinct, words.cast(pa.large_string())]))
+        early = early or len(distinct)
     tiny = folder / "tiny" / "000.parquet"
     tiny.parent.mkdir()
     pq.write_table(pa.table({column: texts[:1]}), tiny)
@@ -187,7 +184,8 @@ class Bench:
 
     def memory(self) -> Iterator[str]:
         """The largest process on records of 8 MB, and on one line of 100 MB."""
-        text = (self.folder / "lines.jsonl").read_text(encoding="utf-8")[:200_000_000]
+        text = self._lines(self.corpus.files).read_text(encoding="utf-8")[:180_000_000]
+        text *= -(-180_000_000 // len(text))
         path = self.folder / "large" / "large.jsonl"
         path.parent.mkdir()
         for records, size in ((40, 8_000_000), (1, 100_000_000)):
@@ -210,7 +208,7 @@ class Bench:
             return _with_tokens(done, json.loads(done.output)["n_tokens"])
         job = {
             "files": files, "column": column, "workers": workers, "out": str(out),
-            "lines": str(self._lines(files)),
+            "lines": str(self._lines(files)) if name == "megatron" else "",
             "model": str(self.folder / "tokenizer.model"),
             "tokenizer": str(self.folder / "tokenizer.json"),
         }  # fmt: skip
@@ -221,11 +219,15 @@ class Bench:
 
     def _lines(self, files: tuple[str, ...]) -> Path:
         """The same documents as json lines, which is what some read; making them is not counted."""
-        if files == self.corpus.files:
-            return self.folder / "lines.jsonl"
-        path = self.folder / "tiny.jsonl"
-        with (self.folder / "lines.jsonl").open(encoding="utf-8") as lines:
-            path.write_text(next(lines))
+        import pyarrow.parquet as pq
+
+        path = Path(files[0]).parent.with_suffix(".jsonl")
+        if not path.exists():
+            with path.open("w", encoding="utf-8") as lines:
+                for file in files:
+                    for row in pq.ParquetFile(file).iter_batches(columns=[self.corpus.column]):
+                        for text in row.column(0).drop_null().to_pylist():
+                            lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         return path
 
     def _write_tokenizers(self) -> None:
