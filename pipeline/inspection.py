@@ -35,6 +35,17 @@ class Report:
     counts: npt.NDArray[np.int64]
     """How often each id occurs. [vocab_size]"""
 
+    @property
+    def cut_share(self) -> float:
+        """The share of documents that run on into another row."""
+        return self.cut_documents / max(1, self.manifest.n_documents)
+
+    def histogram(self) -> dict[int, int]:
+        """{0: ids that never occur, 1: those that occur 1 to 9 times, 10: 10 to 99 times, ...}."""
+        digits = np.array([len(str(count)) if count else 0 for count in self.counts.tolist()])
+        return {10 ** (n - 1) if n else 0: int(found)
+                for n, found in enumerate(np.bincount(digits))}  # fmt: skip
+
     def to_json(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """The report for a script."""
         facts = self.manifest.to_json()
@@ -46,7 +57,9 @@ class Report:
             "n_shards": len(self.manifest.shards),
             "padding": self.padding,
             "cut_documents": self.cut_documents,
+            "cut_share": self.cut_share,
             "ids_used": int(np.count_nonzero(self.counts)),
+            "histogram": self.histogram(),
             "top_tokens": {tokenizer.piece(int(i)): int(self.counts[i]) for i in top},
         }
 
@@ -116,8 +129,8 @@ def report_lines(folder: Path, found: Report, tokenizer: Tokenizer) -> str:
         f"  licence    {facts.licence}",
         f"  tokenizer  {facts.tokenizer.name}, {facts.tokenizer.vocab_size:,} entries, "
         f"{np.count_nonzero(found.counts):,} of them used",
-        f"  documents  {manifest.n_documents:,}, of which {found.cut_documents:,} run on into "
-        "another row",
+        f"  documents  {manifest.n_documents:,}, of which {found.cut_documents:,} "
+        f"({found.cut_share:.1%}) run on into another row",
         f"  tokens     {manifest.n_tokens:,}, and {found.padding:,} places of padding "
         f"({found.padding / max(1, places):.2%})",
         f"  rows       {manifest.n_rows - manifest.n_val_rows:,} for training, "
@@ -129,7 +142,10 @@ def report_lines(folder: Path, found: Report, tokenizer: Tokenizer) -> str:
     lines += [f"             {count:,} {reason}" for reason, count in manifest.rejected.items()]
     top = np.argsort(-found.counts, kind="stable")[:TOP_TOKENS]
     spelled = (f"{tokenizer.piece(int(i))} {found.counts[i] / manifest.n_tokens:.1%}" for i in top)
-    lines += [f"  frequent   {', '.join(spelled)}", f"  root       {manifest.root}"]
+    lines += [f"  frequent   {', '.join(spelled)}"]
+    often = (f"{ids:,} of {least:,} to {10 * least - 1:,}" if least else f"{ids:,} of none"
+             for least, ids in found.histogram().items())  # fmt: skip
+    lines += [f"  ids        {', '.join(often)} occurrences", f"  root       {manifest.root}"]
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from pipeline.tokenizer import default_model
 from pipeline.units import Plan
 from pipeline.verify import STRANGE, State, damages, unit_of
 from pipeline.work import Job, Limit
-from shards.files import fsync_folder, publish_bytes, sha256_file
+from shards.files import fsync_folder, publish_bytes, remove_stale_temporaries, sha256_file
 from shards.format import PLAN, TOKENIZER
 from shards.writer import write_manifest
 
@@ -38,6 +38,7 @@ def repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> lis
     """
     for left_over in folder.glob(f"{SCRATCH}*"):
         shutil.rmtree(left_over)
+    remove_stale_temporaries(folder)
     found = _damages(folder)
     if not found:
         return []

@@ -1,5 +1,6 @@
 """Damage is named, all of it, and repaired to the same bytes."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,22 @@ def test_repair_of_a_limited_source_cuts_where_the_limit_did(whole: Path, tmp_pa
     assert contents(tmp_path / "mine") == before
 
 
+def cut_by_hand(folder: Path, manifest: Any) -> Any:
+    """Documents of which the first and the last token are in different rows."""
+    seq_len, cut = manifest.facts.seq_len, 0
+    streams: dict[str, list[Any]] = {}
+    for shard in manifest.shards:
+        streams.setdefault(shard.file[:-8], []).append(np.load(folder / shard.file).reshape(-1))
+    for arrays in streams.values():
+        stream = np.concatenate(arrays)
+        stream = stream[: np.flatnonzero(stream)[-1] + 1]
+        begins = np.flatnonzero(stream == 1)
+        ends = [*(begins[1:] - 1), len(stream) - 1]
+        cut += sum(int(a) // seq_len < int(b) // seq_len
+                   for a, b in zip(begins, ends, strict=True))  # fmt: skip
+    return cut
+
+
 def test_the_report_counts_what_is_there(whole: Path) -> None:
     folder = whole / "mine"
     found = report(folder)
@@ -92,12 +109,18 @@ def test_the_report_counts_what_is_there(whole: Path) -> None:
     tokens = np.concatenate([array.reshape(-1) for array in rows])
     assert found.padding == np.count_nonzero(tokens == 0)
     assert found.counts.sum() == np.count_nonzero(tokens) == found.manifest.n_tokens
-    assert 0 < found.cut_documents < found.manifest.n_documents
+    assert 0 < found.cut_documents == cut_by_hand(folder, found.manifest)
     tokenizer = Tokenizer.load(folder / "tokenizer.model", "small")
     told = report_lines(folder, found, tokenizer)
-    assert f"{found.cut_documents:,} run on into another row" in told
+    share = found.cut_documents / found.manifest.n_documents
+    assert f"{found.cut_documents:,} ({share:.1%}) run on into another row" in told
+    histogram = found.histogram()
+    assert sum(histogram.values()) == 400 and histogram[0] == np.count_nonzero(found.counts == 0)
+    assert histogram[10] == np.count_nonzero((found.counts >= 10) & (found.counts < 100))
+    assert f"{histogram[10]:,} of 10 to 99" in told
     assert "2 wrong type" in told and found.manifest.root in told
-    as_json = found.to_json(tokenizer)
+    as_json = json.loads(json.dumps(found.to_json(tokenizer)))
+    assert as_json["cut_share"] == share and as_json["histogram"]["10"] == histogram[10]
     assert as_json["n_files"] == FILES and len(as_json["top_tokens"]) == 20
     assert found.counts[1] == found.manifest.n_documents == 3 * 90 + 2 * 50
 
