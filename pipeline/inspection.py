@@ -143,9 +143,9 @@ def report_lines(folder: Path, found: Report, tokenizer: Tokenizer) -> str:
     top = np.argsort(-found.counts, kind="stable")[:TOP_TOKENS]
     spelled = (f"{tokenizer.piece(int(i))} {found.counts[i] / manifest.n_tokens:.1%}" for i in top)
     lines += [f"  frequent   {', '.join(spelled)}"]
-    often = (f"{ids:,} of {least:,} to {10 * least - 1:,}" if least else f"{ids:,} of none"
+    often = (f"{least}-{10 * least - 1} times {ids:,}" if least else f"never {ids:,}"
              for least, ids in found.histogram().items())  # fmt: skip
-    lines += [f"  ids        {', '.join(often)} occurrences", f"  root       {manifest.root}"]
+    lines += [f"  ids occur  {', '.join(often)}", f"  root       {manifest.root}"]
     return "\n".join(lines)
 
 

@@ -117,7 +117,7 @@ def test_the_report_counts_what_is_there(whole: Path) -> None:
     histogram = found.histogram()
     assert sum(histogram.values()) == 400 and histogram[0] == np.count_nonzero(found.counts == 0)
     assert histogram[10] == np.count_nonzero((found.counts >= 10) & (found.counts < 100))
-    assert f"{histogram[10]:,} of 10 to 99" in told
+    assert f"never {histogram[0]}, " in told and f"10-99 times {histogram[10]}, " in told
     assert "2 wrong type" in told and found.manifest.root in told
     as_json = json.loads(json.dumps(found.to_json(tokenizer)))
     assert as_json["cut_share"] == share and as_json["histogram"]["10"] == histogram[10]
