@@ -295,12 +295,21 @@ def cluster() -> Iterator[Any]:
         yield cluster
 
 
+def ray_workers(raylet: int) -> list[int]:
+    """Those of a node that are at a unit."""
+    return [pid for pid, command in children(raylet).items() if command.startswith("ray::_in_ray")]
+
+
 @pytest.mark.slow
-def test_ray_loses_a_node_and_gives_the_same_bytes(stage: Stage, cluster: Any) -> None:
+def test_ray_loses_a_worker_and_a_node_and_gives_the_same_bytes(stage: Stage, cluster: Any) -> None:
     process = stage.start("ray", "--executor", "ray", "--address", cluster["address"])
+    stage.wait_for("ray", 2, process)
+    wait_until(lambda: ray_workers(cluster["raylets"][1]))
+    for pid in ray_workers(cluster["raylets"][1]):
+        os.kill(pid, signal.SIGKILL)
     stage.wait_for("ray", 4, process)
+    wait_until(lambda: ray_workers(cluster["raylets"][2]))
     node = children(cluster["raylets"][2])
-    assert any(command.startswith("ray::_in_ray") for command in node.values())
     for pid in (cluster["raylets"][2], *node):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
