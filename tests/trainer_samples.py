@@ -81,3 +81,8 @@ def events_of(run: Path) -> list[str]:
 def same_weights(one: Path, other: Path) -> bool:
     a, b = load_weights(newest_commit(one)), load_weights(newest_commit(other))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def tensor_files(commit: Path) -> dict[str, bytes]:
+    """The files of weights and moments of a commit."""
+    return {path.name: path.read_bytes() for path in commit.glob("*.safetensors")}

@@ -42,7 +42,7 @@ def newest_proven(
     complaints: list[str] = []
     if copies and not own:
         complaints.append(f"{run} has no commit of its own left; its mirror {mirror} has")
-    for commit in sorted([*copies, *own], key=step_of, reverse=True):
+    for commit in sorted([*own, *copies], key=step_of, reverse=True):
         try:
             return commit, prove(commit, world), complaints
         except CheckpointError as error:

@@ -1,0 +1,108 @@
+"""A process that has imported the trainer and forks it as often as asked, to be killed.
+
+    python tests/checkpoint_process.py    a JSON request a line on stdin, a JSON answer a line
+
+    {"set": [KEY=VALUE...], "shards": F, "run": F, "stop_at": STEP, "point": N, "watch": "/step-6"}
+        -> [exit status, events seen]
+
+What a run does under paths that hold the text `watch` are its points, two for each fsync (before
+and after) and one before each file opened for writing, renamed, removed or made: it dies by SIGKILL
+when it comes to number N. It stops after `stop_at` as if it had been asked to.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch  # noqa: F401  these two are imported late; here it is done once for all runs
+import torch
+import torch._dynamo
+
+from trainer import train as training
+from trainer.config import configure
+from trainer.plan import make_plan
+
+_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+
+class Points:
+    """Counts what a process does to the watched paths, and ends it at the point it was told."""
+
+    def __init__(self, watch: list[str], stop: int) -> None:
+        self._watch, self._stop, self.seen = watch, stop, 0
+        self._lock = threading.RLock()
+        self._fsync = os.fsync
+        os.fsync = self._watched_fsync  # no audit event tells of it
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
+        if event in _EVENTS and isinstance(args[0], (str, os.PathLike)):
+            if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
+                return
+            self._pass_by(_whole(os.fspath(args[0]), args[-1]))
+
+    def _watched_fsync(self, handle: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        self._pass_by(path)
+        self._fsync(handle)
+        self._pass_by(path)
+
+    def _pass_by(self, path: str) -> None:
+        if any(text in path for text in self._watch):
+            with self._lock:
+                if self.seen == self._stop:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                self.seen += 1
+
+
+def _whole(path: str, folder: Any) -> str:
+    """The path, also where it is named relative to the handle of a folder (rmtree)."""
+    if isinstance(folder, int) and folder > 0 and not path.startswith("/"):
+        return f"{os.readlink(f'/proc/self/fd/{folder}')}/{path}"
+    return path
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        wish = json.loads(line)
+        ours, theirs = os.pipe()
+        pid = os.fork()
+        if not pid:
+            _run(wish, theirs)
+        os.close(theirs)
+        with open(ours, "rb") as pipe:
+            seen = pipe.read()
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps([os.waitstatus_to_exitcode(status), int(seen or 0)]), flush=True)
+
+
+def _run(wish: Any, pipe: int) -> None:
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        plan = make_plan(configure(preset="tiny", sets=wish["set"], shards=wish["shards"]))
+        lr_at = training.lr_at
+
+        def stop_then(step: int, *rest: Any) -> float:
+            if step + 2 == wish["stop_at"]:  # read a step later
+                os.kill(os.getpid(), signal.SIGTERM)
+            return lr_at(step, *rest)
+
+        training.lr_at = stop_then  # type: ignore[attr-defined]
+        points = Points(wish["watch"], wish["point"])
+        training.train(plan, Path(wish["run"]))
+        os.write(pipe, str(points.seen).encode())
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,99 @@
+"""SIGKILL at every point of a commit, a purge and a copy: the run goes on as if it had not been."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.retention import mirror_of
+from trainer.runs import commits
+from trainer.train import train
+from trainer_samples import Said, log_of, make_shards, set_texts, small_plan, tensor_files
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CHANGES: dict[str, Any] = {
+    "max_steps": 8,
+    "checkpoint__interval_steps": 2,
+    "checkpoint__asynchronous": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, str(Path(__file__).with_name("checkpoint_process.py"))]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def ask(process: subprocess.Popen[str], **wish: Any) -> tuple[int, int]:
+    """Exit status and points seen of one run."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(wish) + "\n")
+    process.stdin.flush()
+    code, seen = json.loads(process.stdout.readline())
+    return code, seen
+
+
+@pytest.mark.slow
+def test_killed_at_every_point_of_a_commit(
+    shards: Path, tmp_path: Path, trainer: subprocess.Popen[str]
+) -> None:
+    """From step 4 to 6: commit 6 is written while training goes on, 2 is purged, 6 is mirrored."""
+    mirror = tmp_path / "mirror"
+    changes = {**CHANGES, "checkpoint__mirror": mirror}
+    plan, whole, base = small_plan(shards, **changes), tmp_path / "whole", tmp_path / "base"
+    train(plan, whole)
+    expected = {commit.name: tensor_files(commit) for commit in commits(whole)}
+    wish = {"set": set_texts(**changes), "shards": str(shards), "run": str(tmp_path / "run")}
+    assert ask(trainer, **wish, stop_at=4, point=-1, watch=[]) == (0, 0)
+    (tmp_path / "run").rename(base)
+    (mirror / "run").rename(tmp_path / "base-mirror")
+    found: list[str] = []
+    point, ends = 0, 0
+    while not ends:
+        run = tmp_path / "run"
+        shutil.copytree(base, run)
+        shutil.copytree(tmp_path / "base-mirror", mirror / "run")
+        code, ends = ask(trainer, **wish, stop_at=6, point=point, watch=["/step-6", "/step-2"])
+        assert code == (0 if ends else -9)
+        copy = mirror_of(run, plan.config.checkpoint)
+        assert copy is not None
+        for commit in [*commits(run), *commits(copy)]:  # a mark is there: so is all else
+            if commit.name in expected:
+                assert tensor_files(commit) == expected[commit.name], point
+        assert len(commits(run)) >= 2, point
+        assert len(commits(copy)) >= 1, point
+        said = Said()
+        assert train(plan, run, screen=said).step == 8
+        assert "GOING ON FROM" not in said
+        found.append(commits_resumed(said))
+        assert log_of(run)[4:] == log_of(whole)[4:]
+        assert tensor_files(commits(run)[-1]) == expected["step-8"], point
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-6", "step-8"]
+        assert [commit.name for commit in commits(copy)] == ["step-6", "step-8"]
+        shutil.rmtree(run)
+        shutil.rmtree(copy)
+        point += 1
+    assert point > 40  # points of a commit, a purge and a copy
+    assert found == sorted(found)  # up to the mark the older one is loaded, from then on the newer
+    assert set(found) == {"step-4", "step-6"}
+
+
+def commits_resumed(said: Said) -> str:
+    [line] = [line for line in said.lines if line.startswith("resumed ")]
+    return line.split(" at ")[0].rpartition("/")[2]

@@ -1,0 +1,139 @@
+"""Commits copied elsewhere: proven there, harmless when that fails, used when the own are gone."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer import retention
+from trainer.checkpoint import prove
+from trainer.errors import CheckpointError
+from trainer.retention import newest_proven
+from trainer.runs import COMMIT, commits, newest_commit
+from trainer.train import train
+from trainer_samples import (
+    ALONE,
+    Said,
+    events_of,
+    log_of,
+    make_shards,
+    small_plan,
+    tensor_files,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_each_commit_is_copied_and_kept_by_the_same_rule(shards: Path, tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "mirror" / "run"
+    (shards / "fineweb" / "tokenizer.model").write_bytes(b"a model")
+    plan = small_plan(
+        shards, max_steps=7, checkpoint__interval_steps=2, checkpoint__mirror=tmp_path / "mirror"
+    )
+    said = Said()
+    train(plan, run, screen=said)
+    assert [commit.name for commit in commits(copy)] == ["step-6", "step-7"]
+    for ours, theirs in zip(commits(run), commits(copy), strict=True):
+        assert {path.name: path.read_bytes() for path in ours.iterdir()} == {
+            path.name: path.read_bytes() for path in theirs.iterdir()
+        }
+        prove(theirs, ALONE)
+    assert f"copied to {copy / 'checkpoints' / 'step-7'} in" in said
+    assert (copy / "config.json").read_bytes() == (run / "config.json").read_bytes()
+    assert (copy / "tokenizer.model").read_bytes() == b"a model"
+
+
+@pytest.mark.parametrize("loss", ["gone", "damaged", "the newest damaged"])
+def test_a_run_goes_on_from_its_mirror(shards: Path, tmp_path: Path, loss: str) -> None:
+    run, copy = tmp_path / "run", tmp_path / "mirror" / "run"
+    changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "max_steps": 8}
+    train(small_plan(shards, **changes), tmp_path / "whole")
+    changes["checkpoint__mirror"] = tmp_path / "mirror"
+    train(small_plan(shards, **changes), run)
+    for folder in (*commits(run)[-1:], *commits(copy)[-1:]):  # as if it had come to step 6
+        shutil.rmtree(folder)
+    if loss == "gone":
+        shutil.rmtree(run / "checkpoints")
+    for commit in commits(run)[-1 if loss == "the newest damaged" else 0 :]:
+        flip(next(commit.glob("*.safetensors")))
+    said = Said()
+    train(small_plan(shards, **changes), run, screen=said)
+    assert f"resumed {copy}/checkpoints/step-6 at step 6" in said
+    why = "has no commit of its own left; its mirror" if loss == "gone" else "its digest differs"
+    assert any(why in line and line.endswith("GOING ON FROM step-6") for line in said.lines)
+    assert tensor_files(newest_commit(run)) == tensor_files(newest_commit(tmp_path / "whole"))
+    assert log_of(run)[6:] == log_of(tmp_path / "whole")[6:]
+
+
+def test_a_copy_that_went_wrong_is_no_commit(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copyfile = shutil.copyfile
+
+    def wrongly(source: Path, target: Path) -> None:
+        copyfile(source, target)
+        if "step-4" in str(target):
+            flip(target)
+
+    monkeypatch.setattr(retention.shutil, "copyfile", wrongly)
+    said = Said()
+    plan = small_plan(
+        shards, max_steps=6, checkpoint__interval_steps=2, checkpoint__mirror=tmp_path / "mirror",
+        checkpoint__keep_last=9,
+    )  # fmt: skip
+    train(plan, tmp_path / "run", screen=said)
+    assert [c.name for c in commits(tmp_path / "mirror" / "run")][-1] == "step-6"
+    assert "step-4" not in [c.name for c in commits(tmp_path / "mirror" / "run")]
+    assert "is not what was copied (its digest differs)); TRAINING GOES ON" in said
+    assert len(commits(tmp_path / "run")) == 3
+
+
+def test_a_mirror_that_cannot_be_written_harms_nothing(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "mirror").write_text("a file")
+    said = Said()
+    plan = small_plan(shards, max_steps=2, checkpoint__mirror=tmp_path / "mirror")
+    assert train(plan, tmp_path / "run", screen=said).step == 2
+    assert "! step-2 was not copied to" in said
+    assert events_of(tmp_path / "run")[-1] == "done"
+
+
+def test_what_is_set_aside_is_set_aside_in_the_mirror(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    changes: dict[str, Any] = {
+        "checkpoint__interval_steps": 2,
+        "checkpoint__keep_last": 9,
+        "checkpoint__mirror": tmp_path / "mirror",
+    }
+    train(small_plan(shards, max_steps=6, **changes), run)
+    other = small_plan(shards, max_steps=3, optim__lr=1e-3, **changes)
+    train(other, run, resume=str(run / "checkpoints" / "step-2"))
+    found = newest_proven(run, ALONE, tmp_path / "mirror" / "run")
+    assert found is not None
+    assert found[0] == run / "checkpoints" / "step-3"
+
+
+def test_the_run_before_its_mirror(shards: Path, tmp_path: Path) -> None:
+    run, mirror = tmp_path / "run", tmp_path / "mirror"
+    plan = small_plan(
+        shards, max_steps=4, checkpoint__interval_steps=2, checkpoint__mirror=mirror
+    )  # fmt: skip
+    train(plan, run)
+    found = newest_proven(run, ALONE, mirror / "run")
+    assert found is not None
+    assert found[0] == run / "checkpoints" / "step-4"
+    for commit in [*commits(run), *commits(mirror / "run")]:
+        (commit / COMMIT).write_text("{")
+    with pytest.raises(CheckpointError, match=r"no commit of .* is whole"):
+        newest_proven(run, ALONE, mirror / "run")
