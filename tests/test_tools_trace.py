@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,9 @@ def test_what_is_traced_is_what_the_model_saw_whatever_happened(
     (begin, end) = next(e["skipped"] for e in events if e["event"] == "rollback")
     indices = [each.index for step in range(1, 13) for each in trace.at_step(step)]
     assert sorted(indices) == [i for i in range(max(indices) + 1) if not begin <= i < end]
+    drawn = Counter(each.source for step in range(1, 13) for each in trace.at_step(step))
+    ledger = read_lines(tmp_path / "metrics.jsonl")[-1]["ledger"]
+    assert {name: entry["rows"] for name, entry in ledger.items()} == drawn
     everything = {
         (each.step, each.index): each for step in range(1, 13) for each in trace.at_step(step)
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer import goodput
@@ -43,6 +43,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 1e9
+        self.slower = 1
 
     def perf_counter(self) -> float:
         return self.now
@@ -135,6 +136,7 @@ def test_annealing_is_a_line_down_to_min_lr() -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6))
+@settings(deadline=None)
 def test_a_tenth_of_the_steps_anneal(step: int, more: int) -> None:
     n_steps = annealing_steps(step)
     assert n_steps == 1 or (n_steps - 1) / (step + n_steps - 1) < 0.1 <= n_steps / (step + n_steps)
@@ -144,18 +146,21 @@ def test_a_tenth_of_the_steps_anneal(step: int, more: int) -> None:
     assert heed(1, state, step + more) == ""
 
 
-def metered(clock: Clock, monkeypatch: pytest.MonkeyPatch, step_s: float, commit_s: float) -> None:
-    """Let each step and each commit take so long."""
+def metered(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, *, step_s: float, commit_s: float, slows: bool
+) -> None:
+    """Let each step and each commit take so long; `slows`: each step four times, once committed."""
     from trainer.commits import Committer
 
     advance, commit = Stopwatch.lap, Committer.commit
 
     def lap(watch: Stopwatch) -> float:
-        clock.now += step_s
+        clock.now += step_s * clock.slower
         return advance(watch)
 
     def committed(committer: Committer, **how: Any) -> None:
         clock.now += commit_s
+        clock.slower = 4 if slows else 1
         commit(committer, **how)
 
     monkeypatch.setattr(Stopwatch, "lap", lap)
@@ -165,7 +170,7 @@ def metered(clock: Clock, monkeypatch: pytest.MonkeyPatch, step_s: float, commit
 def test_a_budget_anneals_commits_and_ends_inside_itself(
     shards: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metered(clock, monkeypatch, step_s=10, commit_s=5)
+    metered(clock, monkeypatch, step_s=10, commit_s=5, slows=False)
     money: dict[str, Any] = {"dollars_per_hour": 36, "max_dollars": 6}  # a cent a second: 600 s
     plan = small_plan(shards, max_steps=1000, **money)
     outcome = train(plan, tmp_path / "whole")
@@ -197,17 +202,19 @@ def test_a_budget_anneals_commits_and_ends_inside_itself(
 def test_a_budget_that_runs_out_early_ends_the_annealing(
     shards: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metered(clock, monkeypatch, step_s=10, commit_s=5)
-    plan = small_plan(shards, max_steps=1000, dollars_per_hour=36, max_dollars=1)
-    assert train(plan, tmp_path).step < 10
-    assert sum(read_lines(tmp_path / "events.jsonl")[-1]["spent_s"].values()) <= 100
+    metered(clock, monkeypatch, step_s=10, commit_s=5, slows=True)
+    plan = small_plan(shards, max_steps=1000, dollars_per_hour=36, max_dollars=20)
+    assert train(plan, tmp_path).step > 100
+    happened = read_lines(tmp_path / "events.jsonl")
+    assert [event["event"] for event in happened].count("anneal") == 2
+    assert 1800 < sum(happened[-1]["spent_s"].values()) <= 2000
     record = json.loads((newest_commit(tmp_path) / "COMMIT.json").read_text())
     assert sum(record["anneal"]) == record["step"]
     state = fresh(plan)
     assert "used up: step 0 is the last" in heed(END, state, 1000)
     assert state.last_step(1000) == 0
     # another budget is another decision
-    more = small_plan(shards, max_steps=1000, dollars_per_hour=36, max_dollars=2)
+    more = small_plan(shards, max_steps=1000, dollars_per_hour=36, max_dollars=24)
     assert train(more, tmp_path).step > record["step"]
 
 

@@ -7,6 +7,7 @@ first annealed step, and from there on the learning rate is again a function of 
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 from typing import Final
 
 from trainer.config import RunConfig
@@ -18,6 +19,7 @@ ONE_IN: Final = 10
 """Of so many steps one anneals: MiniCPM (Hu et al., 2024) found a tenth to be enough."""
 
 _RECENT: Final = 64  # steps by whose mean the next ones are judged
+_LAST: Final = 9  # marks of the laps of which the longest may come again
 _LATE: Final = 3  # steps between a wish and what comes of it
 
 NOTHING, ANNEAL, END = range(3)
@@ -40,11 +42,14 @@ class Budget:
         self._marks.append((state.step, state.time_s))
         step_s = self._step_s()
         spent_s = total(state.time_s, state.spent_s)
-        reserve_s = _LATE * step_s + 2 * self._watch.longest_s.get("checkpoint", step_s)
+        laps = [b[1] - a[1] for a, b in pairwise(list(self._marks)[-_LAST:])]
+        reserve_s = _LATE * max([step_s, *laps]) + 2 * self._watch.longest_s.get(
+            "checkpoint", step_s
+        )
         left_s = self._config.max_dollars / self._config.dollars_per_hour * 3600 - spent_s
         if left_s <= reserve_s:
             return END
-        affordable = (left_s - 2 * reserve_s) / step_s  # one commit more: that of the beginning
+        affordable = (left_s - 2 * reserve_s) / step_s  # the beginning is committed too
         if state.anneal is None and affordable < self._config.max_steps - state.step:
             return ANNEAL if affordable <= annealing_steps(state.step) else NOTHING
         return NOTHING
