@@ -27,7 +27,9 @@ def run(tmp_path: Path) -> Path:
         {"step": step, "loss": 8.0 - 0.1 * step, "tokens": 8192 * step, "tokens_per_s": 1000.0}
         for step in (1, 2, 3, 2, 3, 4)
     ]
-    lines[-1]["val_loss"] = 6.125
+    lines[-1] |= {"val_loss": 6.125, "val_bits_per_byte": 1.75}
+    spent = {"compute": 90.0, "data": 0.0, "restarts": 10.0}
+    lines[-1] |= {"spent_s": spent}  # type: ignore[dict-item]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo'
     (folder / "metrics.jsonl").write_text(text)
     (folder / "events.jsonl").write_text('{"step": 2, "event": "resume", "note": "<b>"}\n')
@@ -58,7 +60,15 @@ def test_the_page_is_whole_and_escapes_what_it_shows(run: Path) -> None:
     assert "&lt;b&gt;" in page and "<b>" not in page
     assert "32,768" in page  # tokens at the last step
     assert page.count("<td>6.125</td>") == 2
+    assert page.count("<td>1.7500</td>") == 2
     assert "&quot;max_steps&quot;: 4" in page
+
+
+def test_the_page_says_where_the_time_went(run: Path) -> None:
+    page = report_page([read_run(run)])
+    assert "<th>in all</th><th>compute</th><th>data</th><th>restarts</th>" in page
+    row = "<td>100 s</td><td>90 s (90.0%)</td><td>–</td><td>10 s (10.0%)</td>"
+    assert row in page
 
 
 def test_the_command_writes_beside_the_run(run: Path) -> None:

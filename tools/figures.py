@@ -17,7 +17,7 @@ _POINTS: Final = 4000
 SMOOTHED_SHARE: Final = 0.02
 """Share of the longest run's steps that the strong curve averages over."""
 
-_MARKED_EVENTS: Final = {"resume", "fallback", "rollback", "skip", "mixture"}
+_MARKED_EVENTS: Final = {"resume", "fallback", "rollback", "refused", "mixture", "anneal"}
 
 
 def write_loss_curve(runs: Sequence[RunLog], path: Path) -> Path:

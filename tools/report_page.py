@@ -39,6 +39,8 @@ def report_page(runs: Sequence[RunLog]) -> str:
 <body><h1>{title}</h1>
 {_table(("run", *_FIGURES), ([run.name, *_figures(run)] for run in runs))}
 <p><img alt="training loss by step" src="data:image/png;base64,{picture}"></p>
+<h2>Where the time went</h2>
+{_time_table(runs)}
 {"".join(_details(run) for run in runs)}
 </body></html>
 """
@@ -50,6 +52,7 @@ _FIGURES: Final = (
     "first loss",
     "last loss (averaged)",
     "held out",
+    "bits/byte",
     "tokens/s",
     "time",
 )
@@ -58,8 +61,9 @@ _FIGURES: Final = (
 def _figures(run: RunLog) -> list[str]:
     """One run's row of the table; what was not logged is a dash."""
     steps, losses = run.series("loss")
-    tokens, held_out, rates, times = (
-        run.series(name)[1] for name in ("tokens", "val_loss", "tokens_per_s", "time_s")
+    tokens, held_out, bits, rates, times = (
+        run.series(name)[1]
+        for name in ("tokens", "val_loss", "val_bits_per_byte", "tokens_per_s", "time_s")
     )
     return [
         f"{steps[-1]:,}" if steps else "–",
@@ -67,9 +71,23 @@ def _figures(run: RunLog) -> list[str]:
         f"{losses[0]:.3f}" if losses else "–",
         f"{smoothed(losses, SMOOTHED_SHARE * len(losses))[-1]:.3f}" if losses else "–",
         f"{held_out[-1]:.3f}" if held_out else "–",
+        f"{bits[-1]:.4f}" if bits else "–",
         f"{median(rates):,.0f}" if rates else "–",
         f"{max(times):,.0f} s" if times else "–",
     ]
+
+
+def _time_table(runs: Sequence[RunLog]) -> str:
+    """Each run's seconds by part, and their share; a part without any is a dash."""
+    spent = [run.steps[-1].get("spent_s", {}) for run in runs]
+    names = list(dict.fromkeys(part for seconds in spent for part in seconds))
+    rows = []
+    for run, seconds in zip(runs, spent, strict=True):
+        whole = sum(seconds.values())
+        cells = [f"{s:,.0f} s ({s / whole:.1%})" if (s := seconds.get(part)) else "–"
+                 for part in names]  # fmt: skip
+        rows.append([run.name, f"{whole:,.0f} s" if seconds else "–", *cells])
+    return _table(("run", "in all", *names), rows)
 
 
 def _details(run: RunLog) -> str:

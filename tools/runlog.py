@@ -2,7 +2,7 @@
 
     runs/NAME/config.json      the resolved configuration
     runs/NAME/metrics.jsonl    one line a logged step
-    runs/NAME/events.jsonl     skips, rollbacks, resumes, changes of mixture
+    runs/NAME/events.jsonl     starts, resumes, refusals, rollbacks, changes of mixture
 
 If a step stands there twice the later line counts; a last line that a kill cut short is left out.
 """
