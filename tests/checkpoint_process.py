@@ -22,9 +22,10 @@ import safetensors.torch  # noqa: F401  these two are imported late; here it is 
 import torch
 import torch._dynamo
 
-from trainer import train as training
 from trainer.config import configure
 from trainer.plan import make_plan
+from trainer.state import State
+from trainer.train import train
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
@@ -36,7 +37,7 @@ class Points:
         self._watch, self._stop, self.seen = watch, stop, 0
         self._lock = threading.RLock()
         self._fsync = os.fsync
-        os.fsync = self._watched_fsync  # no audit event tells of it
+        os.fsync = self._watched_fsync  # type: ignore[assignment]  # no audit event tells of it
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
@@ -85,16 +86,16 @@ def _run(wish: Any, pipe: int) -> None:
     try:
         torch.set_num_threads(1)
         plan = make_plan(configure(preset="tiny", sets=wish["set"], shards=wish["shards"]))
-        lr_at = training.lr_at
+        advance = State.advance
 
-        def stop_then(step: int, *rest: Any) -> float:
-            if step + 2 == wish["stop_at"]:  # read a step later
+        def stop_then(self: State, n_rows: int, seconds: float) -> None:
+            advance(self, n_rows, seconds)
+            if self.step + 1 == wish["stop_at"]:  # read a step later
                 os.kill(os.getpid(), signal.SIGTERM)
-            return lr_at(step, *rest)
 
-        training.lr_at = stop_then  # type: ignore[attr-defined]
+        State.advance = stop_then  # type: ignore[method-assign]
         points = Points(wish["watch"], wish["point"])
-        training.train(plan, Path(wish["run"]))
+        train(plan, Path(wish["run"]))
         os.write(pipe, str(points.seen).encode())
         code = 0
     except BaseException:

@@ -47,7 +47,11 @@ def steps_made(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], bool]:
 def test_the_values_are_those_of_the_step(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"max_steps": 9, "checkpoint__interval_steps": 4, "checkpoint__keep_last": 9}
+    changes: dict[str, Any] = {
+        "max_steps": 9,
+        "checkpoint__interval_steps": 4,
+        "checkpoint__keep_last": 9,
+    }
     train(small_plan(shards, **changes), tmp_path / "waiting")
     write, wait_for = checkpoint.save_from_any_thread, steps_made(monkeypatch)
     later: list[bool] = []
@@ -91,7 +95,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]
 def test_one_at_a_time_and_the_end_waits(
     shards: Path, tmp_path: Path, slow_disk: list[tuple[str, int]]
 ) -> None:
-    changes = {"checkpoint__interval_steps": 1, "checkpoint__asynchronous": "true"}
+    changes: dict[str, Any] = {"checkpoint__interval_steps": 1, "checkpoint__asynchronous": "true"}
     outcome = train(small_plan(shards, max_steps=3, **changes), tmp_path)
     assert slow_disk == [(what, step) for step in (1, 2, 3) for what in ("begin", "end")]
     assert outcome.commit.name == "step-3"
@@ -112,7 +116,7 @@ def test_a_commit_under_way_outlives_an_error(
         monkeypatch.setattr(torch.optim.AdamW, "step", broken)
 
     monkeypatch.setattr(commits.Committer, "commit", then_break)
-    changes = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
+    changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
     with pytest.raises(RuntimeError, match="broken"):
         train(small_plan(shards, **changes), tmp_path)
     assert slow_disk == [("begin", 2), ("end", 2)]
@@ -132,7 +136,7 @@ def test_a_commit_that_fails_in_the_thread_is_told(
 
     monkeypatch.setattr(checkpoint, "save_from_any_thread", full)
     said = Said()
-    changes = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
+    changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
     train(small_plan(shards, max_steps=6, **changes), tmp_path, screen=said)
     assert "! no room; older commits stand: make room; TRAINING GOES ON" in said
     assert [commit.name for commit in committed(tmp_path)] == ["step-2", "step-6"]
@@ -153,7 +157,7 @@ def test_without_memory_for_a_copy_training_waits(
 
     monkeypatch.setattr(checkpoint, "save_from_any_thread", seen)
     said = Said()
-    changes = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
+    changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
     train(small_plan(shards, max_steps=4, **changes), tmp_path, screen=said)
     assert threads == {threading.main_thread()}
     assert "of host memory to be written beside training, and 1e-06 GB are free" in said

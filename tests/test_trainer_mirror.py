@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from trainer import retention
 from trainer.checkpoint import prove
 from trainer.errors import CheckpointError
 from trainer.retention import newest_proven
@@ -87,7 +86,7 @@ def test_a_copy_that_went_wrong_is_no_commit(
         if "step-4" in str(target):
             flip(target)
 
-    monkeypatch.setattr(retention.shutil, "copyfile", wrongly)
+    monkeypatch.setattr(shutil, "copyfile", wrongly)
     said = Said()
     plan = small_plan(
         shards, max_steps=6, checkpoint__interval_steps=2, checkpoint__mirror=tmp_path / "mirror",

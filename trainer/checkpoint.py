@@ -152,7 +152,7 @@ def remove(folder: Path) -> None:
 def restore(commit: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
     """Fill weights and moments, in place, from a commit whose files have been proven."""
     tensors = tensors_of(model, optimizer)
-    _read_tensors(commit, dict(tensors), alone=world.world_size == 1)
+    _read_tensors(commit, dict(tensors), world)
     for state in optimizer.state.values():
         state["step"].copy_(tensors["optim.updates"][0])
 
@@ -172,7 +172,7 @@ def load_weights(commit: Path) -> dict[str, Tensor]:
         for name, entry in stored.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
-    _read_tensors(commit, tensors, alone=True)
+    _read_tensors(commit, tensors, None)
     return {name.removeprefix("model."): tensor.float() for name, tensor in tensors.items()}
 
 
@@ -228,11 +228,14 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) ->
     save_tensors(dict(tensors), storage_writer=writer, process_group=world.group, no_dist=alone)
 
 
-def _read_tensors(commit: Path, tensors: dict[str, Any], *, alone: bool) -> None:
+def _read_tensors(commit: Path, tensors: dict[str, Any], world: World | None) -> None:
+    """Fill tensors from a commit, with the other ranks of a world or in this process alone."""
+    group = None if world is None else world.group
+    alone = world is None or world.world_size == 1
     reader = HuggingFaceStorageReader(str(commit))
     try:
         with no_warning_of_being_alone():
-            load(tensors, storage_reader=reader, no_dist=alone)
+            load(tensors, storage_reader=reader, process_group=group, no_dist=alone)
     except CheckpointException as error:
         raise CheckpointError(f"{commit} cannot be loaded ({cause_of(error)})") from error
 

@@ -132,9 +132,9 @@ class Committer:
     def close(self) -> None:
         """Let what is under way end, within bounds, and tell what became of it."""
         deadline = time.monotonic() + _GRACE_S
-        for job in (self._under_way and self._under_way[1], self._mirroring):
-            if job is not None:
-                wait((job,), deadline - time.monotonic())
+        jobs: list[Future[Any]] = [] if self._under_way is None else [self._under_way[1]]
+        wait(jobs, deadline - time.monotonic())
+        wait([] if self._mirroring is None else [self._mirroring], deadline - time.monotonic())
         self._tell_news()
 
     def _settle(self, step: int, failure: CheckpointError | None) -> None:
