@@ -1,6 +1,7 @@
 # make demo    text -> shards -> a small model -> its score, in a few minutes on a CPU
 # make test    the whole test suite
 # make check   ruff and mypy
+# make soak    after make demo: a run killed a hundred times, against one that was not; half an hour
 #
 # The environment lives in .venv; PYTHON names the interpreter that makes it (3.11 or later).
 # A torch >= 2.9 that this interpreter already has is kept, never replaced.
@@ -10,7 +11,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 INPUTS = pyproject.toml constraints.txt tools/environment.py
 
-.PHONY: demo test check clean
+.PHONY: demo test check soak clean
 demo: $(VENV)/.demo
 	$(RUN) -m tools.demo
 
@@ -21,6 +22,9 @@ check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+soak: $(VENV)/.dev
+	$(RUN) -m tools.soak --shards demo/shards --set max_steps=300
 
 clean:
 	rm -rf $(VENV) demo

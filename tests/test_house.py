@@ -107,5 +107,5 @@ def test_library_code_neither_prints_nor_exits() -> None:
 
 TOOL_COMMANDS = (
     "evaluate", "generate", "trace", "convert", "plan", "doctor", "report", "rehearse", "demo",
-    "environment",
+    "environment", "soak",
 )  # fmt: skip

@@ -22,6 +22,8 @@ from typing import Final
 
 from tools.errors import RehearsalError
 from trainer.inject import VARIABLE
+from trainer.metrics import read_lines
+from trainer.runs import EVENTS
 
 POLL_S: Final = 0.05
 GRACE_S: Final = 120.0
@@ -63,6 +65,23 @@ def train_and_kill(
     return logged
 
 
+def train_for(arguments: Sequence[str], run: Path, seconds: float) -> float | None:
+    """Seconds to the first new step of a run that is ended with SIGKILL after so many; or None.
+
+    RehearsalError if it had ended by then.
+    """
+    began, starts, first_step_s = time.monotonic(), len(_starts(run)), None
+    with _training(arguments, run) as process:
+        while (now_s := time.monotonic() - began) < seconds:
+            if process.poll() is not None:
+                raise RehearsalError(_failed(run, process.returncode))
+            there = _starts(run)
+            if first_step_s is None and len(there) > starts and last_step(run) > there[-1]:
+                first_step_s = now_s
+            time.sleep(POLL_S)
+    return first_step_s  # the process was killed as the block ended
+
+
 def train_hurt(arguments: Sequence[str], run: Path, faults: str, limit_s: float) -> int:
     """The exit code of a run that has these faults (trainer/inject.py); -9 after `limit_s`."""
     with _training(arguments, run, faults) as process:
@@ -102,6 +121,15 @@ def last_step(run: Path) -> int:
         return 0
     lines = metrics.read_bytes().split(b"\n")[:-1]
     return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def _starts(run: Path) -> list[int]:
+    """The steps after which a run was started, or started again, so far."""
+    return [
+        int(event["step"])
+        for event in read_lines(run / EVENTS)
+        if event["event"] in ("start", "resume")
+    ]
 
 
 @contextlib.contextmanager
