@@ -18,7 +18,10 @@ The loop:
     schedule.py     the learning rate as a function of the step
     optimizer.py    AdamW, clipping with exact token weights, refused updates
     tally.py        a step's numbers, reduced once and read one step late
-    validation.py   held-out loss of each source
+    validation.py   held-out loss of each source, and bits a byte
+    text_bytes.py   how many bytes of text ids stand for
+    profiling.py    chosen steps under torch's profiler
+    budget.py       when a budget in dollars begins to anneal, and ends the run
     commits.py      when a commit is due, written beside training; what is kept, and mirrored
     aftermath.py    what a step's numbers ask for: stop, roll back, commit
     guard.py        updates that would do harm, refused; what is left out when that persists
@@ -30,6 +33,8 @@ What stays:
     retention.py    which of them stand: found, set aside, purged, copied
     metrics.py      metrics.jsonl, events.jsonl, TensorBoard
     logbook.py      a step's numbers made into a line
+    ledger.py       what each source gave, and will have given at the end
+    goodput.py      where each second went
     screen.py       what a person sees
 
 distributed.py (ranks), signals.py (asked to stop), heartbeat.py (ranks that hang), faults.py (what
