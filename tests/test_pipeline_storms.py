@@ -4,9 +4,9 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,11 +104,9 @@ def test_a_hub_that_dies_is_given_up_in_time_and_its_commit_is_kept(
     assert reader.prepare(tmp_path / "calm") == COMMIT
     assert hub.asked.count("") == 1 and set(hub.asked) == {"", COMMIT}
     hub.faults[:] = [*[""] * 12, "die"]
-    began = time.monotonic()
     told = reader.prepare(tmp_path / "out", 60)
-    assert PATIENCE_S < time.monotonic() - began < 5 * PATIENCE_S, told
     assert "start the same command again when the Hub is well" in told
-    assert "(tried for 2 s)" in told or "(tried for 3 s)" in told
+    assert "(tried for " in told
     assert (tmp_path / "out" / "mine" / "units.json").exists()
     hub.dead, hub.head = False, "f" * 40  # meanwhile somebody has pushed
     hub.asked.clear()
@@ -140,9 +138,13 @@ def test_reading_goes_on_from_the_byte_where_it_failed(monkeypatch: pytest.Monke
         assert file.read(1) == b""
 
 
-def test_patience_has_an_end() -> None:
+def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept))
+    monkeypatch.setattr("pipeline.hub.time", clock)
     with (
-        Unsteady(b"data", [ConnectionError("reset by peer")] * 9, patience_s=0.2) as file,
-        pytest.raises(SourceError, match=r"reset by peer \(tried for 0 s\): start the same"),
+        Unsteady(b"data", [ConnectionError("reset by peer")] * 999, patience_s=100.0) as file,
+        pytest.raises(SourceError, match=r"reset by peer \(tried for 100 s\): start the same"),
     ):
         file.read(1)
+    assert slept == [1, 2, 4, 8, 16, 30, 30, 9]
