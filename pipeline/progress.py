@@ -96,8 +96,8 @@ class Course:
     def bytes_per_second(self) -> float:
         """Text of late, a second; 0 if nothing tells yet."""
         first, last = self._trail[0] if self._trail else self._last, self._last
-        done = last.text_bytes - first.text_bytes
-        return done / (last.at - first.at) if done > 0 else 0.0
+        done, seconds = last.text_bytes - first.text_bytes, last.at - first.at
+        return done / seconds if done > 0 and seconds > 0 else 0.0
 
     def seconds_left(self, now: float) -> float | None:
         """Seconds until all is done, or None if nothing tells yet."""
@@ -111,6 +111,8 @@ class Course:
 
     def _note(self, now: float) -> None:
         trail, self._last = self._trail, Mark(now, self.text_bytes)
+        if not self.text_bytes:
+            return  # the first text is the slowest: the rate is taken from what comes after it
         if not trail:
             self._began = now
             trail.append(self._last)

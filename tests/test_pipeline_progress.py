@@ -100,6 +100,7 @@ def test_the_last_unit_is_waited_for() -> None:
     course = Course(ahead(16))
     for unit in range(16):
         course.step(Step(unit), 0)
+        course.step(Step(unit, 8 * MB), 5)
     for unit in range(15):
         course.step(Step(unit, 64 * MB), 10)
         course.unit_done(unit)
