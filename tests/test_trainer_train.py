@@ -16,7 +16,6 @@ import torch
 from model.transformer import Transformer
 from shards.errors import ShardError
 from shards.format import Part
-from shards.reader import ShardReader
 from shards.writer import ShardWriter, write_manifest
 from shards_samples import make_source, sample_facts
 from trainer.checkpoint import load_weights
@@ -69,37 +68,6 @@ def test_recomputing_activations_changes_nothing(shards: Path, tmp_path: Path) -
         train(small_plan(shards, max_steps=3, **changes), tmp_path / kind)
     assert log_of(tmp_path / "none") == log_of(tmp_path / "selective") == log_of(tmp_path / "full")
     assert same_weights(tmp_path / "none", tmp_path / "full")
-
-
-def test_watching_changes_nothing(shards: Path, tmp_path: Path) -> None:
-    train(small_plan(shards, max_steps=6), tmp_path / "unwatched")
-    watched = small_plan(
-        shards, max_steps=6, validation__interval=2, validation__rows=3, dollars_per_hour=20,
-        checkpoint__interval_steps=1, loader__num_workers=1,
-    )  # fmt: skip
-    train(watched, tmp_path / "watched")
-    assert log_of(tmp_path / "unwatched") == log_of(tmp_path / "watched")
-    assert same_weights(tmp_path / "unwatched", tmp_path / "watched")
-    lines = read_lines(tmp_path / "watched" / "metrics.jsonl")
-    assert [line["step"] for line in lines if "val" in line] == [2, 4, 6]
-    last = lines[-1]
-    assert last["val_loss"] == pytest.approx((6 * last["val"]["fineweb"] + last["val"]["pg19"]) / 7)
-    assert last["dollars"] > 0
-    assert len(commits(tmp_path / "watched")) == 2
-
-
-def test_held_out_loss_is_that_of_the_held_out_rows(shards: Path, tmp_path: Path) -> None:
-    plan = small_plan(shards, max_steps=2, validation__interval=2, precision="fp32")
-    train(plan, tmp_path)
-    model = Transformer(plan.config.model)
-    model.load_state_dict(load_weights(newest_commit(tmp_path)))
-    reader = ShardReader(shards / "fineweb", "val")
-    rows = torch.from_numpy(reader.rows(torch.arange(4).numpy())[0]).long()
-    with torch.no_grad():
-        targets = torch.cat([rows[:, 1:], torch.full((4, 1), -100)], dim=1)
-        loss = model(rows, targets).item() / (4 * 31)
-    line = read_lines(tmp_path / "metrics.jsonl")[-1]
-    assert line["val"]["fineweb"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole(tmp_path: Path) -> None:
