@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer import train as training
 from trainer.errors import ConfigError, TrainingError
 from trainer.guard import NOTHING_RECORDED, Guard, GuardConfig, add_skipped, recorded
 from trainer.loader import Stretch
 from trainer.metrics import read_lines
 from trainer.mixture import BatchShape, leave_out
+from trainer.optimizer import finish_gradients, update
 from trainer.runs import commits, newest_commit
 from trainer.train import train
 from trainer_samples import make_shards, small_plan
@@ -93,20 +93,20 @@ def test_the_guard_reads_nothing_back(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the gradients to the update, with a norm that is NaN: no value reaches the host."""
-    finish, update = training.finish_gradients, training.update
-    mode, steps = NoReading(), list[torch.Tensor]()
+    mode: Any = NoReading()  # type: ignore[no-untyped-call]
+    steps = list[torch.Tensor]()
 
     def enter(*args: Any) -> torch.Tensor:
         mode.__enter__()
-        return finish(*args)
+        return finish_gradients(*args)
 
     def leave(optimizer: torch.optim.AdamW, refused: torch.Tensor) -> None:
         update(optimizer, refused)
         mode.__exit__(None, None, None)
         steps.append(refused)
 
-    monkeypatch.setattr(training, "finish_gradients", enter)
-    monkeypatch.setattr(training, "update", leave)
+    monkeypatch.setattr("trainer.train.finish_gradients", enter)
+    monkeypatch.setattr("trainer.train.update", leave)
     monkeypatch.setenv("SUMMER_FAULT", "nan:0:3")
     train(small_plan(shards, max_steps=5, guard__window=8), tmp_path)
     assert [int(refused) for refused in steps] == [0, 0, 1, 0, 0]

@@ -124,7 +124,7 @@ def test_asked_to_stop_two_ranks_commit_and_say_75(
         process.wait()
     log = (tmp_path / "log").read_text()
     assert "committed: the same command goes on" in log
-    assert "torchrun --standalone --max-restarts=3 --nnodes=1 --nproc-per-node=2 -m trainer.cli --shards" in log
+    assert "torchrun --standalone --max-restarts=3 --nnodes=1 --nproc-per-node=2 -m trainer" in log
     assert "Traceback" not in log
     assert commits(run)[-1].name == f"step-{log_of(run)[-1][0]}"
 

@@ -4,7 +4,8 @@ runs/<name>/
   config.json            the resolved configuration, written before the first step
   tokenizer.model        copied from the shards: a run explains itself
   metrics.jsonl          one line for each logged step
-  events.jsonl           starts, resumes, commits refused, updates skipped
+  events.jsonl           starts, resumes, commits refused, updates refused, rollbacks
+  ranks/, stacks/        signs of life of each rank; what each was doing when one hung
   checkpoints/step-<n>/  weights and moments as safetensors; committed when COMMIT.json is there
 """
 
