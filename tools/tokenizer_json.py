@@ -83,6 +83,7 @@ def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
         "pad_token": pieces[tokenizer.pad_id].piece,
         "padding_side": "left",
         "model_max_length": context,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add a third
         "clean_up_tokenization_spaces": False,
     }
     if not set(CHAT_PIECES) <= set(markers):

@@ -24,7 +24,7 @@ from measure import machine
 from tools.cards import protocols_card
 from tools.generation import Generation, complete
 from tools.loading import Choice, LoadedModel, load
-from tools.perplexity import measure
+from tools.perplexity import Perplexity, measure
 from tools.protocols import PLANS, Protocol
 from tools.sampling import Sampling
 from tools.wikitext import EvaluationText, from_raw, pages_of, read_text
@@ -50,10 +50,11 @@ def main() -> None:
         ours = load(Choice(hf=folder, device="cpu", dtype="fp32"))
         text = first_pages(read_text(options.data), options.pages)
         compare_logits(ours, folder, text)
-        compare_perplexity(ours, folder, text, options.context, Path(scratch))
-        if options.all_protocols:
-            show_protocols(ours, text, options.context)
         compare_sentence(ours, folder)
+        names = list(PLANS) if options.all_protocols else ["lm-eval"]
+        mine = {name: by_protocol(ours, text, name, options.context) for name in names}
+        print("\n".join(protocols_card(list(mine.values()))))
+        compare_perplexity(mine["lm-eval"], folder, text, options.context, Path(scratch))
 
 
 def download(scratch: Path) -> Path:
@@ -105,8 +106,15 @@ def compare_logits(ours: LoadedModel, folder: Path, text: EvaluationText) -> Non
     )
 
 
+def by_protocol(ours: LoadedModel, text: EvaluationText, name: str, context: int) -> Perplexity:
+    """The text's perplexity under a protocol; like the harness, with EOS where there is no BOS."""
+    bos_id = ours.vocabulary.bos_id
+    first = ours.vocabulary.eos_id if bos_id is None else bos_id
+    return measure(ours, text, Protocol(name=name, context=context, bos_id=first))  # type: ignore[arg-type]
+
+
 def compare_perplexity(
-    ours: LoadedModel, folder: Path, text: EvaluationText, context: int, scratch: Path
+    mine: Perplexity, folder: Path, text: EvaluationText, context: int, scratch: Path
 ) -> None:
     """wikitext's figures by our lm-eval protocol and by lm_eval with transformers' model."""
     import lm_eval
@@ -134,18 +142,9 @@ def compare_perplexity(
     )
     found = lm_eval.simple_evaluate(model=model, tasks=[config], bootstrap_iters=0)
     theirs = found["results"]["wikitext_local"]
-    prefix = model.prefix_token_id
-    mine = measure(ours, text, Protocol(name="lm-eval", context=context, bos_id=prefix))
     print(f"wikitext2, first {len(pages)} pages, {mine.scored_tokens:,} ids, context {context:,}")
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         print(f"  {name:<16} ours {getattr(mine, name):.6f}  lm_eval {theirs[f'{name},none']:.6f}")
-
-
-def show_protocols(ours: LoadedModel, text: EvaluationText, context: int) -> None:
-    """The same weights and text under every protocol."""
-    bos_id = ours.vocabulary.bos_id
-    protocols = [Protocol(name=name, context=context, bos_id=bos_id) for name in PLANS]  # type: ignore[arg-type]
-    print("\n".join(protocols_card([measure(ours, text, each) for each in protocols])))
 
 
 @torch.inference_mode()
