@@ -209,6 +209,21 @@ def test_the_command_shows_and_refuses(folder: Path) -> None:
     assert invoke(folder).exit_code == 2
 
 
+def test_a_document_that_no_step_sees_is_named(folder: Path, tmp_path: Path) -> None:
+    """The run as it would be if it ended after its first step."""
+    (tmp_path / "run").mkdir()
+    config = json.loads((folder / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "max_steps": 1}))
+    events = (folder / "run" / "events.jsonl").read_bytes()
+    (tmp_path / "run" / "events.jsonl").write_bytes(events)
+    trace = RunTrace(tmp_path / "run")
+    later = {each.origin for each in RunTrace(folder / "run").at_step(30)}
+    unseen = next(origin for origin in sorted(later) if not list(trace.of_document(origin)))
+    result = invoke(tmp_path, "--document", unseen)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "no step of this run sees it\n"
+
+
 def test_other_shards_are_refused(folder: Path, tmp_path: Path) -> None:
     record = folder / "run" / "config.json"
     config = json.loads(record.read_text())

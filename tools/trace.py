@@ -38,8 +38,12 @@ def main(
         raise click.UsageError("give --step or --document, one of them")
     trace = RunTrace(run)
     found = trace.at_step(step, rank) if step is not None else trace.of_document(str(document))
+    seen = False
     for sighting in found:
+        seen = True
         click.echo(json.dumps(asdict(sighting)) if as_json else _spell(sighting, chars))
+    if not seen:
+        click.echo("no step of this run sees it", err=True)
 
 
 def _spell(sighting: Sighting, chars: int) -> str:
