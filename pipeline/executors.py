@@ -107,9 +107,9 @@ def _pool(workers: int, job: Job, report: Report) -> Iterator[Submit]:
 def _may_fork(job: Job) -> bool:
     """Whether workers may begin as copies of this process, with the words its encoder knows.
 
-    That saves each of them a second of imports and of words to learn: 128 MB in two workers took
-    3.3 s of 2.6. A thread of ours might hold a lock in the moment of the fork, and a connection to
-    the Hub must not be shared; then they are spawned.
+    That saves each of them some half a second of imports and of words to learn. A thread of ours
+    might hold a lock in the moment of the fork, and a connection to the Hub must not be shared:
+    then they are spawned.
     """
     alone = sys.platform == "linux" and threading.active_count() == 1
     return alone and isinstance(job.inputs, LocalInputs)
