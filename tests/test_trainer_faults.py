@@ -146,6 +146,8 @@ def test_a_worker_that_dies_is_named_and_replaced(
     assert event["rank"] == 0 and "a loader worker died" in event["text"]
     assert "rank 0: ! a loader worker died" in capfd.readouterr().err
     assert_same(tmp_path / "hit", tmp_path / "whole")
+    with pytest.raises(ConfigError, match=r"there is none; set loader\.num_workers=1"):
+        injected("worker:0:1", shards, tmp_path / "none", monkeypatch)
 
 
 def test_a_rotten_row_stops_one_process_too(

@@ -91,7 +91,9 @@ class Faults:
         if kind in _SIGNALS:
             os.kill(os.getpid(), getattr(signal, kind.upper()))
         elif kind == "worker":
-            os.kill(loader.worker_pids()[0], signal.SIGKILL)
+            if not (pids := loader.worker_pids()):
+                raise ConfigError(f"{VARIABLE}=worker: there is none; set loader.num_workers=1")
+            os.kill(pids[0], signal.SIGKILL)
         elif kind == "full-disk":
             self._room = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (_SMALL, self._room[1]))
