@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ from trainer.text_bytes import TextBytes, read_text_bytes
 from trainer.train import train
 from trainer_samples import small_plan
 
-TOKENIZERS = {"small": pipeline_samples.tokenizer, "default": Tokenizer.default}
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "small": pipeline_samples.tokenizer,
+    "default": Tokenizer.default,
+}
 WATCHED: dict[str, Any] = {
     "validation__interval": 2,
     "validation__rows": 5,
@@ -37,6 +41,14 @@ WATCHED: dict[str, Any] = {
     "checkpoint__interval_steps": 2,
     "loader__num_workers": 1,
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
