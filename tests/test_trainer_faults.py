@@ -243,6 +243,7 @@ def test_orders_are_read_or_refused() -> None:
             ordered_faults(wrong)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_reaches_a_commit(shards: Path, tmp_path: Path) -> None:
     """SIGINT to the whole group, as Ctrl-C does it."""
     sets = set_texts(max_steps=5000, loader__num_workers=1)
