@@ -19,7 +19,16 @@ from trainer.metrics import read_lines
 from trainer.optimizer import make_optimizer
 from trainer.runs import commits, newest_commit
 from trainer.train import Outcome, train
-from trainer_samples import ALONE, Said, events_of, log_of, make_shards, same_weights, small_plan
+from trainer_samples import (
+    ALONE,
+    Said,
+    events_of,
+    log_of,
+    make_shards,
+    same_weights,
+    small_plan,
+    tensor_files,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,6 +80,40 @@ def test_stopped_and_started_again_it_is_the_same_run(
         *("start", "commit", "stopped"),
         *("resume", "commit", "commit", "commit", "done"),
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:::torch")  # what torch says while it compiles
+def test_with_everything_on_and_resumed_again_and_again_it_is_the_same_run(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled, dropout, accumulation, workers, commits beside training, across the end of each
+    source's epoch, and across a change of the mixture, which both runs have at step 6."""
+    changes: dict[str, Any] = {
+        "compile": "true", "micro_batch_size": 2, "model__attention_dropout": 0.1,
+        "loader__num_workers": 2, "checkpoint__interval_steps": 2, "max_steps": 14,
+        "checkpoint__asynchronous": "true",
+    }  # fmt: skip
+    before, after = small_plan(shards, **changes), small_plan(shards, **changes, mixture__pg19=30)
+    sessions = {
+        "whole": [(before, 6), (after, 14)],
+        "parted": [(before, 4), (before, 6), (after, 10), (after, 14)],
+    }
+    for name, parts in sessions.items():
+        step = 0
+        for plan, stop in parts:
+            with monkeypatch.context() as patch:
+                if stop < 14:
+                    stopped_after((stop - 1 - step) * plan.shape.grad_accum_steps, patch)
+                torch.manual_seed(stop)  # nothing depends on what the process did before
+                step = train(plan, tmp_path / name).step
+            assert step == stop
+    record = json.loads((newest_commit(tmp_path / "parted") / "COMMIT.json").read_text())
+    assert [first for first, _ in record["phases"]] == [0, 48]
+    assert all(entry["epochs"] > 1 for entry in record["ledger"].values())
+    assert log_of(tmp_path / "parted") == log_of(tmp_path / "whole")
+    ours, theirs = (newest_commit(tmp_path / name) for name in ("parted", "whole"))
+    assert tensor_files(ours) == tensor_files(theirs)  # moments too
 
 
 def test_a_run_that_commits_every_step_can_be_stopped(
