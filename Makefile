@@ -24,7 +24,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 soak: $(VENV)/.dev
-	$(RUN) -m tools.soak --shards demo/shards --set max_steps=300
+	$(RUN) -m tools.soak --shards demo/shards --set max_steps=2000
 
 clean:
 	rm -rf $(VENV) demo

@@ -30,8 +30,8 @@ from trainer.metrics import read_lines
 from trainer.runs import METRICS, newest_commit, step_of
 
 SMALL = (
-    "model.n_layers=2", "model.d_model=64", "model.d_ff=128", "global_batch_tokens=2048",
-    "compile=false", "checkpoint.interval_steps=5", "validation.interval=0",
+    "model.n_layers=2", "model.d_model=64", "model.d_ff=128", "global_batch_tokens=512",
+    "compile=false", "checkpoint.interval_steps=3", "validation.interval=0",
 )  # fmt: skip
 """A step takes a fraction of a second: most of the time is starting up, and committing."""
 
@@ -52,17 +52,19 @@ def soak(
     if out.exists() and any(out.iterdir()):
         raise RehearsalError(f"{out} is not empty: name a new folder with --out, or remove it")
     whole, killed, chooser = out / "undisturbed", out / "killed", random.Random(seed)
+    first_seen: list[float] = []
     began = time.monotonic()
-    train(arguments, whole)
-    whole_s, last = time.monotonic() - began, step_of(newest_commit(whole))
-    report(f"undisturbed: {last} steps in {whole_s:.1f} s")
-    began = time.monotonic()
-    cold_s = train_for(arguments, killed, whole_s / 2)
-    if cold_s is None:
-        raise RehearsalError(f"{killed} made no step in half of the time of {whole}: free the box")
-    resumed_s = []
-    for kill in range(2, kills + 1):
-        after_s = chooser.uniform(0.2, 2.0) * cold_s
+
+    def watch(step: int) -> None:
+        if step and not first_seen:
+            first_seen.append(time.monotonic() - began)
+
+    train(arguments, whole, watch)
+    whole_s, last, cold_s = time.monotonic() - began, step_of(newest_commit(whole)), first_seen[0]
+    report(f"undisturbed: {last} steps in {whole_s:.1f} s, the first after {cold_s:.1f} s")
+    began, resumed_s = time.monotonic(), []
+    for kill in range(1, kills + 1):
+        after_s = chooser.uniform(0.2, 1.6) * cold_s
         first_s = train_for(arguments, killed, after_s)
         resumed_s += [] if first_s is None else [first_s]
         report(f"kill {kill} after {after_s:.1f} s, at step {last_step(killed)}")
