@@ -75,19 +75,26 @@ def test_folded_attention_equals_a_mask_in_output_and_gradients(
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=2e-5)
 
 
-def test_the_last_query_of_the_longest_context() -> None:
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 2e-6), (torch.float32, 1e-3)])
+def test_the_last_query_of_the_longest_context(dtype: torch.dtype, bound: float) -> None:
+    """What is folded is exact; in fp32 the order in which a processor adds it up decides.
+
+    The large terms cancel: a kernel that adds them first is within 2e-6, one that adds sixteen
+    lanes at a time (AVX-512) is 5e-4 off. The bound is that of the test before training.
+    """
     config = ModelConfig(n_heads=4, n_kv_heads=2, d_model=64, seq_len=32, rope=False)
     torch.manual_seed(0)
     T = MAX_ALIBI_CONTEXT
     q, k, v = torch.randn(1, T, 4, 16), torch.randn(1, T, 2, 16), torch.randn(1, T, 2, 16)
     folded_q, folded_k, folded_v = fold(q, k, v, PositionTables(config)(0, T), config)
+    folded_q, folded_k, folded_v = (x.to(dtype) for x in (folded_q, folded_k, folded_v))
     out = attend(folded_q[:, :, -1:], folded_k, folded_v, config, start=T - 1)[0, :, 0, :16]
     distance = torch.arange(T - 1, -1, -1)
     slopes = alibi_slopes(4, 16).double()
     keys, values = (part[0].repeat_interleave(2, dim=1).double() for part in (k, v))
     scores = torch.einsum("hd,jhd->hj", q[0, -1].double(), keys) - slopes[:, None] * distance
     expected = torch.einsum("hj,jhd->hd", (scores / 4).softmax(-1), values)
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=bound)
 
 
 def test_the_key_side_is_common_to_all_heads_and_padding_is_zero() -> None:

@@ -71,7 +71,7 @@ def test_a_llama_computes_our_transformer_with_layer_scale_folded_in(
         for name, parameter in model.named_parameters():
             if name.endswith("_scale"):
                 parameter.uniform_(0.2, 1.0)
-    described = config_to_llama(config, bos_id=1, eos_id=2)
+    described = config_to_llama(config)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**described)).eval()
     theirs = weights_to_llama(config, model.state_dict())
     missing, unexpected = llama.load_state_dict(theirs, strict=False)

@@ -108,7 +108,7 @@ def test_a_loop_that_stands_still_is_named_by_who_is_behind(
     watched.heart.mark(9, "gradient")
     with pytest.raises(LeftError):
         watched.pass_time(400, hear)
-    assert TIMEOUT_S <= watched.now - 100 <= TIMEOUT_S + 10
+    assert TIMEOUT_S <= watched.now - 100 <= TIMEOUT_S + 20  # later than a rank that is lost
     assert "rank 2 holds up the others" in str(watched.event()["text"])
 
 

@@ -175,7 +175,7 @@ def test_a_dry_run_plans_and_leaves_nothing(shards: Path, tmp_path: Path) -> Non
         "--shards", str(shards), "--preset", "tiny", "--dry-run", "--out", str(run), *sets
     )
     assert result.exit_code == 0, result.stderr
-    for part in ("source slimorca: 5.9% of samples, 9 rows", "epochs over this run", "parameters"):
+    for part in ("source slimorca: 5.9% of samples, 9 rows", "epochs at the end", "parameters"):
         assert part in result.stdout
     assert not run.exists()
 

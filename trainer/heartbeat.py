@@ -71,6 +71,7 @@ class Heart:
 
     def run(self) -> None:
         """Beat and look around until the run ends."""
+        self._beat()  # a rank that stops before its second beat is missed too
         while not self._ending.wait(self._period_s):
             self._beat()
             self._look_around()
@@ -105,7 +106,8 @@ class Heart:
                 self._tell_lost(beat, now - since)
             self._leave({beat.rank for beat, _ in lost})
         held_up = self._own.doing in _PHASES and self._own.step > self._first_step
-        if held_up and now - self._moved_at > self._timeout_s:
+        patience_s = self._timeout_s + 2 * self._period_s  # a rank that is lost is named first
+        if held_up and now - self._moved_at > patience_s:
             self._tell_held_up(now - self._moved_at)
             self._leave(set())
 
