@@ -340,7 +340,10 @@ def test_what_ends_a_run_on_ray_is_one_line_and_it_goes_on(stage: Stage, cluster
         files.rename(stage.folder / "elsewhere")
 
     def kill_the_head(_: Any) -> None:
-        os.kill(cluster["gcs"], signal.SIGKILL)
+        os.kill(cluster["gcs"], signal.SIGKILL)  # its workers would finish what they were given
+        workers = {pid: c for raylet in cluster["raylets"] for pid, c in children(raylet).items()}
+        for pid in [pid for pid, command in workers.items() if command.startswith("ray::")]:
+            os.kill(pid, signal.SIGKILL)
 
     for end, code, told in (
         (stop, 143, r"stopped: the same command goes on"),
