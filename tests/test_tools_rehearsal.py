@@ -61,7 +61,9 @@ def test_one_broken_promise_spoils_the_certificate(tmp_path: Path) -> None:
     good = good_certificate()
     assert good.kept and "NO" not in "".join(table(good))
     row = good.rows[0]
-    broken = [replace(row, **{field: False}) for field in ("detected", "recovered", "identical")]
+    broken = [
+        replace(row, detected=False), replace(row, recovered=False), replace(row, identical=False),
+    ]  # fmt: skip
     spoilt = [
         *(replace(good, rows=(each, *good.rows[1:])) for each in broken),
         replace(good, rows=good.rows[1:]),  # a fault that was not rehearsed

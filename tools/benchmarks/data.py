@@ -1,6 +1,6 @@
 """The data order and the loader against their bars, as a markdown table.
 
-    python -m tools.benchmarks.data [--rows 20000]
+    python tools/benchmarks/data.py [--rows 20000]
 
 Times of the order are CPU time; the loader's are elapsed time and CPU time. Files are written under
 a temporary folder and read once before, so all is warm.
@@ -17,10 +17,10 @@ import click
 import numpy as np
 import torch
 
+from measure import machine, spread
 from shards.format import Facts, Part, TokenizerInfo
 from shards.reader import ShardReader
 from shards.writer import ShardWriter, write_manifest
-from tools.benchmarks.measure import machine, spread
 from trainer.loader import Loader, LoaderConfig, MicroBatches, Stretch
 from trainer.mixture import BatchShape, DataOrder, Phase
 from trainer.shares import REFERENCE_SHARES
@@ -107,7 +107,7 @@ def waits(folder: Path, n_rows: int, step_s: float, steps: int) -> float:
 def main(rows: int) -> None:
     """Measure the data order and the loader.
 
-    Example: python -m tools.benchmarks.data
+    Example: python tools/benchmarks/data.py
     """
     order = reference_order()
     index_us = [s * 1e6 / 65_536 for s in cpu_s(lambda: order.locate(np.arange(65_536) + 10**6))]
