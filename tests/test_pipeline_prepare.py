@@ -1,5 +1,6 @@
 """The whole stage: real sources, and the same bytes whoever makes them."""
 
+import contextlib
 import os
 import random
 import signal
@@ -161,18 +162,18 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        _wait_until_gone(process.pid)
         assert not (folder / "manifest.json").exists()
-    _wait_until_quiet(folder)
     prepared(request(tmp_path / "killed", str(tmp_path / "in")), workers=2)
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
 
 
-def _wait_until_quiet(folder: Path) -> None:
-    """Workers end when their parent is gone; a moment later nobody writes any more."""
-    before = None
-    while before != (now := sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir())):
-        before = now
-        time.sleep(0.3)
+def _wait_until_gone(group: int) -> None:
+    """Workers end by themselves when their parent is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.killpg(group, 0)
+            time.sleep(0.01)
 
 
 RUN_ON_RAY = """
