@@ -10,14 +10,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.documents import DocumentMaker
 from pipeline.executors import Executor
+from pipeline.inputs import local_inputs
 from pipeline.prepare import Watch, prepare
+from pipeline.reading import PartReader
 from pipeline.recipe import Request
-from pipeline.sources import Choice, find
+from pipeline.sources import Choice, Source, find
 from pipeline.tokenizer import Tokenizer, train
+from pipeline.units import cut_into_parts
 from shards.format import Manifest
 
 WORDS = "the cat sat on a mat and then it rained all day long in London while 42 dogs barked"
+TEXT = Source(name="mine", about="", licence="")
 TEXTS = [f"{WORDS[n % 40 :]}, number {n}.\n{WORDS * (n % 7)}" for n in range(300)]
 
 
@@ -95,3 +100,15 @@ def documents(folder: Path) -> list[list[int]]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def read(pattern: Any, source: Source = TEXT) -> Any:
+    """(texts, [(file, record, reason)]) of everything that the pattern matches."""
+    inputs = local_inputs((str(pattern),))
+    reader, maker = PartReader(inputs, source), DocumentMaker(source, 0.0)
+    texts = []
+    for number, weighed in enumerate(cut_into_parts(inputs, source)):
+        for found in maker.documents(number, weighed.part, reader.read(weighed.part)):
+            texts += found.texts.to_pylist()
+    reader.close()
+    return texts, [(entry["file"], entry["record"], entry["reason"]) for entry in maker.rejected]

@@ -18,29 +18,15 @@ from pipeline import reading, units
 from pipeline.chat import spell
 from pipeline.documents import DocumentMaker
 from pipeline.errors import SourceError
-from pipeline.inputs import ENDINGS, local_inputs
-from pipeline.reading import PartReader
+from pipeline.inputs import ENDINGS
 from pipeline.sources import Source, find
-from pipeline.units import cut_into_parts
-from pipeline_samples import write_jsonl, write_parquet
+from pipeline_samples import read, write_jsonl, write_parquet
 from shards.format import Part
 
 TEXT = Source(name="mine", about="", licence="")
 CHAT = find("slimorca")
 PART = Part(file="a", first=0, last=1)
 GOOD = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-
-
-def read(pattern: Any, source: Source = TEXT) -> Any:
-    """(texts, [(file, record, reason)]) of everything that the pattern matches."""
-    inputs = local_inputs((str(pattern),))
-    reader, maker = PartReader(inputs, source), DocumentMaker(source, 0.0)
-    texts = []
-    for number, weighed in enumerate(cut_into_parts(inputs, source)):
-        for found in maker.documents(number, weighed.part, reader.read(weighed.part)):
-            texts += found.texts.to_pylist()
-    reader.close()
-    return texts, [(entry["file"], entry["record"], entry["reason"]) for entry in maker.rejected]
 
 
 # ------------------------------------------------------------------ records of every wrong type

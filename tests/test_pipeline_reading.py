@@ -16,28 +16,20 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import pipeline_samples
 from pipeline import reading
-from pipeline.documents import DocumentMaker
 from pipeline.errors import SourceError
-from pipeline.inputs import local_inputs
-from pipeline.reading import PartReader, line_blocks
+from pipeline.reading import line_blocks
 from pipeline.sources import Source
-from pipeline.units import cut_into_parts
 from pipeline_samples import write_jsonl, write_parquet
 
 SOURCE = Source(name="mine", about="", licence="")
 
 
 def read(pattern: Any, source: Source = SOURCE) -> Any:
-    """(texts, refusals) of everything that the pattern matches."""
-    inputs = local_inputs((str(pattern),))
-    reader, maker = PartReader(inputs, source), DocumentMaker(source, 0.0)
-    texts = []
-    for number, weighed in enumerate(cut_into_parts(inputs, source)):
-        for found in maker.documents(number, weighed.part, reader.read(weighed.part)):
-            texts += found.texts.to_pylist()
-    reader.close()
-    return texts, [(entry["record"], entry["reason"]) for entry in maker.rejected]
+    """(texts, [(record, reason)]) of everything that the pattern matches."""
+    texts, refused = pipeline_samples.read(pattern, source)
+    return texts, [(record, reason) for _, record, reason in refused]
 
 
 TEXTS = ["one", "zwei\nlines\r\nof it", "three \u2028 \x85 \u2029 apart", "\ufeffbom", "\x00", "漢"]
