@@ -36,6 +36,8 @@ def repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> lis
 
     `data_files` are needed if the source was prepared from local files.
     """
+    if not folder.is_dir():
+        raise PrepareError(f"{folder}: no such folder: name that of a source, as shards/fineweb")
     for left_over in folder.glob(f"{SCRATCH}*"):
         shutil.rmtree(left_over)
     remove_stale_temporaries(folder)

@@ -152,3 +152,7 @@ def test_the_commands_say_it_in_one_line(whole: Path, source: Path) -> None:
     assert shown.exit_code == 0 and "=== row 1" in shown.output
     nothing = run.invoke(cli.main, ["inspect", str(whole / "in")])
     assert nothing.exit_code == 1 and nothing.output.count("\n") == 1
+    for command in ("verify", "repair", "inspect"):
+        nowhere = run.invoke(cli.main, [command, str(whole / "nowhere")])
+        assert nowhere.exit_code == 1 and nowhere.output.count("\n") == 1
+        assert "No such file" not in nowhere.output
