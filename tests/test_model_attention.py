@@ -1,4 +1,7 @@
-"""The start-up test of the kernel: right kernels pass, subtly wrong ones do not."""
+"""The folded attention on each kernel that this machine has, and the test before training.
+
+Right kernels pass that test, subtly wrong ones do not.
+"""
 
 from collections.abc import Callable
 
@@ -6,20 +9,79 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model.attention
 from model.alibi import alibi_slopes
 from model.attention import self_test
 from model.config import ModelConfig, ModelError
+from model.kernel import attend, fold
+from model.positions import PositionTables
+from test_model_alibi import explicit_mask_attention
 
 CONFIG = ModelConfig(n_heads=8, n_kv_heads=4, d_model=8 * 96, seq_len=1024)
 
 
+KERNELS = pytest.mark.parametrize(
+    "kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], ids=lambda kernel: kernel.name
+)
+
+
+@KERNELS
 @pytest.mark.parametrize("alibi", [True, False])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
-def test_this_machine_s_kernel_passes(alibi: bool, dtype: torch.dtype, limit: float) -> None:
+def test_this_machine_s_kernels_pass(
+    kernel: SDPBackend, alibi: bool, dtype: torch.dtype, limit: float
+) -> None:
     config = ModelConfig(n_heads=4, n_kv_heads=2, d_model=128, seq_len=1024, alibi=alibi)
-    assert 0 < self_test("cpu", dtype, config) <= limit
+    with sdpa_kernel(kernel):
+        assert 0 < self_test("cpu", dtype, config) <= limit
+
+
+@KERNELS
+@pytest.mark.parametrize("n_kv_heads", [6, 2, 1])
+def test_each_kernel_gives_the_textbook_s_output_and_gradients(
+    kernel: SDPBackend, n_kv_heads: int
+) -> None:
+    config = ModelConfig(n_heads=6, n_kv_heads=n_kv_heads, d_model=6 * 16, seq_len=100, rope=False)
+    q, k, v = random_heads(config)
+    with sdpa_kernel(kernel):
+        out = attend(*fold(q, k, v, PositionTables(config)(0, 100), config), config)[..., :16]
+        weight = torch.randn_like(out)
+        grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    expected = explicit_mask_attention(q.double(), k.double(), v.double(), config)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=2e-5)
+
+
+@KERNELS
+@pytest.mark.parametrize("n_kv_heads", [6, 2])
+@pytest.mark.parametrize("cuts", [[1] * 5 + [95], [37, 1, 40, 21, 1], [100]], ids=str)
+def test_each_kernel_reads_a_text_in_any_cuts(
+    kernel: SDPBackend, n_kv_heads: int, cuts: list[int]
+) -> None:
+    """Decoding and prefilling in chunks: queries from `start` on, over all keys up to their end."""
+    config = ModelConfig(n_heads=6, n_kv_heads=n_kv_heads, d_model=6 * 16, seq_len=100)
+    with torch.no_grad(), sdpa_kernel(kernel):
+        q, k, v = random_heads(config)
+        q, k, v = fold(q, k, v, PositionTables(config)(0, 100), config)
+        q, k, v = (part.double() for part in (q, k, v))  # the order of sums must not matter
+        parts, start = [], 0
+        for part in torch.split(q, cuts, dim=2):
+            end = start + part.shape[2]
+            parts.append(attend(part, k[:, :, :end], v[:, :, :end], config, start))
+            start = end
+        whole = attend(q, k, v, config)
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-12)
+
+
+def random_heads(config: ModelConfig) -> list[Tensor]:
+    """q, k and v [2, T, H, head_dim], with gradients."""
+    torch.manual_seed(0)
+    heads = (config.n_heads, config.kv_heads, config.kv_heads)
+    return [torch.randn(2, config.seq_len, n, config.head_dim).requires_grad_() for n in heads]
 
 
 def test_a_short_training_context_is_tested_as_well() -> None:

@@ -2,11 +2,13 @@
 
 from math import sqrt
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from model.dropout import CounterDropout, keep_mask, row_state
+from trainer.mixture import dropout_keys
 
 B, T, C, RATE = 32, 256, 256, 0.1
 
@@ -46,6 +48,22 @@ def test_neighbours_in_every_direction_are_independent() -> None:
         assert abs(correlation(kept[:, :, step:], kept[:, :, :-step])) < 4.5
     for site in (1, 2, 64):
         assert abs(correlation(kept, mask(keys(), site=site))) < 4.5
+
+
+def test_samples_and_seeds_of_a_run_are_independent() -> None:
+    """Keys as the trainer makes them, of neighbouring samples and seeds."""
+    key, other = (torch.from_numpy(dropout_keys(seed, np.arange(B))) for seed in (0, 1))
+    assert abs(correlation(mask(key)[1:], mask(key)[:-1])) < 4.5
+    assert abs(correlation(mask(key), mask(other))) < 4.5
+    assert abs(correlation(mask(key)[1:], mask(other)[:-1])) < 4.5
+
+
+def test_a_poor_hash_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No finaliser at all: neighbouring channels and sites show it."""
+    monkeypatch.setattr("model.dropout._mix", lambda x, between=0: x + between)
+    kept = mask(keys())
+    assert abs(correlation(kept[:, :, 1:], kept[:, :, :-1])) > 4.5
+    assert abs(correlation(kept, mask(keys(), site=1))) > 4.5
 
 
 @pytest.mark.parametrize("column", [0, 1])

@@ -1,5 +1,6 @@
 """Chunked linear cross-entropy against the textbook in fp64."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.loss import linear_cross_entropy
@@ -106,6 +108,30 @@ def test_logits_are_never_whole() -> None:
     with LargestTensor() as largest:  # type: ignore[no-untyped-call]
         torch.autograd.backward(linear_cross_entropy(hidden, weight, targets, chunk_rows=8))
     assert largest.elements == 400 * 4  # hidden; the logits would be 400 * 50
+
+
+def peak_bytes(function: Callable[..., Tensor], *args: Any, **options: Any) -> int:
+    """What forward and backward hold at once at most, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        torch.autograd.backward(function(*args, **options))
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = [
+        (event.start_ns(), int(event.nbytes())) for event in events if event.name() == "[memory]"
+    ]
+    return max(itertools.accumulate(n_bytes for _, n_bytes in sorted(changes)))
+
+
+def test_peak_memory_is_the_gradients_and_a_few_chunks() -> None:
+    rows, vocab, width, chunk_rows = 512, 4096, 32, 16
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(vocab, width, requires_grad=True)
+    targets = torch.randint(vocab, (rows,))
+    logits, chunk = 4 * rows * vocab, 4 * chunk_rows * vocab
+    gradients = 4 * (rows + vocab) * width
+    peak = peak_bytes(linear_cross_entropy, hidden, weight, targets, chunk_rows=chunk_rows)
+    assert gradients < peak <= 2 * gradients + 3 * chunk < logits / 4
+    assert peak_bytes(textbook, hidden, weight, targets) > 2 * logits
 
 
 def test_the_operator_passes_torch_s_own_checks() -> None:
