@@ -95,6 +95,10 @@ class HeldOut:
                     n_bytes = 0 if text_bytes is None else _count_bytes(batch, text_bytes, pad_id)
                     self._batches.append((source, n_bytes, batch))
                 number += 1
+        while number % world.world_size:  # a sharded model must be called as often by every rank
+            if number % world.world_size == world.rank:
+                self._batches.append((0, 0, _filled(reader, chosen[:0], batch_size, pad_id)))
+            number += 1
 
     def scores(self, model: Transformer, autocast: torch.autocast) -> dict[str, Score]:
         """The score of each source that has held-out rows."""
