@@ -23,6 +23,7 @@ from conftest import REPOSITORY
 from test_house import FLOORS, imports
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointConfig, load_weights, prove, restore, save
+from trainer.commits import share_of
 from trainer.errors import CheckpointError, ConfigError
 from trainer.optimizer import make_optimizer
 from trainer.retention import newest_proven, purge
@@ -212,7 +213,7 @@ def save_on_two_and_load(rank: int, folder: Path, port: int) -> None:
               for n in (1, 2, 4)}  # fmt: skip
     commit = commit_path(folder, 3)
     if rank < 2:
-        share = checkpoint.share_of(tensors(0), worlds[2])
+        share = share_of(tensors(0), worlds[2])
         assert 0 < len(share) < len(tensors(0))
         save(folder, share, {"step": 3}, worlds[2])
     dist.barrier()

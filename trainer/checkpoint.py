@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 
 from shards.files import fsync_folder, json_bytes, publish_bytes, sha256_file
-from trainer.distributed import World
+from trainer.distributed import World, own_part
 from trainer.errors import CheckpointError, at_least
 from trainer.runs import COMMIT, commit_path
 
@@ -83,16 +83,9 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def share_of(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """What this rank writes of tensors that all ranks hold alike: as many bytes as any other."""
-    loads = [0] * world.world_size
-    share = {}
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
-        rank = loads.index(min(loads))
-        loads[rank] += tensor.nbytes
-        if rank == world.rank:
-            share[name] = tensor
-    return share
+def share_bytes(share: Mapping[str, Tensor]) -> int:
+    """How many bytes a rank's share has."""
+    return sum(own_part(tensor).nbytes for tensor in share.values())
 
 
 def save(run: Path, share: Mapping[str, Tensor], record: Record, world: World) -> Path:
@@ -109,7 +102,7 @@ def save_from_any_thread(
 ) -> Path:
     """What `save` returns; torch's warnings, which only the main thread can silence, are heard."""
     folder = commit_path(run, int(record["step"]))
-    size = sum(world.gather(sum(tensor.nbytes for tensor in share.values())))
+    size = sum(world.gather(share_bytes(share)))
     try:
         world.on_main(lambda: make_room(folder, size))
         _write_tensors(folder, share, world)

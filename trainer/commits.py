@@ -26,6 +26,7 @@ from torch import Tensor
 from trainer import checkpoint, retention
 from trainer.checkpoint import Record
 from trainer.devices import available_memory_bytes
+from trainer.distributed import World, holders, own_part
 from trainer.errors import CheckpointError
 from trainer.runs import COMMIT, commit_path, commits, step_of
 from trainer.session import Session
@@ -56,6 +57,23 @@ def open_committer(session: Session, state: State) -> Iterator[Committer]:
             yield committer
         finally:
             committer.close()
+
+
+def share_of(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What this rank writes of what several ranks hold alike: as many bytes as any other.
+
+    Of sharded tensors it writes its slices, unless another replica writes that tensor.
+    """
+    loads = [0] * world.world_size
+    share = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        width = holders(tensor)
+        first = min(range(0, world.world_size, width), key=loads.__getitem__)
+        for rank in range(first, first + width):
+            loads[rank] += tensor.nbytes // width
+        if first <= world.rank < first + width:
+            share[name] = tensor
+    return share
 
 
 class Committer:
@@ -144,12 +162,12 @@ class Committer:
 
     def _share(self) -> dict[str, Tensor]:
         tensors = checkpoint.tensors_of(self._session.network.bare, self._session.optimizer)
-        return checkpoint.share_of(tensors, self._session.world)
+        return share_of(tensors, self._session.world)
 
     def _make_staging(self) -> _Staging | None:
         """Host memory for this rank's share, on all ranks or on none."""
         session, share = self._session, self._share()
-        size = _STAGED * sum(tensor.nbytes for tensor in share.values())
+        size = _STAGED * checkpoint.share_bytes(share)
         free = available_memory_bytes()
         needed = size * session.world.local_world_size
         fits = session.world.gather(free is None or needed <= free)
@@ -224,14 +242,14 @@ class _Staging:
 
     def __init__(self, share: Mapping[str, Tensor]) -> None:
         self._copies = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            name: torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             for name, tensor in share.items()
         }
 
     def hold(self, share: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the values as they are now."""
         for name, tensor in share.items():
-            self._copies[name].copy_(tensor, non_blocking=True)
+            own_part(self._copies[name]).copy_(own_part(tensor), non_blocking=True)
         if any(tensor.is_cuda for tensor in share.values()):
             torch.cuda.current_stream().synchronize()
         return self._copies

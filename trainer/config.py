@@ -49,6 +49,7 @@ class RunConfig:
     micro_batch_size: int | None = None  # rows per device per forward; None: the most that fit
     precision: Literal["bf16", "fp32"] = "bf16"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    shard_degree: int = 1  # ranks that hold one copy of weights and moments; 1: each holds all
     compile: bool = True
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     deterministic: bool = True  # kernels that give the same bits every time, on CUDA and ROCm
@@ -67,7 +68,7 @@ class RunConfig:
     max_epochs: dict[str, float] = field(default_factory=dict)  # a source; refused beyond
 
     def __post_init__(self) -> None:
-        at_least("", self, max_steps=1, global_batch_tokens=1, log_interval=1)
+        at_least("", self, max_steps=1, global_batch_tokens=1, log_interval=1, shard_degree=1)
         at_least("", self, dollars_per_hour=0, max_dollars=0, seed=0)
         if self.max_dollars and not self.dollars_per_hour:
             raise ConfigError(

@@ -10,9 +10,12 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 from trainer.devices import pick_device
 from trainer.errors import ConfigError
@@ -77,6 +80,29 @@ class World:
     def apart(self) -> World:
         """The same ranks, speaking to each other on a group of their own, from another thread."""
         return self if self.world_size == 1 else replace(self, group=dist.new_group(backend="gloo"))
+
+
+def make_mesh(world: World, shard_degree: int) -> DeviceMesh:
+    """The ranks as [replicas, slices of one replica], or [slices] where there is one replica.
+
+    Neighbours share a replica: those of one machine, whose links are the fastest.
+    """
+    replicas = world.world_size // shard_degree
+    if replicas == 1:
+        return init_device_mesh(world.device.type, (shard_degree,))
+    names = ("replicate", "shard")
+    return init_device_mesh(world.device.type, (replicas, shard_degree), mesh_dim_names=names)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: its slice where it is sharded, else all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def holders(tensor: Tensor) -> int:
+    """How many ranks hold one copy of a tensor between them."""
+    mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+    return 1 if mesh is None else mesh.size(mesh.ndim - 1)
 
 
 def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:

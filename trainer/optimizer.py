@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 from torch.optim import AdamW
 
+from trainer.distributed import own_part
 from trainer.schedule import OptimConfig
 
 
@@ -55,12 +58,33 @@ def finish_gradients(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in parameters if p.grad is not None]
     correction = (expected / n_targets).float()
-    norm = get_total_norm(grads) * correction
+    norm = _total_norm(grads) * correction
     factor = correction
     if config.grad_clip > 0:
         factor = correction * (config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, factor)
+    torch._foreach_mul_([own_part(grad) for grad in grads], factor)
     return norm
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """The norm of all gradients, the same bits on every rank; those of vectors end averaged.
+
+    `fully_shard` leaves vectors to us. The ranks' parts of the norm are gathered, not reduced: in
+    what order a reduction adds up may differ from one replica to the next.
+    """
+    slices = [grad for grad in grads if isinstance(grad, DTensor)]
+    if not slices:
+        return get_total_norm(grads)
+    vectors = [grad for grad in grads if not isinstance(grad, DTensor)]
+    flat = parameters_to_vector(vectors)
+    dist.all_reduce(flat)
+    vector_to_parameters(flat.div_(dist.get_world_size()), vectors)
+    mesh, own = slices[0].device_mesh, get_total_norm([grad.to_local() for grad in slices])
+    parts = own.new_empty(1 + mesh.size(mesh.ndim - 1))
+    dist.all_gather_into_tensor(parts[1:], own.view(1), group=mesh.get_group(mesh.ndim - 1))
+    parts[0] = get_total_norm(vectors)
+    total: Tensor = torch.linalg.vector_norm(parts)
+    return total
 
 
 def update(optimizer: AdamW, refused: Tensor) -> None:

@@ -1,19 +1,33 @@
-"""The model as it trains: on its device, its blocks compiled, recomputed and replicated."""
+"""The model as it trains: on its device, its blocks compiled, recomputed, replicated or sharded.
+
+With `shard_degree` 1 every rank holds everything and DDP exchanges gradients. With S above 1, S
+ranks hold one copy of weights, gradients and moments between them (FSDP2): a block's matrices are
+gathered when its turn comes, in the type in which they are multiplied, and dropped after it. The
+embedding, head and vectors stay fp32, and the vectors (norms, LayerScale: 0.01 % of the weights)
+whole on every rank, so that the numbers are those of DDP; only sums over ranks may be rounded in
+another order. Whole gradients would take back what sharding saves, so every micro-step sums them
+up within a replica; replicas exchange theirs in the last. Attention dropout follows the rank, as
+under DDP.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -24,7 +38,7 @@ from model.attention import self_test
 from model.config import ModelError
 from model.transformer import Transformer
 from trainer.config import RunConfig
-from trainer.distributed import World
+from trainer.distributed import World, make_mesh
 from trainer.errors import TrainingError
 from trainer.mixture import key_of
 
@@ -38,11 +52,12 @@ class Network(NamedTuple):
 
 
 def build_network(config: RunConfig, world: World) -> Network:
-    """The model on this rank's device, initialised from the seed, tested and ready to be called."""
+    """The model on this rank's device, initialised from the seed, tested and ready to be called.
+
+    No device ever holds more of it than it trains with, and one parameter as a whole.
+    """
     with torch.device("meta"):
         bare = Transformer(config.model)
-    bare.to_empty(device=world.device)
-    bare.init_weights(config.seed)
     notes = [_test_attention(config, world.device)]
     if config.activation_checkpointing != "none":
         _recompute_blocks(bare, config)
@@ -53,7 +68,13 @@ def build_network(config: RunConfig, world: World) -> Network:
         torch._dynamo.config.optimize_ddp = False
         for block in bare.blocks:
             block.compile(dynamic=False)
-    return Network(bare, _replicate(bare, world), tuple(notes))
+    if config.shard_degree > 1:
+        _shard(bare, config, world)
+    bare.to_empty(device=world.device)
+    with filled_whole():
+        bare.init_weights(config.seed)
+    model = bare if config.shard_degree > 1 else _replicate(bare, world)
+    return Network(bare, model, tuple(notes))
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
@@ -64,8 +85,14 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
 def no_sync_unless_last(
     model: nn.Module, micro_step: int, grad_accum_steps: int
 ) -> contextlib.AbstractContextManager[None]:
-    """The context in which gradients stay on their rank, until the last micro-batch of a step."""
-    if isinstance(model, DistributedDataParallel) and micro_step < grad_accum_steps - 1:
+    """The context in which gradients stay on their rank, until the last micro-batch of a step.
+
+    Those of a sharded model stay in their replica.
+    """
+    last = micro_step == grad_accum_steps - 1
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+    if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return contextlib.nullcontext()
 
@@ -73,7 +100,7 @@ def no_sync_unless_last(
 def exposed_exchange_s(model: nn.Module) -> float:
     """Seconds that a backward pass lately waited for gradients of other ranks with nothing to do.
 
-    DDP takes them by itself, on the device's own clock, in every hundredth step.
+    DDP takes them by itself, on the device's own clock, in every hundredth step; FSDP does not.
     """
     if not isinstance(model, DistributedDataParallel):
         return 0.0
@@ -86,6 +113,44 @@ def reseed_attention_dropout(config: RunConfig, step: int, micro_step: int, rank
     """Make the kernel's own dropout a function of the place in the run: nothing to restore."""
     if config.model.attention_dropout > 0:
         torch.manual_seed(key_of(config.seed, "attention", step, micro_step, rank) >> 1)
+
+
+class filled_whole(TorchFunctionMode):  # noqa: N801  # used as a function is
+    """A context in which a sharded tensor is filled as if it were whole: with the same values.
+
+    The whole is there for a moment, and each rank keeps its slice.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        target = args[0] if args else None
+        if func not in _FILLS or not isinstance(target, DTensor):
+            return func(*args, **(kwargs or {}))
+        whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        func(whole, *args[1:], **(kwargs or {}))
+        mesh, placements = target.device_mesh, target.placements
+        kept = distribute_tensor(whole, mesh, placements, src_data_rank=None)  # nothing is sent
+        target.to_local().copy_(kept.to_local())
+        return target
+
+
+_FILLS: Final = (Tensor.normal_, Tensor.fill_, Tensor.copy_)
+
+
+def _shard(bare: Transformer, config: RunConfig, world: World) -> None:
+    vectors = {parameter for parameter in bare.parameters() if parameter.ndim < 2}
+    common: dict[str, Any] = {
+        "mesh": make_mesh(world, config.shard_degree),
+        "ignored_params": vectors,
+        "reshard_after_forward": True,  # the root's too: commits look at slices
+    }
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the residual stream is fp32
+    if config.precision == "bf16":
+        policy = dataclasses.replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in bare.blocks:
+        fully_shard(block, mp_policy=policy, **common)
+    fully_shard(bare, **common)
 
 
 def _replicate(bare: Transformer, world: World) -> nn.Module:

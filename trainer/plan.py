@@ -167,6 +167,11 @@ def _deal_out(
     config: RunConfig, world_size: int, device: str, limit: int
 ) -> tuple[RunConfig, BatchShape]:
     """The configuration with its micro-batch, and how a step's rows are dealt out."""
+    if world_size % config.shard_degree:
+        raise ConfigError(
+            f"shard_degree={config.shard_degree}: {world_size} ranks cannot be divided into "
+            "groups of that many; choose a divisor, or another --nproc"
+        )
     seq_len = config.model.seq_len
     n_rows = max(1, config.global_batch_tokens // seq_len)
     if n_rows % world_size:
@@ -184,11 +189,11 @@ def _deal_out(
             "step: choose a divisor, or leave the key out"
         )
     if size is None or not memory.fits(memory.memory_by_part(config, size, device), limit):
-        raise ConfigError(_does_not_fit(config, size or 1, device, limit))
+        raise ConfigError(_does_not_fit(config, size or 1, world_size, device, limit))
     return replace(config, micro_batch_size=size), BatchShape(n_rows, size, world_size)
 
 
-def _does_not_fit(config: RunConfig, size: int, device: str, limit: int) -> str:
+def _does_not_fit(config: RunConfig, size: int, world_size: int, device: str, limit: int) -> str:
     """The refusal, with the arithmetic and what would fit."""
     parts = memory.memory_by_part(config, size, device)
     fitting = []
@@ -201,10 +206,11 @@ def _does_not_fit(config: RunConfig, size: int, device: str, limit: int) -> str:
         if memory.fits(needed, limit):
             fitting.append(f"{name} ({sum(needed.values()) / 1e9:.1f} GB)")
     instead = f"presets that fit: {', '.join(fitting)}" if fitting else "no preset fits"
+    spread = f", and so does shard_degree={world_size}" if world_size > config.shard_degree else ""
     return (
         f"{config.preset} does not fit {device} with {limit / 1e9:.1f} GB ({memory.USABLE:.0%} of "
         f"it usable) in micro-batches of {size}: {memory.describe_bytes(parts)}; {instead}; "
-        "activation_checkpointing=full needs less"
+        f"activation_checkpointing=full needs less{spread}"
     )
 
 

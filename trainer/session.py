@@ -28,7 +28,7 @@ from trainer.ledger import refuse_repeats
 from trainer.loader import Loader, MicroBatches, Stretch
 from trainer.metrics import Journal, read_lines
 from trainer.optimizer import make_optimizer
-from trainer.parallel import Network, build_network
+from trainer.parallel import Network, build_network, filled_whole
 from trainer.plan import Plan
 from trainer.retention import abandon_after, mirror_of
 from trainer.runs import CONFIG, EVENTS, commits, newest_commit
@@ -166,7 +166,7 @@ def _start_from(source: Path, model: Transformer) -> None:
     """Give the model the weights of another run's newest commit, or of one of its commits."""
     commit = newest_commit(source)
     weights = checkpoint.load_weights(commit)
-    with torch.no_grad():
+    with torch.no_grad(), filled_whole():
         for name, parameter in model.named_parameters():
             stored = weights.get(name)
             if stored is None or stored.shape != parameter.shape:
