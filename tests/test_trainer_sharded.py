@@ -1,0 +1,246 @@
+"""Weights divided among ranks train as whole ones do, and are committed as the same tensors."""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from trainer import checkpoint
+from trainer.commits import share_of
+from trainer.config import RunConfig, configure
+from trainer.distributed import World, holders, join_world, own_part
+from trainer.errors import ConfigError
+from trainer.memory import memory_by_part
+from trainer.optimizer import finish_gradients, make_optimizer, update
+from trainer.parallel import Network, build_network, no_sync_unless_last
+from trainer.runs import newest_commit
+from trainer.train import train
+from trainer_samples import (
+    ALONE,
+    events_of,
+    log_of,
+    make_shards,
+    set_texts,
+    small_plan,
+    tensor_files,
+)
+
+LIMIT_S = 240
+
+
+class Job(NamedTuple):
+    """One run, on the first so many of the processes."""
+
+    name: str
+    ranks: int
+    changes: dict[str, Any]
+    resume: str = "auto"
+
+
+FP32: dict[str, Any] = {"precision": "fp32", "micro_batch_size": 1, "checkpoint__interval_steps": 3}
+BF16: dict[str, Any] = {"precision": "bf16", "micro_batch_size": 2, "validation__interval": 4}
+SELECTIVE = {"activation_checkpointing": "selective", "checkpoint__asynchronous": "true"}
+LAYOUTS = {"two": (2, 2), "whole": (2, 1), "hybrid": (4, 2), "four": (4, 4), "alone": (1, 1)}
+JOBS = [
+    Job("fp32-whole", 2, FP32),
+    Job("fp32-sliced", 2, FP32 | {"shard_degree": 2}),
+    Job("fp32-hybrid", 4, FP32 | {"shard_degree": 2}),
+    Job("bf16-whole", 2, BF16),
+    Job("bf16-sliced", 2, BF16 | SELECTIVE | {"shard_degree": 2}),
+    *(  # each begins with what the one before it has committed
+        Job(name, ranks, {"precision": "fp32", "micro_batch_size": 1, "shard_degree": degree}, to)
+        for (name, (ranks, degree)), to in zip(
+            LAYOUTS.items(), ["fp32-sliced", *LAYOUTS], strict=False
+        )
+    ),
+]
+
+
+def on_ranks(n: int, act: Callable[..., None], *arguments: Any) -> None:
+    """Call `act(rank, *arguments)` in n processes, and wait until they have all returned."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=act, args=(rank, *arguments)) for rank in range(n)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(LIMIT_S)
+        process.kill()  # where it has returned, nothing
+    assert [process.exitcode for process in processes] == [0] * n
+
+
+def free_ports(n: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def become(rank: int, ranks: int, port: int) -> None:
+    """Make this process one of so many that torchrun has started."""
+    numbers = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    numbers |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
+def run_jobs(rank: int, folder: Path, ports: list[int]) -> None:
+    for job, port in zip(JOBS, ports, strict=True):
+        if rank < job.ranks:
+            become(rank, job.ranks, port)
+            plan = small_plan(folder / "shards", job.ranks, **job.changes)
+            resume = "auto" if job.resume == "auto" else str(folder / job.resume)
+            train(plan, folder / job.name, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of all jobs, and two on one process to compare with."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_shards(folder / "shards", fineweb=300, the_stack=90, slimorca=9)
+    on_ranks(4, run_jobs, folder, free_ports(len(JOBS)))
+    for name, changes in (("fp32-alone", FP32), ("bf16-alone", BF16)):
+        train(small_plan(folder / "shards", **changes), folder / name)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-6), ("bf16", 1e-4)])
+def test_slices_learn_what_the_whole_learns(folder: Path, precision: str, limit: float) -> None:
+    expected = log_of(folder / f"{precision}-alone")
+    assert [line[0] for line in expected] == list(range(1, 9))
+    others = {"fp32": ["whole", "sliced", "hybrid"], "bf16": ["whole", "sliced"]}[precision]
+    for name in others:
+        for ours, theirs in zip(expected, log_of(folder / f"{precision}-{name}"), strict=True):
+            assert theirs == pytest.approx(ours, rel=limit), name
+
+
+def tensors_in(commit: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a commit, whole."""
+    stored = HuggingFaceStorageReader(str(commit)).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    checkpoint._read_tensors(commit, tensors, None)
+    return tensors
+
+
+@pytest.mark.slow
+def test_a_commit_is_the_same_tensors_in_any_layout(folder: Path) -> None:
+    """Two slices -> DDP on two -> 2 x 2 -> four slices -> one process: loaded and written again."""
+    expected = tensors_in(newest_commit(folder / "fp32-sliced"))
+    for name in LAYOUTS:
+        commit = newest_commit(folder / name)
+        assert commit.name == "step-8"
+        tensors = tensors_in(commit)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected), name
+    record = checkpoint.read_record(newest_commit(folder / "four"))
+    assert len(record["files"]) == 8  # of weights and of moments, each rank's own
+    sizes = [entry["bytes"] for name, entry in record["files"].items() if "-model-00002" in name]
+    assert max(sizes) < 1.2 * min(sizes)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_of_a_sharded_run_leaves_no_trace(folder: Path, tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", folder / "fp32-sliced"
+    start = [sys.executable, "-m", "trainer.cli", "--shards", str(folder / "shards"),
+             "--preset", "tiny", "--out", str(run), "--nproc", "2"]  # fmt: skip
+    sets = set_texts(**FP32, shard_degree=2)
+    result = subprocess.run(
+        [*start, *(text for s in sets for text in ("--set", s))], capture_output=True, text=True,
+        timeout=LIMIT_S, check=False, env={**os.environ, "SUMMER_FAULT": "sigkill:1:5"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert events_of(run)[:3] == ["start", "commit", "resume"]
+    assert log_of(run) == log_of(whole)
+    assert tensor_files(newest_commit(run)) == tensor_files(newest_commit(whole))
+
+
+def sharded_config(degree: int) -> RunConfig:
+    sets = set_texts(precision="fp32", shard_degree=degree, model__seq_len=16)
+    return configure(preset="tiny", sets=[*sets, "model.vocab_size=131"]).config
+
+
+def gradients(network: Network, world: World, micro_steps: int = 2) -> None:
+    for micro_step in range(micro_steps):
+        tokens = torch.arange(16).view(1, 16) + world.rank + 4 * micro_step
+        with no_sync_unless_last(network.model, micro_step, micro_steps):
+            loss = network.model(tokens, tokens + 1, torch.ones(1, 2, dtype=torch.int32))
+        loss.backward()
+
+
+def held(network: Network, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """Copies of what this rank holds of everything."""
+    tensors = checkpoint.tensors_of(network.bare, optimizer)
+    return {name: own_part(tensor).clone() for name, tensor in tensors.items()}
+
+
+def check_two_by_two(rank: int, port: int) -> None:
+    """One of four ranks: two replicas of two slices, of which those of 131 rows are not equal."""
+    become(rank, 4, port)
+    config = sharded_config(2)
+    with join_world("cpu") as world:
+        expected = build_network(sharded_config(1), ALONE).bare.state_dict()
+        network = build_network(config, world)
+        optimizer = make_optimizer(network.bare, config.optim)
+        for name, parameter in network.bare.named_parameters():
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            assert torch.equal(whole, expected[name]), name
+            assert holders(parameter) == (2 if parameter.ndim > 1 else 1)
+        for refused in (0.0, 1.0, 0.0):
+            before = held(network, optimizer)
+            gradients(network, world)
+            norm = finish_gradients(optimizer, 128, torch.tensor(120), config.optim)
+            norms = world.gather(norm.item())
+            assert norms == norms[:1] * 4
+            update(optimizer, torch.tensor(refused))
+            after = held(network, optimizer)
+            stayed = {name: torch.equal(after[name], before[name]) for name in before}
+            assert set(stayed.values()) == {refused == 1.0}, stayed
+        everything = world.gather(held(network, optimizer))
+        for one, other in ((0, 2), (1, 3)):  # the replicas' slices, bit for bit
+            pairs = [(everything[one][name], everything[other][name]) for name in everything[one]]
+            assert all(torch.equal(*pair) for pair in pairs)
+        shares = world.gather(list(share_of(checkpoint.tensors_of(network.bare, optimizer), world)))
+        for name, tensor in everything[0].items():  # each is written once, by one replica
+            assert sum(name in share for share in shares) == min(2, tensor.ndim), name
+
+
+@pytest.mark.slow
+def test_replicas_of_slices_begin_and_stay_alike() -> None:
+    """The seed's own weights; a refused update changes nothing; the same norm on every rank."""
+    on_ranks(4, check_two_by_two, *free_ports(1))
+
+
+def test_the_ranks_must_divide_into_groups(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path)
+    assert small_plan(shards, 4, shard_degree=2).config.shard_degree == 2
+    with pytest.raises(ConfigError, match="shard_degree=3: 4 ranks cannot be divided into groups"):
+        small_plan(shards, 4, shard_degree=3)
+    with pytest.raises(ConfigError, match="shard_degree=0"):
+        small_plan(shards, 4, shard_degree=0)
+
+
+def test_the_arithmetic_divides_what_is_divided() -> None:
+    whole, sliced = (
+        memory_by_part(configure(preset="summer-4b", sets=[f"shard_degree={n}"]).config, 1, "cuda")
+        for n in (1, 8)
+    )
+    for part in ("weights", "gradients", "moments"):
+        assert sliced[part] == whole[part] // 8
+    assert whole["gathered"] == sliced["bf16 copies"] == 0
+    assert sliced["activations"] == whole["activations"]
+    assert sum(sliced.values()) < sum(whole.values()) / 3
