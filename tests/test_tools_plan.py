@@ -56,6 +56,15 @@ def test_the_speed_is_always_called_an_assumption() -> None:
     assert printed["parameters"] == 12_194_048
 
 
+def test_devices_too_small_for_the_whole_hold_it_between_them() -> None:
+    """80 GB hold a half of weights, gradients and moments, and all that is not divided."""
+    plan = make_plan(Wish(device="h100"))
+    assert (plan.shard_degree, plan.fits) == (2, True)
+    assert plan.memory_bytes["moments"] == 4 * plan.parameters
+    assert "rows at a time, --set shard_degree=2:" in run("--device", "h100").output
+    assert "shard_degree" not in run("--device", "mi300x").output
+
+
 def test_what_does_not_fit_is_said() -> None:
     assert "does NOT fit" in run("--device", "l4").output
 

@@ -40,11 +40,13 @@ def main(as_json: bool, tokens: float | None, **wish: Any) -> None:
 
 def _lines(plan: Plan) -> list[str]:
     """The plan for people."""
-    memory = [f"  {part:<12} {size / 1e9:9.2f} GB" for part, size in plan.memory_bytes.items()]
+    parts = {part: size for part, size in plan.memory_bytes.items() if size}
+    memory = [f"  {part:<12} {size / 1e9:9.2f} GB" for part, size in parts.items()]
+    divided = f", --set shard_degree={plan.shard_degree}" if plan.shard_degree > 1 else ""
     return [
         f"{plan.preset}: {plan.parameters:,} parameters, "
         f"{plan.flops_per_token / 1e9:.2f} GFLOP per token (forward and backward, causal)",
-        f"memory of one device, {plan.micro_batch_size} of its rows at a time:",
+        f"memory of one device, {plan.micro_batch_size} of its rows at a time{divided}:",
         *memory,
         f"  {'together':<12} {sum(plan.memory_bytes.values()) / 1e9:9.2f} GB{_verdict(plan)}",
         f"tokens        {plan.tokens:,} in {plan.steps:,} steps",

@@ -7,7 +7,7 @@ nothing is measured here. A device whose peak is not known gets no rates.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 from model.config import count_params, flops_per_token
@@ -60,6 +60,7 @@ class Plan:
     parameters: int
     flops_per_token: float
     micro_batch_size: int
+    shard_degree: int  # devices that hold one copy of weights and moments: the least that fits
     memory_bytes: Mapping[str, int]
     device_bytes: int | None
     fits: bool | None
@@ -80,8 +81,8 @@ class Plan:
 
 def make_plan(wish: Wish) -> Plan:
     """The plan of a wish; PlanError where it does not add up."""
-    config = configure(preset=wish.preset).config
     accelerator = find_accelerator(wish.device)
+    config = _divided_to_fit(configure(preset=wish.preset).config, wish.devices, accelerator)
     model = config.model
     flops = flops_per_token(model, model.seq_len, causal=True)
     rate = accelerator.bf16_tflops * 1e12 * wish.devices * wish.mfu / flops if accelerator else None
@@ -96,6 +97,7 @@ def make_plan(wish: Wish) -> Plan:
         parameters=count_params(model),
         flops_per_token=flops,
         micro_batch_size=micro_batch,
+        shard_degree=config.shard_degree,
         memory_bytes=parts,
         device_bytes=device_bytes,
         fits=fits(parts, device_bytes) if device_bytes else None,
@@ -128,6 +130,16 @@ def _tokens(wish: Wish, config: RunConfig, rate: float | None) -> int:
             f"assumed; give --tokens, or one of {known_devices()}"
         )
     return int(wish.days * _DAY_S * rate)
+
+
+def _divided_to_fit(config: RunConfig, devices: int, accelerator: Accelerator | None) -> RunConfig:
+    """The configuration with the least `shard_degree` that fits; as it is where none does."""
+    for degree in (n for n in range(1, devices + 1) if devices % n == 0):
+        divided = replace(config, shard_degree=degree)
+        parts = memory_by_part(divided, 1, "cuda")
+        if accelerator and fits(parts, accelerator.memory_gb * 10**9):
+            return divided
+    return config
 
 
 def _memory(
