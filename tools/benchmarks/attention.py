@@ -31,8 +31,9 @@ import model.attention
 from attention_sides import BASE, SIDES, Attention, Heads, Wish, flexible_kernel, masked_kernel
 from measure import machine, spread
 from model.alibi import FOLDED_DIMS
+from model.attention import GROUP_ROWS
 from model.config import ModelConfig, ModelError
-from model.kernel import attend, fold
+from model.kernel import fold
 from model.positions import PositionTables
 from trainer.config import configure
 from trainer.devices import device_name, pick_device
@@ -168,8 +169,8 @@ def told_if_it_fails() -> Iterator[list[str]]:
     try:
         yield told
     except (RuntimeError, NotImplementedError) as failure:  # also of the compiler, and of memory
-        first = next((line for line in str(failure).splitlines() if line.strip()), "")
-        told.append(f"not here: {type(failure).__name__}: {first[:90]}".replace("|", "/"))
+        text = " ".join(str(failure).split()) or type(failure).__name__
+        told.append(f"no: {text.split('. ')[0][:80]}".replace("|", "/"))
 
 
 def seconds(device: torch.device, call: Callable[[], object]) -> float:
@@ -225,20 +226,23 @@ def kernel_of(wish: Wish, config: ModelConfig, alibi: bool = True, mask: bool = 
 
 def error_of(name: str, wish: Wish, config: ModelConfig) -> str:
     """Nats by which the side's scores are off, on this device."""
-    config = replace(config, seq_len=min(config.seq_len, 4096), alibi=name != BASE)
+    length = max(GROUP_ROWS, min(config.seq_len, 4096) // GROUP_ROWS * GROUP_ROWS)
+    config = replace(config, seq_len=length, alibi=name != BASE)
     kernels = {"bf16 mask": masked_kernel, "FlexAttention": flexible_kernel}
-    own = kernels[name](config, wish.device) if name in kernels else None
-
-    def instead(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-        assert own is not None
-        return own(q.index_fill(-1, folded_dims, 0), k, v)  # what was folded says nothing
-
     folded_dims = torch.arange(FOLDED_DIMS, device=wish.device)
-    with mock.patch.object(model.attention, "attend", attend if own is None else instead):
+    with contextlib.ExitStack() as stack, told_if_it_fails() as told:
+        if name in kernels:
+            kernel = kernels[name](config, wish.device)
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+                return kernel(q.index_fill(-1, folded_dims, 0), k, v)  # no ALiBi but its own
+
+            stack.enter_context(mock.patch.object(model.attention, "attend", attend))
         try:
             return f"{model.attention.self_test(wish.device, torch.bfloat16, config):.1e}"
         except ModelError as refusal:
             return str(refusal).split("off by ")[1].split(" nats")[0] + ", refused"
+    return told[-1]
 
 
 KERNELS: dict[str, Callable[[Wish, ModelConfig], str]] = {

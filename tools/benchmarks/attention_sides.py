@@ -103,7 +103,7 @@ def turner(wish: Wish, config: ModelConfig) -> Callable[[Tensor, Tensor, Tensor]
     assert cos is not None and sin is not None
 
     def turn(q: Tensor, k: Tensor, v: Tensor) -> Heads:
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = (torch.cat(rotate(part, cos, sin), dim=-1) for part in (q, k))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     return turn
