@@ -6,7 +6,7 @@
 
 A part writes OUT/<part>.md line by line, so what was measured stays when it is cut off; one that
 fails says so there, and the next goes on. Nothing is downloaded, and no shards are needed. The
-folder defaults to $OUT, then to build/gpu-results.
+folder defaults to $OUT, then to build/gpu.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def main() -> None:
     """Run the parts that were asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny shapes: proves the script alone")
+    parser.add_argument("--small", action="store_true", help="tiny shapes: no figures")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "build/gpu-results")))
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "build/gpu")))
     parser.add_argument("--golden", type=Path, default=gpu_runs.GOLDEN)
     parser.add_argument("--minutes", type=float, default=8.0, help="for each part")
     wish = parser.parse_args()
