@@ -13,7 +13,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from model.alibi import alibi_slopes
 from model.config import ModelConfig
 from model.kernel import attend, fold
-from model.layers import rotate
 from model.positions import PositionTables
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -99,14 +98,9 @@ def flexible_kernel(config: ModelConfig, device: torch.device) -> Attention:
 
 def turner(wish: Wish, config: ModelConfig) -> Callable[[Tensor, Tensor, Tensor], Heads]:
     """A function that applies RoPE to q and k, and puts heads before positions."""
-    cos, sin, *_ = PositionTables(config).to(wish.device)(0, config.seq_len)
-    assert cos is not None and sin is not None
-
-    def turn(q: Tensor, k: Tensor, v: Tensor) -> Heads:
-        q, k = (torch.cat(rotate(part, cos, sin), dim=-1) for part in (q, k))
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-    return turn
+    config = replace(config, alibi=False)
+    positions = PositionTables(config).to(wish.device)(0, config.seq_len)
+    return lambda q, k, v: fold(q, k, v, positions, config)
 
 
 def alibi_mask(config: ModelConfig, device: torch.device) -> Tensor:
