@@ -72,13 +72,13 @@ class SwiGLU(nn.Module):
         return out
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` [B, T, H, head_dim] turned by its position's angles (RoPE), in the dtype of `x`.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Both halves of `x` [B, T, H, head_dim] turned by its position's angles (RoPE), in its dtype.
 
     Channel c turns with channel c + head_dim / 2, the two halves of a head, as in Hugging Face's
     Llama; the paper's (and Meta's) interleaved pairs are the same up to a permutation.
     """
     cos, sin = cos[:, None, :], sin[:, None, :]  # [T, 1, head_dim / 2]
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x.dtype)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return turned[0].to(x.dtype), turned[1].to(x.dtype)

@@ -73,6 +73,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.compiled_loss = False
         self.embedding = Embedding(config.vocab_size, config.d_model)
         self.embedding_drop = CounterDropout(config.dropout, site=0)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -87,6 +88,12 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         """[V, d_model]: the output matrix, which is the embedding where the two are tied."""
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight
+
+    def compile_parts(self) -> None:
+        """Let torch compile a block, one graph for all of them, and the inside of the loss."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.compiled_loss = True
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
@@ -142,7 +149,9 @@ class Transformer(nn.Module):
         """
         hidden = self.hidden(tokens, dropout_key).flatten(0, 1)
         weight, z_loss = self.head_weight, self.config.z_loss
-        return linear_cross_entropy(hidden, weight, targets.flatten(), z_loss=z_loss)
+        return linear_cross_entropy(
+            hidden, weight, targets.flatten(), z_loss=z_loss, compiled=self.compiled_loss
+        )
 
     def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Scores of the next token after each of tokens [B, T]: [B, T, V] fp32."""

@@ -13,7 +13,7 @@ CONFIG = ModelConfig(n_heads=2, d_model=32, seq_len=16)
 def test_a_turn_is_a_complex_rotation_of_the_two_halves() -> None:
     cos, sin = rotary_tables(8, 10_000.0, 50)
     x = torch.randn(2, 50, 3, 8)
-    turned = torch.complex(*rotate(x, cos, sin).double().chunk(2, dim=-1))
+    turned = torch.complex(*(half.double() for half in rotate(x, cos, sin)))
     angle = torch.arange(50)[:, None] * 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
     expected = torch.complex(*x.double().chunk(2, dim=-1)) * torch.exp(1j * angle)[:, None]
     torch.testing.assert_close(turned, expected, rtol=0, atol=1e-6)
@@ -25,7 +25,7 @@ def test_products_depend_on_the_distance_alone() -> None:
 
     def product(i: int, j: int) -> float:
         rows = (slice(i, i + 1), slice(j, j + 1))
-        turned_q, turned_k = (rotate(x, cos[r], sin[r]) for x, r in zip((q, k), rows, strict=True))
+        turned_q, turned_k = (torch.cat(rotate(x, cos[r], sin[r]), -1) for x, r in zip((q, k), rows, strict=True))
         return (turned_q * turned_k).sum().item()
 
     assert product(4000, 3990) == pytest.approx(product(17, 7), abs=1e-5)

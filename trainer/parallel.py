@@ -66,8 +66,7 @@ def build_network(config: RunConfig, world: World) -> Network:
     elif config.compile:
         # DDP's own graph splitter would cut even graphs of a single block
         torch._dynamo.config.optimize_ddp = False
-        for block in bare.blocks:
-            block.compile(dynamic=False)
+        bare.compile_parts()
     if config.shard_degree > 1:
         _shard(bare, config, world)
     bare.to_empty(device=world.device)
