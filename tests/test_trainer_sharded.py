@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
@@ -22,8 +24,9 @@ from trainer.distributed import World, holders, join_world, own_part
 from trainer.errors import ConfigError
 from trainer.memory import memory_by_part
 from trainer.optimizer import finish_gradients, make_optimizer, update
-from trainer.parallel import Network, build_network, no_sync_unless_last
-from trainer.runs import newest_commit
+from trainer.parallel import Network, build_network, filled_whole, no_sync_unless_last
+from trainer.runs import commits, newest_commit
+from trainer.schedule import OptimConfig
 from trainer.train import train
 from trainer_samples import (
     ALONE,
@@ -49,14 +52,15 @@ class Job(NamedTuple):
 
 FP32: dict[str, Any] = {"precision": "fp32", "micro_batch_size": 1, "checkpoint__interval_steps": 3}
 BF16: dict[str, Any] = {"precision": "bf16", "micro_batch_size": 2, "validation__interval": 4}
-SELECTIVE = {"activation_checkpointing": "selective", "checkpoint__asynchronous": "true"}
+FAST = {"compile": "true", "activation_checkpointing": "selective"}
 LAYOUTS = {"two": (2, 2), "whole": (2, 1), "hybrid": (4, 2), "four": (4, 4), "alone": (1, 1)}
 JOBS = [
     Job("fp32-whole", 2, FP32),
     Job("fp32-sliced", 2, FP32 | {"shard_degree": 2}),
+    Job("beside", 2, FP32 | {"shard_degree": 2, "checkpoint__asynchronous": "true"}),
     Job("fp32-hybrid", 4, FP32 | {"shard_degree": 2}),
     Job("bf16-whole", 2, BF16),
-    Job("bf16-sliced", 2, BF16 | SELECTIVE | {"shard_degree": 2}),
+    Job("bf16-sliced", 2, BF16 | FAST | {"shard_degree": 2}),
     *(  # each begins with what the one before it has committed
         Job(name, ranks, {"precision": "fp32", "micro_batch_size": 1, "shard_degree": degree}, to)
         for (name, (ranks, degree)), to in zip(
@@ -101,6 +105,7 @@ def run_jobs(rank: int, folder: Path, ports: list[int]) -> None:
             plan = small_plan(folder / "shards", job.ranks, **job.changes)
             resume = "auto" if job.resume == "auto" else str(folder / job.resume)
             train(plan, folder / job.name, resume=resume)
+    assert not counters["graph_break"]  # a block's hooks stay outside of its graph
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +159,14 @@ def test_a_commit_is_the_same_tensors_in_any_layout(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_slices_are_committed_beside_training_as_they_were_at_the_step(folder: Path) -> None:
+    ours, theirs = commits(folder / "beside"), commits(folder / "fp32-sliced")
+    assert [commit.name for commit in ours] == ["step-6", "step-8"]
+    for one, other in zip(ours, theirs, strict=True):
+        assert tensor_files(one) == tensor_files(other), one.name
+
+
+@pytest.mark.slow
 def test_a_killed_rank_of_a_sharded_run_leaves_no_trace(folder: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", folder / "fp32-sliced"
     start = [sys.executable, "-m", "trainer.cli", "--shards", str(folder / "shards"),
@@ -182,10 +195,33 @@ def gradients(network: Network, world: World, micro_steps: int = 2) -> None:
         loss.backward()
 
 
+def finished(network: Network, optimizer: torch.optim.AdamW) -> float:
+    """The norm of a step's gradients, which end as the update takes them."""
+    config = sharded_config(1).optim
+    return finish_gradients(optimizer, 128, torch.tensor(120), config).item()
+
+
+def of_four_ranks_on_one() -> tuple[float, dict[str, torch.Tensor]]:
+    """The norm and the finished gradients that four ranks should come to."""
+    alone = build_network(sharded_config(1), ALONE)
+    for rank in range(4):
+        gradients(alone, replace(ALONE, rank=rank))
+    for parameter in alone.bare.parameters():
+        assert parameter.grad is not None
+        parameter.grad /= 4
+    norm = finished(alone, make_optimizer(alone.bare, OptimConfig()))
+    named = alone.bare.named_parameters()
+    return norm, {name: p.grad for name, p in named if p.grad is not None}
+
+
 def held(network: Network, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
     """Copies of what this rank holds of everything."""
     tensors = checkpoint.tensors_of(network.bare, optimizer)
     return {name: own_part(tensor).clone() for name, tensor in tensors.items()}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def check_two_by_two(rank: int, port: int) -> None:
@@ -196,15 +232,23 @@ def check_two_by_two(rank: int, port: int) -> None:
         expected = build_network(sharded_config(1), ALONE).bare.state_dict()
         network = build_network(config, world)
         optimizer = make_optimizer(network.bare, config.optim)
+        for factor in (2, 1):  # weights from elsewhere; then the seed's own again
+            for name, parameter in network.bare.named_parameters():
+                assert torch.equal(whole(parameter), expected[name] * (3 - factor)), name
+                assert holders(parameter) == (2 if parameter.ndim > 1 else 1)
+                with torch.no_grad(), filled_whole():
+                    parameter.copy_(factor * expected[name])
+        norm_alone, gradients_alone = of_four_ranks_on_one()
+        gradients(network, world)
+        assert finished(network, optimizer) == pytest.approx(norm_alone, rel=1e-6)
         for name, parameter in network.bare.named_parameters():
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            assert torch.equal(whole, expected[name]), name
-            assert holders(parameter) == (2 if parameter.ndim > 1 else 1)
+            assert parameter.grad is not None
+            torch.testing.assert_close(whole(parameter.grad), gradients_alone[name])
+        optimizer.zero_grad()
         for refused in (0.0, 1.0, 0.0):
             before = held(network, optimizer)
             gradients(network, world)
-            norm = finish_gradients(optimizer, 128, torch.tensor(120), config.optim)
-            norms = world.gather(norm.item())
+            norms = world.gather(finished(network, optimizer))
             assert norms == norms[:1] * 4
             update(optimizer, torch.tensor(refused))
             after = held(network, optimizer)
