@@ -255,6 +255,12 @@ def golden(bench: Bench) -> Iterator[str]:
     yield from gpu_runs.golden(bench.work, bench.device, bench.small, bench.golden, bench.out)
 
 
+def curves(bench: Bench) -> Iterator[str]:
+    """Compiled beside eager, with the same masks."""
+    shards(bench)
+    yield from gpu_runs.curves(bench.work, bench.device, bench.small)
+
+
 def waits(bench: Bench) -> Iterator[str]:
     """Whether the loop ever waits for the device."""
     shards(bench)
@@ -266,6 +272,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[str]]] = {
     "breakdown": breakdown,
     "kernels": kernels,
     "golden": golden,
+    "curves": curves,
     "waits": waits,
     "resume": resume,
     "attention": attention_sides,

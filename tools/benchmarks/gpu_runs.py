@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -26,7 +27,7 @@ from trainer import parallel
 from trainer.commits import Committer
 from trainer.config import configure
 from trainer.metrics import read_lines
-from trainer.plan import make_plan
+from trainer.plan import Plan, make_plan
 from trainer.runs import newest_commit
 from trainer.train import train
 
@@ -109,12 +110,42 @@ def killed_and_resumed(work: Path, device: str, small: bool, timeout_s: float) -
     return ["| a run killed twice, beside one left alone | |", "|---|---|", *lines]
 
 
+def losses_of(work: Path, sets: list[str]) -> list[float]:
+    """The loss of each step of a run of its own."""
+    run = Path(tempfile.mkdtemp(dir=work))
+    train(plan_of(work, sets), run)
+    return [line["loss"] for line in read_lines(run / "metrics.jsonl")]
+
+
+def plan_of(work: Path, sets: list[str]) -> Plan:
+    """The plan of a run on the made-up rows."""
+    return make_plan(configure(preset="tiny", sets=sets, shards=str(work / "shards")), 1)
+
+
+def curves(work: Path, device: str, small: bool) -> list[str]:
+    """Lines that compare losses compiled and eager, all dropout on; other masks give the scale."""
+    lines = ["| eager, beside | largest relative difference of the losses |", "|---|---|"]
+    for precision in ("bf16", "fp32"):
+        settings = {"precision": precision, "max_steps": 10}
+        eager = losses_of(work, run_sets(device, small, compile=False, **settings))
+        others = {
+            "compiled": run_sets(device, small, compile=True, **settings),
+            "without dropout": run_sets(
+                device, small, compile=False, model__dropout=0, model__attention_dropout=0,
+                **settings,
+            ),
+        }  # fmt: skip
+        for name, sets in others.items():
+            pairs = zip(eager, losses_of(work, sets), strict=True)
+            worst = max(abs(a - b) / a for a, b in pairs)
+            lines.append(f"| {name}, {precision} | {worst:.1e} |")
+    return lines
+
+
 def golden(work: Path, device: str, small: bool, folder: Path, out: Path) -> list[str]:
     """Lines that compare the losses of a fixed run with the device's file, or write that file."""
     sets = run_sets(device, small)
-    plan = make_plan(configure(preset="tiny", sets=sets, shards=str(work / "shards")), 1)
-    train(plan, work / "golden-run", resume="never")
-    losses = [line["loss"] for line in read_lines(work / "golden-run" / "metrics.jsonl")]
+    losses = losses_of(work, sets)
     name = f"{device_slug(device)}{'-small' if small else ''}.json"
     found = {"torch": torch.__version__, "sets": sets, "losses": losses}
     (out / name).write_text(json.dumps(found, indent=1) + "\n")  # to be carried home
@@ -145,8 +176,7 @@ def device_slug(device: str) -> str:
 
 def waits(work: Path, device: str, small: bool) -> list[str]:
     """Lines that name every place that waited for the device from the fourth step to the end."""
-    sets = run_sets(device, small)
-    plan = make_plan(configure(preset="tiny", sets=sets, shards=str(work / "shards")), 1)
+    plan = plan_of(work, run_sets(device, small))
     reseed, commit = parallel.reseed_attention_dropout, Committer.commit
     watch = contextlib.ExitStack()
     seen: list[warnings.WarningMessage] = []
@@ -169,9 +199,11 @@ def waits(work: Path, device: str, small: bool) -> list[str]:
         mock.patch("trainer.train.reseed_attention_dropout", begin),
         mock.patch.object(Committer, "commit", end),
     ):
-        train(plan, work / "waits-run", resume="never")
+        train(plan, work / "waits-run")
     places = Counter(
-        f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchron" in str(w.message).lower()
+        f"{Path(w.filename).name}:{w.lineno}"
+        for w in seen
+        if "called a synchronizing" in str(w.message)
     )
     watched = f"steps 4 to {GOLDEN_STEPS}"
     if device != "cuda":
