@@ -1,75 +1,66 @@
 """What must be right on a machine before a long run is started there, one function a question.
 
-Each returns findings that are ok, worth knowing (`note`), suspicious (`warn`) or in the way
-(`fail`). Nothing is assumed: the kernel is compared with fp32 math, products are timed, a file is
-written to the disk.
+Nothing is assumed: the kernel is compared with fp32 math, products, memory and all-reduce are
+timed, a file is written to the disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import torch
 
 from model.attention import self_test
-from model.config import ModelError, count_params
-from shards.files import publish
+from model.config import ModelError, count_params, flops_per_token
+from shards.errors import SummerError
+from shards.reader import find_sources
+from tools import host, rates, variables
+from tools.collective import measure_exchange
+from tools.errors import ToolError
+from tools.expectation import MFU_CONVENTION, expect
+from tools.findings import Finding, Subject, Verdict
+from tools.shard_checks import shards
 from trainer import memory
-from trainer.config import RunConfig
-from trainer.devices import device_memory_bytes, device_name, find_accelerator
-
-Verdict = Literal["ok", "note", "warn", "fail"]
+from trainer.config import configure
+from trainer.devices import device_memory_bytes, device_name, find_accelerator, pick_device
 
 OLDEST_PYTHON: Final = (3, 11)
 OLDEST_TORCH: Final = (2, 9)
 LEAST_SHARE_OF_PEAK: Final = 0.4
 """AMD measures 0.54 of an MI300X's peak in bf16 products; far below that something throttles."""
+LEAST_SHARE_OF_MEASURED: Final = 0.8
+LEAST_SHARE_OF_BANDWIDTH: Final = 0.6
 LEAST_WRITE_RATE: Final = 100e6
 PROBE_BYTES: Final = 256 << 20
 CHECKPOINT_BYTES_PER_PARAMETER: Final = 12  # weights and two moments, fp32
 
-VARIABLES: Final = (
-    "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
-    "HSA_OVERRIDE_GFX_VERSION", "HSA_FORCE_FINE_GRAIN_PCIE", "OMP_NUM_THREADS",
-    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF",
-    "PYTORCH_TUNABLEOP_ENABLED", "TORCHINDUCTOR_CACHE_DIR", "TORCH_LOGS", "TORCHDYNAMO_DISABLE",
-    "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "GLOO_SOCKET_IFNAME",
-    "CUDA_LAUNCH_BLOCKING", "AMD_SERIALIZE_KERNEL", "CUBLAS_WORKSPACE_CONFIG", "TMPDIR",
-    "HF_HOME", "HF_HUB_OFFLINE",
-)  # fmt: skip
-HARMFUL: Final = {
-    "CUDA_LAUNCH_BLOCKING": "waits for every kernel",
-    "AMD_SERIALIZE_KERNEL": "waits for every kernel",
-    "NCCL_P2P_DISABLE": "sends gradients between devices through host memory",
-    "TORCHDYNAMO_DISABLE": "switches torch.compile off",
-    "SUMMER_FAULT": "injects a fault into the run",
-}
 
+def make_subject(
+    *, preset: str, device: str, nproc: int | None, shards: Path | None, out: Path
+) -> Subject:
+    """What is to be examined; ConfigError for a preset that does not exist.
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    verdict: Verdict
-    topic: str
-    detail: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is examined: the run that is planned, the kind of device, and where it would write."""
-
-    config: RunConfig
-    device: str
-    folder: Path
+    With shards, the rows are as long and the vocabulary as large as theirs.
+    """
+    configured, kind = configure(preset=preset), pick_device(device)
+    n_ranks = nproc or (torch.cuda.device_count() if kind == "cuda" else 1)
+    config = configured.config
+    if shards is not None:
+        with contextlib.suppress(SummerError):  # that they do not fit, the questions will say
+            facts = next(iter(find_sources(shards).values())).facts
+            vocab_size = -(-facts.tokenizer.vocab_size // 128) * 128
+            shape = replace(config.model, seq_len=facts.seq_len, vocab_size=vocab_size)
+            config = replace(config, model=shape)
+    return Subject(config=config, device=kind, folder=out, nproc=n_ranks, shards=shards)
 
 
 def examine(subject: Subject) -> Iterator[Finding]:
@@ -115,7 +106,8 @@ def devices(subject: Subject) -> Iterator[Finding]:
         verdict: Verdict = "warn" if subject.config.preset == "summer-4b" else "note"
         threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
         size = device_memory_bytes(subject.device) / 1e9
-        yield Finding(verdict, "devices", f"{subject.device}, {threads}, {size:.0f} GB")
+        mend = "" if verdict == "note" else "a preset of this size wants accelerators"
+        yield Finding(verdict, "devices", f"{subject.device}, {threads}, {size:.0f} GB", mend)
         return
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     size = device_memory_bytes("cuda") / 1e9
@@ -129,8 +121,10 @@ def memory_fits(subject: Subject) -> Iterator[Finding]:
     parts = memory.memory_by_part(subject.config, 1, subject.device)
     limit = device_memory_bytes(subject.device)
     fits = memory.fits(parts, limit)
+    subject.measured["fits"] = float(fits)
     text = f"{subject.config.preset} needs {sum(parts.values()) / 1e9:.1f} GB for one row a device"
-    yield Finding("ok" if fits else "fail", "memory", f"{text}, of {limit / 1e9:.1f} GB")
+    mend = "" if fits else "a smaller preset, or activation_checkpointing=full"
+    yield Finding("ok" if fits else "fail", "memory", f"{text}, of {limit / 1e9:.1f} GB", mend)
 
 
 def bf16(subject: Subject) -> Iterator[Finding]:
@@ -166,34 +160,69 @@ def attention(subject: Subject) -> Iterator[Finding]:
 
 
 def products(subject: Subject) -> Iterator[Finding]:
-    """The rate of matrix products, beside the peak where that is known."""
-    rate = _product_rate(subject.device)
-    text = f"{rate / 1e12:.3g} TFLOP/s in bf16"
+    """The rate of matrix products, beside what the maker states and what it measures."""
+    dtype = torch.bfloat16 if subject.config.precision == "bf16" else torch.float32
+    rate = rates.product_rate(subject.device, dtype)
+    subject.measured["product_flops_per_s"] = rate
+    figures = {"flops_per_s": rate}
+    text = f"{rate / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}"
     known = find_accelerator(device_name(subject.device))
-    if known is None:
-        yield Finding("note", "products", f"{text}; no peak is known, so no MFU will be shown")
+    if known is None or dtype != torch.bfloat16:
+        text = f"{text}; no peak is known, so no MFU is shown"
+        yield Finding("note", "products", text, figures=figures)
         return
     share = rate / (known.bf16_tflops * 1e12)
-    text = f"{text}, {share:.0%} of {known.name}'s {known.bf16_tflops:g} (its maker's data sheet)"
-    yield Finding("ok" if share >= LEAST_SHARE_OF_PEAK else "warn", "products", text)
+    text, source = f"{text}, {share:.0%} of {known.name}'s peak {known.bf16_tflops:g}", known.source
+    good = share >= LEAST_SHARE_OF_PEAK
+    if known.gemm_tflops is not None:
+        reached = rate / (known.gemm_tflops * 1e12)
+        text = f"{text}, {reached:.0%} of the {known.gemm_tflops:g} that its maker measures"
+        good, source = reached >= LEAST_SHARE_OF_MEASURED, f"{source}; {known.gemm_source}"
+    mend = "" if good else "look for throttling, a power cap or other users of the device"
+    yield Finding("ok" if good else "warn", "products", text, mend, source, figures)
 
 
-def _product_rate(device: str) -> float:
-    """FLOP/s of square bf16 products, after a warm-up, over half a second."""
-    n = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
-    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    for _ in range(3):
-        a @ b
-    wait()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.5:
-        a @ b
-        count += 1
-        if count % 8 == 0:
-            wait()
-    wait()
-    return 2 * n**3 * count / (time.perf_counter() - start)
+def bandwidth(subject: Subject) -> Iterator[Finding]:
+    """The rate of copies within the device's memory, beside what the maker states."""
+    rate = rates.memory_rate(subject.device)
+    subject.measured["memory_bytes_per_s"] = rate
+    figures = {"bytes_per_s": rate}
+    text = f"{rate / 1e9:,.0f} GB/s copied (read and written bytes both counted)"
+    known = find_accelerator(device_name(subject.device))
+    if known is None:
+        yield Finding("note", "bandwidth", text, figures=figures)
+        return
+    share = rate / (known.memory_tb_s * 1e12)
+    text = f"{text}, {share:.0%} of {known.name}'s {known.memory_tb_s:g} TB/s"
+    good = share >= LEAST_SHARE_OF_BANDWIDTH
+    mend = "" if good else "look for other users of the device"
+    yield Finding("ok" if good else "warn", "bandwidth", text, mend, known.source, figures)
+
+
+def all_reduce(subject: Subject) -> Iterator[Finding]:
+    """The rate at which ranks add up the gradients of one block."""
+    if subject.nproc < 2:
+        yield Finding("note", "all-reduce", "one process: there is nothing to exchange")
+        return
+    model = subject.config.model
+    one, two = (count_params(replace(model, n_layers=n)) for n in (1, 2))
+    n_bytes = 4 * (two - one)
+    try:
+        exchange = measure_exchange(subject.device, subject.nproc, n_bytes)
+    except ToolError as error:
+        yield Finding("fail", "all-reduce", str(error))
+        return
+    subject.measured["exchange_bytes_per_s"] = exchange.algorithm_rate
+    figures = {
+        "ranks": exchange.n_ranks, "bytes": exchange.n_bytes, "seconds": exchange.seconds,
+        "algorithm_bytes_per_s": exchange.algorithm_rate, "bus_bytes_per_s": exchange.bus_rate,
+    }  # fmt: skip
+    text = (
+        f"{exchange.n_ranks} ranks, {n_bytes / 1e6:,.1f} MB in {exchange.seconds * 1e3:,.1f} ms: "
+        f"algorithm {exchange.algorithm_rate / 1e9:,.3g} GB/s, bus {exchange.bus_rate / 1e9:,.3g}"
+    )
+    source = "nccl-tests doc/PERFORMANCE.md: bus = algorithm x 2 (n - 1) / n"
+    yield Finding("ok", "all-reduce", text, source=source, figures=figures)
 
 
 def compiler(subject: Subject) -> Iterator[Finding]:
@@ -230,36 +259,52 @@ def disk(subject: Subject) -> Iterator[Finding]:
     )
     if free < 2 * PROBE_BYTES:
         return
-    rate = _write_rate(subject.folder)
-    wait = f"a checkpoint takes {one / rate:,.0f} s to write"
+    rate = rates.write_rate(subject.folder, PROBE_BYTES)
+    wait = f"a checkpoint takes {one / rate:,.2g} s to write"
     fast = rate >= LEAST_WRITE_RATE
-    yield Finding("ok" if fast else "warn", "write rate", f"{rate / 1e6:,.0f} MB/s, {wait}")
-
-
-def _write_rate(folder: Path) -> float:
-    """Bytes a second of a file that is really on the disk."""
-    block = os.urandom(1 << 20)
-    path = folder / f".doctor-{os.getpid()}"
-    start = time.perf_counter()
-    try:
-        with publish(path) as file:
-            for _ in range(PROBE_BYTES // len(block)):
-                file.write(block)
-        return PROBE_BYTES / (time.perf_counter() - start)
-    finally:
-        path.unlink(missing_ok=True)
+    text, figures = f"{rate / 1e6:,.0f} MB/s, {wait}", {"bytes_per_s": rate}
+    yield Finding("ok" if fast else "warn", "write rate", text, figures=figures)
 
 
 def environment(subject: Subject) -> Iterator[Finding]:
     """Variables that change what torch, the driver or a run does."""
-    for name, harm in HARMFUL.items():
-        if os.environ.get(name, "0") not in ("", "0"):
-            yield Finding("warn", "environment", f"{name}={os.environ[name]} {harm}")
-    harmless = [name for name in VARIABLES if name in os.environ and name not in HARMFUL]
-    listed = " ".join(f"{name}={os.environ[name]}" for name in harmless)
-    yield Finding("note", "environment", listed or "none of the variables that matter is set")
+    kind = "rocm" if subject.device == "cuda" and torch.version.hip is not None else subject.device
+    yield from variables.look_at(os.environ, kind)
+
+
+def expected(subject: Subject) -> Iterator[Finding]:
+    """The tokens a second to expect, labelled as the estimate that they are."""
+    if not subject.measured.get("fits"):
+        yield Finding("note", "expected", "no rate is estimated: the preset does not fit")
+        return
+    if not {"product_flops_per_s", "memory_bytes_per_s"} <= subject.measured.keys():
+        yield Finding("note", "expected", "no rate is estimated: nothing could be measured")
+        return
+    expectation = expect(subject)
+    rate = expectation.tokens_per_s
+    subject.measured["tokens_per_s"] = rate
+    parts = ", ".join(f"{name} {time:.3g} s" for name, time in expectation.seconds.items())
+    text = (
+        f"about {rate:,.0f} tokens/s, an ESTIMATE ({expectation.how}): a step of "
+        f"{expectation.tokens:,} tokens = {parts}; without data, commits and validation"
+    )
+    figures = {"tokens_per_s": rate, "tokens_per_s_by_rates_alone": expectation.by_rates_alone}
+    known = find_accelerator(device_name(subject.device))
+    if known is None or subject.config.precision != "bf16":
+        yield Finding(
+            "note", "expected", f"{text}; MFU withheld: no peak is known", figures=figures
+        )
+        return
+    model = subject.config.model
+    needed = rate * flops_per_token(model, model.seq_len)
+    mfu = needed / (known.bf16_tflops * 1e12 * subject.nproc)
+    text = f"{text}; {mfu:.1%} MFU ({MFU_CONVENTION})"
+    figures = {**figures, "mfu": mfu}
+    yield Finding("note", "expected", text, source=known.source, figures=figures)
 
 
 QUESTIONS: Final[tuple[Callable[[Subject], Iterator[Finding]], ...]] = (
-    versions, devices, memory_fits, bf16, attention, products, compiler, disk, environment,
+    versions, devices, memory_fits, bf16, attention, products, bandwidth, all_reduce, compiler,
+    host.numa_balancing, host.shared_memory, host.limits, host.host_memory, disk, environment,
+    expected, shards,
 )  # fmt: skip

@@ -1,4 +1,7 @@
-"""What known accelerators have. An unknown one has no peak here, so no MFU is shown for it."""
+"""What known accelerators have. An unknown one has no peak here, so no MFU is shown for it.
+
+Nor has any CPU: what it can do is measured, and compared with nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +15,47 @@ from typing import Final
 import torch
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Accelerator:
-    """One device as torch counts them (half of an MI250X). Dense bf16, as its maker states it."""
+    """One device as torch counts them (half of an MI250X), as its maker states it.
+
+    `bf16_tflops` is the dense peak; `gemm_tflops` what the maker itself measures in bf16 products.
+    """
 
     name: str
     bf16_tflops: float
     memory_gb: int
+    memory_tb_s: float
+    source: str
+    gemm_tflops: float | None = None
+    gemm_source: str = ""
 
 
-# Makers' data sheets, dense figures (NVIDIA's tables print twice that, "with sparsity").
+_MAF: Final = "AMD ROCm blog, Measuring Max-Achievable FLOPs - Part 2 (2025-02-28)"
+
+# Dense figures (NVIDIA's tables print twice that, "with sparsity").
 # The first whose name stands in the driver's name for the device is taken.
+# fmt: off
 ACCELERATORS: Final = (
-    Accelerator(name="MI355X", bf16_tflops=2500.0, memory_gb=288),
-    Accelerator(name="MI350X", bf16_tflops=2300.0, memory_gb=288),
-    Accelerator(name="MI325X", bf16_tflops=1307.4, memory_gb=256),
-    Accelerator(name="MI300X", bf16_tflops=1307.4, memory_gb=192),
-    Accelerator(name="MI250X", bf16_tflops=191.5, memory_gb=64),
-    Accelerator(name="MI210", bf16_tflops=181.0, memory_gb=64),
-    Accelerator(name="B200", bf16_tflops=2250.0, memory_gb=180),
-    Accelerator(name="GH200", bf16_tflops=989.4, memory_gb=96),
-    Accelerator(name="H200", bf16_tflops=989.4, memory_gb=141),
-    Accelerator(name="H100 PCIe", bf16_tflops=756.0, memory_gb=80),
-    Accelerator(name="H100 NVL", bf16_tflops=835.0, memory_gb=94),
-    Accelerator(name="H100", bf16_tflops=989.4, memory_gb=80),
-    Accelerator(name="A100", bf16_tflops=312.0, memory_gb=80),
-    Accelerator(name="L40S", bf16_tflops=362.0, memory_gb=48),
-    Accelerator(name="L4", bf16_tflops=121.0, memory_gb=24),
-    Accelerator(name="RTX 4090", bf16_tflops=165.2, memory_gb=24),
-    Accelerator(name="RTX 3090", bf16_tflops=71.0, memory_gb=24),
+    Accelerator("MI355X", 2500.0, 288, 8.0, "AMD Instinct MI355X data sheet"),
+    Accelerator("MI350X", 2300.0, 288, 8.0, "AMD Instinct MI350X data sheet"),
+    Accelerator("MI325X", 1307.4, 256, 6.0, "AMD Instinct MI325X data sheet", 843.0, _MAF),
+    Accelerator("MI300X", 1307.4, 192, 5.3, "AMD Instinct MI300X data sheet", 708.0, _MAF),
+    Accelerator("MI250X", 191.5, 64, 1.6, "AMD Instinct MI250X data sheet"),
+    Accelerator("MI210", 181.0, 64, 1.6, "AMD Instinct MI210 data sheet"),
+    Accelerator("B200", 2250.0, 180, 8.0, "NVIDIA DGX B200 data sheet"),
+    Accelerator("GH200", 989.4, 96, 4.0, "NVIDIA GH200 data sheet"),
+    Accelerator("H200", 989.4, 141, 4.8, "NVIDIA H200 data sheet"),
+    Accelerator("H100 PCIe", 756.0, 80, 2.0, "NVIDIA H100 data sheet"),
+    Accelerator("H100 NVL", 835.0, 94, 3.9, "NVIDIA H100 NVL data sheet"),
+    Accelerator("H100", 989.4, 80, 3.35, "NVIDIA H100 data sheet"),
+    Accelerator("A100", 312.0, 80, 2.039, "NVIDIA A100 80GB data sheet"),
+    Accelerator("L40S", 362.0, 48, 0.864, "NVIDIA L40S data sheet"),
+    Accelerator("L4", 121.0, 24, 0.3, "NVIDIA L4 data sheet"),
+    Accelerator("RTX 4090", 165.2, 24, 1.008, "NVIDIA Ada GPU architecture white paper"),
+    Accelerator("RTX 3090", 71.0, 24, 0.936, "NVIDIA Ampere GA102 architecture white paper"),
 )
+# fmt: on
 
 
 def find_accelerator(name: str) -> Accelerator | None:
