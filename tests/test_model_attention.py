@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import model.attention
 from model.alibi import alibi_slopes
 from model.attention import self_test
-from model.config import ModelConfig, ModelError
+from model.config import MAX_ALIBI_CONTEXT, ModelConfig, ModelError
 from model.kernel import attend, fold
 from model.positions import PositionTables
 from test_model_alibi import explicit_mask_attention
@@ -75,6 +75,24 @@ def test_each_kernel_reads_a_text_in_any_cuts(
             start = end
         whole = attend(q, k, v, config)
     torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-12)
+
+
+def test_the_flash_kernel_reads_the_longest_context() -> None:
+    """All 16,448 queries in one call; the last eight, to which the terms are largest, are compared.
+
+    In fp64, so that a difference is the fold's and not the order of sums.
+    """
+    T = MAX_ALIBI_CONTEXT
+    config = ModelConfig(n_heads=2, n_kv_heads=1, d_model=2 * 16, seq_len=T, rope=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        q, k, v = (part[:1].double() for part in random_heads(config))
+        out = attend(*fold(q, k, v, PositionTables(config)(0, T), config), config)
+    distance = torch.arange(T - 8, T)[:, None] - torch.arange(T)
+    scores = torch.einsum("ihd,jd->hij", q[0, -8:], k[0, :, 0])
+    scores -= alibi_slopes(2, 16).double()[:, None, None] * distance
+    scores = scores.masked_fill(distance < 0, -torch.inf) / 4
+    expected = scores.softmax(-1) @ v[0, :, 0]
+    torch.testing.assert_close(out[0, :, -8:, :16], expected, rtol=0, atol=1e-9)
 
 
 def random_heads(config: ModelConfig) -> list[Tensor]:

@@ -18,7 +18,7 @@ def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
         [COMMAND, "--device", "cpu", "--small", "--out", out, "--golden", out / "known", *options],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
     )
 
 
