@@ -23,6 +23,7 @@ from trainer.config import RunConfig, configure
 from trainer.distributed import World, holders, join_world, own_part
 from trainer.errors import ConfigError
 from trainer.memory import memory_by_part
+from trainer.metrics import read_lines
 from trainer.optimizer import finish_gradients, make_optimizer, update
 from trainer.parallel import Network, build_network, filled_whole, no_sync_unless_last
 from trainer.runs import commits, newest_commit
@@ -51,7 +52,8 @@ class Job(NamedTuple):
 
 
 FP32: dict[str, Any] = {"precision": "fp32", "micro_batch_size": 1, "checkpoint__interval_steps": 3}
-BF16: dict[str, Any] = {"precision": "bf16", "micro_batch_size": 2, "validation__interval": 4}
+BF16: dict[str, Any] = {"precision": "bf16", "micro_batch_size": 2}
+BF16 |= {"validation__interval": 4, "validation__rows": 1}  # three batches for two ranks
 FAST = {"compile": "true", "activation_checkpointing": "selective"}
 LAYOUTS = {"two": (2, 2), "whole": (2, 1), "hybrid": (4, 2), "four": (4, 4), "alone": (1, 1)}
 JOBS = [
@@ -128,6 +130,13 @@ def test_slices_learn_what_the_whole_learns(folder: Path, precision: str, limit:
     for name in others:
         for ours, theirs in zip(expected, log_of(folder / f"{precision}-{name}"), strict=True):
             assert theirs == pytest.approx(ours, rel=limit), name
+        scores = [scores_of(folder / f"{precision}-{kind}") for kind in ("alone", name)]
+        assert len(scores[0]) == (2 if precision == "bf16" else 0)
+        assert scores[1] == pytest.approx(scores[0], rel=limit), name
+
+
+def scores_of(run: Path) -> list[float]:
+    return [line["val_loss"] for line in read_lines(run / "metrics.jsonl") if "val_loss" in line]
 
 
 def tensors_in(commit: Path) -> dict[str, torch.Tensor]:
@@ -210,8 +219,7 @@ def of_four_ranks_on_one() -> tuple[float, dict[str, torch.Tensor]]:
         assert parameter.grad is not None
         parameter.grad /= 4
     norm = finished(alone, make_optimizer(alone.bare, OptimConfig()))
-    named = alone.bare.named_parameters()
-    return norm, {name: p.grad for name, p in named if p.grad is not None}
+    return norm, {n: p.grad for n, p in alone.bare.named_parameters() if p.grad is not None}
 
 
 def held(network: Network, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
