@@ -1,5 +1,6 @@
 """A machine that is fit gets a go; each thing that is not is named."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import torch
 from click.testing import CliRunner
 
 from model.config import ModelError, count_params
-from tools import checks, expectation, host, rates, variables
+from tools import checks, expectation, host, rates, speed, variables
 from tools.checks import examine
 from tools.collective import ExchangeError, measure_exchange
 from tools.doctor import main
@@ -40,7 +41,7 @@ def only(question: Callable[..., Any], subject: Subject) -> list[Finding]:
 
 def named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Let the driver call the device by another name."""
-    monkeypatch.setattr(checks, "device_name", lambda device: name)
+    monkeypatch.setattr(speed, "device_name", lambda device: name)
 
 
 def test_this_machine_can_train_a_small_model(subject: Subject) -> None:
@@ -94,7 +95,7 @@ def test_a_preset_that_does_not_fit_is_no_go(
     (finding,) = only(checks.memory_fits, subject)
     assert finding.verdict == "fail"
     assert "tiny needs" in finding.detail and "of 0.0 GB" in finding.detail
-    assert "does not fit" in only(checks.expected, subject)[0].detail
+    assert "does not fit" in only(speed.expected, subject)[0].detail
 
 
 def test_a_wrong_kernel_is_no_go(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,12 +133,30 @@ def test_the_rate_is_set_against_a_known_peak_only(
 ) -> None:  # fmt: skip
     named(monkeypatch, name)
     monkeypatch.setattr(rates, "product_rate", lambda device, dtype: rate)
-    (finding,) = only(checks.products, subject)
+    (finding,) = only(speed.products, subject)
     assert finding.verdict == verdict
     assert says in finding.detail
-    assert finding.figures == {"flops_per_s": rate}
+    assert finding.figures["flops_per_s"] == rate
     assert bool(finding.source) == (verdict != "note")
     assert bool(finding.mend) == (verdict == "warn")
+
+
+def test_the_slowest_of_several_devices_counts(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named(monkeypatch, "AMD Instinct MI300X")
+    found = iter((700e12, 690e12, 300e12, 695e12))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device", lambda number: contextlib.nullcontext())
+    monkeypatch.setattr(rates, "product_rate", lambda device, dtype: next(found))
+    (finding,) = only(speed.products, replace(subject, device="cuda", nproc=4))
+    assert finding.verdict == "warn" and "on device 2, the slowest (best: 700)" in finding.detail
+
+
+def test_a_busy_machine_is_warned_of(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    for load, verdict in ((0.0, "ok"), (1e3, "warn")):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
+        assert only(host.other_work, subject)[0].verdict == verdict
 
 
 def test_memory_far_below_what_its_maker_states_is_suspicious(
@@ -146,7 +165,7 @@ def test_memory_far_below_what_its_maker_states_is_suspicious(
     named(monkeypatch, "AMD Instinct MI325X")
     for rate, verdict in ((4.5e12, "ok"), (2e12, "warn")):
         monkeypatch.setattr(rates, "memory_rate", lambda device, rate=rate: rate)
-        assert only(checks.bandwidth, subject)[0].verdict == verdict
+        assert only(speed.bandwidth, subject)[0].verdict == verdict
 
 
 def test_every_known_device_names_its_source() -> None:
@@ -161,23 +180,23 @@ def test_mfu_is_withheld_for_an_unknown_device(
 ) -> None:
     known = {"fits": 1.0, "product_flops_per_s": 1e11, "memory_bytes_per_s": 1e10}
     subject.measured.update(known)
-    (finding,) = only(checks.expected, subject)
+    (finding,) = only(speed.expected, subject)
     assert "ESTIMATE" in finding.detail and "MFU withheld" in finding.detail
     assert "mfu" not in finding.figures
     named(monkeypatch, "NVIDIA H100 80GB HBM3")
-    (finding,) = only(checks.expected, subject)
+    (finding,) = only(speed.expected, subject)
     assert "MFU (causal attention" in finding.detail
     assert 0 < finding.figures["mfu"] < 1
 
 
 def test_an_expectation_adds_up(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """By rates alone, every part follows from a rate; an exchange between ranks only adds to it."""
-    monkeypatch.setattr(expectation, "_is_quick", lambda *arguments: False)
+    monkeypatch.setattr(expectation, "_quick_size", lambda *arguments: 0)
     known = {"product_flops_per_s": 1e9, "memory_bytes_per_s": 1e9}
     subject.measured.update(known)
     alone = expectation.expect(subject)
     n_params = count_params(subject.config.model)
-    assert alone.how == "by the measured rates alone"
+    assert alone.how.startswith("an upper bound")
     assert alone.tokens_per_s == alone.by_rates_alone == 256 / sum(alone.seconds.values())
     assert alone.seconds["update"] == pytest.approx(40 * n_params / 1e9)
     assert set(alone.seconds) == {"forward and backward", "update"}
@@ -190,7 +209,7 @@ def test_an_expectation_adds_up(subject: Subject, monkeypatch: pytest.MonkeyPatc
 def test_a_covered_exchange_counts_as_one_block_of_it(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expectation, "_is_quick", lambda *arguments: False)
+    monkeypatch.setattr(expectation, "_quick_size", lambda *arguments: 0)
     monkeypatch.setattr(expectation, "device_memory_bytes", lambda device: 10**9)
     subject.measured.update(
         product_flops_per_s=1e9, memory_bytes_per_s=1e9, exchange_bytes_per_s=1e12
@@ -220,8 +239,8 @@ def test_an_exchange_that_hangs_is_a_finding_and_leaves_nothing_behind(
     def hang(*arguments: object) -> None:
         raise ExchangeError("all-reduce of 2 ranks hangs")
 
-    monkeypatch.setattr(checks, "measure_exchange", hang)
-    (finding,) = only(checks.all_reduce, replace(subject, nproc=2))
+    monkeypatch.setattr(speed, "measure_exchange", hang)
+    (finding,) = only(speed.all_reduce, replace(subject, nproc=2))
     assert finding == Finding("fail", "all-reduce", "all-reduce of 2 ranks hangs")
 
 

@@ -20,25 +20,18 @@ from typing import Final
 import torch
 
 from model.attention import self_test
-from model.config import ModelError, count_params, flops_per_token
+from model.config import ModelError, count_params
 from shards.errors import SummerError
 from shards.reader import find_sources
-from tools import host, rates, variables
-from tools.collective import measure_exchange
-from tools.errors import ToolError
-from tools.expectation import MFU_CONVENTION, expect
+from tools import host, rates, speed, variables
 from tools.findings import Finding, Subject, Verdict
 from tools.shard_checks import shards
 from trainer import memory
 from trainer.config import configure
-from trainer.devices import device_memory_bytes, device_name, find_accelerator, pick_device
+from trainer.devices import device_memory_bytes, pick_device
 
 OLDEST_PYTHON: Final = (3, 11)
 OLDEST_TORCH: Final = (2, 9)
-LEAST_SHARE_OF_PEAK: Final = 0.4
-"""AMD measures 0.54 of an MI300X's peak in bf16 products; far below that something throttles."""
-LEAST_SHARE_OF_MEASURED: Final = 0.8
-LEAST_SHARE_OF_BANDWIDTH: Final = 0.6
 LEAST_WRITE_RATE: Final = 100e6
 PROBE_BYTES: Final = 256 << 20
 CHECKPOINT_BYTES_PER_PARAMETER: Final = 12  # weights and two moments, fp32
@@ -159,72 +152,6 @@ def attention(subject: Subject) -> Iterator[Finding]:
     yield Finding("ok", "attention", f"{error:.1e} nats from fp32 math (limit 1e-3), {shape}")
 
 
-def products(subject: Subject) -> Iterator[Finding]:
-    """The rate of matrix products, beside what the maker states and what it measures."""
-    dtype = torch.bfloat16 if subject.config.precision == "bf16" else torch.float32
-    rate = rates.product_rate(subject.device, dtype)
-    subject.measured["product_flops_per_s"] = rate
-    figures = {"flops_per_s": rate}
-    text = f"{rate / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}"
-    known = find_accelerator(device_name(subject.device))
-    if known is None or dtype != torch.bfloat16:
-        text = f"{text}; no peak is known, so no MFU is shown"
-        yield Finding("note", "products", text, figures=figures)
-        return
-    share = rate / (known.bf16_tflops * 1e12)
-    text, source = f"{text}, {share:.0%} of {known.name}'s peak {known.bf16_tflops:g}", known.source
-    good = share >= LEAST_SHARE_OF_PEAK
-    if known.gemm_tflops is not None:
-        reached = rate / (known.gemm_tflops * 1e12)
-        text = f"{text}, {reached:.0%} of the {known.gemm_tflops:g} that its maker measures"
-        good, source = reached >= LEAST_SHARE_OF_MEASURED, f"{source}; {known.gemm_source}"
-    mend = "" if good else "look for throttling, a power cap or other users of the device"
-    yield Finding("ok" if good else "warn", "products", text, mend, source, figures)
-
-
-def bandwidth(subject: Subject) -> Iterator[Finding]:
-    """The rate of copies within the device's memory, beside what the maker states."""
-    rate = rates.memory_rate(subject.device)
-    subject.measured["memory_bytes_per_s"] = rate
-    figures = {"bytes_per_s": rate}
-    text = f"{rate / 1e9:,.0f} GB/s copied (read and written bytes both counted)"
-    known = find_accelerator(device_name(subject.device))
-    if known is None:
-        yield Finding("note", "bandwidth", text, figures=figures)
-        return
-    share = rate / (known.memory_tb_s * 1e12)
-    text = f"{text}, {share:.0%} of {known.name}'s {known.memory_tb_s:g} TB/s"
-    good = share >= LEAST_SHARE_OF_BANDWIDTH
-    mend = "" if good else "look for other users of the device"
-    yield Finding("ok" if good else "warn", "bandwidth", text, mend, known.source, figures)
-
-
-def all_reduce(subject: Subject) -> Iterator[Finding]:
-    """The rate at which ranks add up the gradients of one block."""
-    if subject.nproc < 2:
-        yield Finding("note", "all-reduce", "one process: there is nothing to exchange")
-        return
-    model = subject.config.model
-    one, two = (count_params(replace(model, n_layers=n)) for n in (1, 2))
-    n_bytes = 4 * (two - one)
-    try:
-        exchange = measure_exchange(subject.device, subject.nproc, n_bytes)
-    except ToolError as error:
-        yield Finding("fail", "all-reduce", str(error))
-        return
-    subject.measured["exchange_bytes_per_s"] = exchange.algorithm_rate
-    figures = {
-        "ranks": exchange.n_ranks, "bytes": exchange.n_bytes, "seconds": exchange.seconds,
-        "algorithm_bytes_per_s": exchange.algorithm_rate, "bus_bytes_per_s": exchange.bus_rate,
-    }  # fmt: skip
-    text = (
-        f"{exchange.n_ranks} ranks, {n_bytes / 1e6:,.1f} MB in {exchange.seconds * 1e3:,.1f} ms: "
-        f"algorithm {exchange.algorithm_rate / 1e9:,.3g} GB/s, bus {exchange.bus_rate / 1e9:,.3g}"
-    )
-    source = "nccl-tests doc/PERFORMANCE.md: bus = algorithm x 2 (n - 1) / n"
-    yield Finding("ok", "all-reduce", text, source=source, figures=figures)
-
-
 def compiler(subject: Subject) -> Iterator[Finding]:
     """Whether torch.compile has what it needs: a small function is compiled and run."""
     if not subject.config.compile:
@@ -272,39 +199,8 @@ def environment(subject: Subject) -> Iterator[Finding]:
     yield from variables.look_at(os.environ, kind)
 
 
-def expected(subject: Subject) -> Iterator[Finding]:
-    """The tokens a second to expect, labelled as the estimate that they are."""
-    if not subject.measured.get("fits"):
-        yield Finding("note", "expected", "no rate is estimated: the preset does not fit")
-        return
-    if not {"product_flops_per_s", "memory_bytes_per_s"} <= subject.measured.keys():
-        yield Finding("note", "expected", "no rate is estimated: nothing could be measured")
-        return
-    expectation = expect(subject)
-    rate = expectation.tokens_per_s
-    subject.measured["tokens_per_s"] = rate
-    parts = ", ".join(f"{name} {time:.3g} s" for name, time in expectation.seconds.items())
-    text = (
-        f"about {rate:,.0f} tokens/s, an ESTIMATE ({expectation.how}): a step of "
-        f"{expectation.tokens:,} tokens = {parts}; without data, commits and validation"
-    )
-    figures = {"tokens_per_s": rate, "tokens_per_s_by_rates_alone": expectation.by_rates_alone}
-    known = find_accelerator(device_name(subject.device))
-    if known is None or subject.config.precision != "bf16":
-        yield Finding(
-            "note", "expected", f"{text}; MFU withheld: no peak is known", figures=figures
-        )
-        return
-    model = subject.config.model
-    needed = rate * flops_per_token(model, model.seq_len)
-    mfu = needed / (known.bf16_tflops * 1e12 * subject.nproc)
-    text = f"{text}; {mfu:.1%} MFU ({MFU_CONVENTION})"
-    figures = {**figures, "mfu": mfu}
-    yield Finding("note", "expected", text, source=known.source, figures=figures)
-
-
 QUESTIONS: Final[tuple[Callable[[Subject], Iterator[Finding]], ...]] = (
-    versions, devices, memory_fits, bf16, attention, products, bandwidth, all_reduce, compiler,
-    host.numa_balancing, host.shared_memory, host.limits, host.host_memory, disk, environment,
-    expected, shards,
+    versions, devices, host.other_work, memory_fits, bf16, attention, speed.products,
+    speed.bandwidth, speed.all_reduce, compiler, host.numa_balancing, host.shared_memory,
+    host.limits, host.host_memory, disk, environment, speed.expected, shards,
 )  # fmt: skip

@@ -57,7 +57,7 @@ def main(sources: bool, as_json: bool, **subject: Any) -> None:
         click.echo(click.style(f"no-go: {', '.join(in_the_way)}", fg="red", bold=True))
     else:
         warned = sum(finding.verdict == "warn" for finding in findings)
-        text = f"go: {subject['preset']} can run" + (f", {warned} warnings" if warned else "")
+        text = f"go: {subject['preset']} can run" + (f", warnings: {warned}" if warned else "")
         text += f"; expect about {rate:,.0f} tokens/s (an estimate)" if rate else ""
         click.echo(click.style(text, fg="green", bold=True))
     raise SystemExit(1 if in_the_way else 0)

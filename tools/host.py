@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -23,7 +24,19 @@ _NCCL_DOCKER: Final = (
 _NCCL_SHARED: Final = 1 << 30  # what that document gives a container
 _FILES_A_SOURCE: Final = 128  # shards/reader.py holds as many open
 _OTHER_FILES: Final = 256
+_BUSY: Final = 0.5  # of the cores, before this looks at anything
 _STAGED_A_PARAMETER: Final = 36  # trainer/commits.py: three times weights and moments
+
+
+def other_work(subject: Subject) -> Iterator[Finding]:
+    """Whether others use the cores while rates are measured."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    text = f"load {load:.1f} on {cores} cores"
+    if load <= _BUSY * cores:
+        yield Finding("ok", "other work", text)
+        return
+    mend = "run this again when the machine is idle"
+    yield Finding("warn", "other work", f"{text}: the rates below are too low", mend)
 
 
 def numa_balancing(subject: Subject) -> Iterator[Finding]:
