@@ -43,10 +43,10 @@ def test_this_machine_s_kernels_pass(
 def test_each_kernel_gives_the_textbook_s_output_and_gradients(
     kernel: SDPBackend, n_kv_heads: int
 ) -> None:
-    config = ModelConfig(n_heads=6, n_kv_heads=n_kv_heads, d_model=6 * 16, seq_len=100, rope=False)
+    config = ModelConfig(n_heads=6, n_kv_heads=n_kv_heads, d_model=6 * 18, seq_len=100, rope=False)
     q, k, v = random_heads(config)
     with sdpa_kernel(kernel):
-        out = attend(*fold(q, k, v, PositionTables(config)(0, 100), config), config)[..., :16]
+        out = attend(*fold(q, k, v, PositionTables(config)(0, 100), config), config)[..., :18]
         weight = torch.randn_like(out)
         grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
     expected = explicit_mask_attention(q.double(), k.double(), v.double(), config)
@@ -63,7 +63,7 @@ def test_each_kernel_reads_a_text_in_any_cuts(
     kernel: SDPBackend, n_kv_heads: int, cuts: list[int]
 ) -> None:
     """Decoding and prefilling in chunks: queries from `start` on, over all keys up to their end."""
-    config = ModelConfig(n_heads=6, n_kv_heads=n_kv_heads, d_model=6 * 16, seq_len=100)
+    config = ModelConfig(n_heads=6, n_kv_heads=n_kv_heads, d_model=6 * 18, seq_len=100)
     with torch.no_grad(), sdpa_kernel(kernel):
         q, k, v = random_heads(config)
         q, k, v = fold(q, k, v, PositionTables(config)(0, 100), config)
@@ -83,16 +83,16 @@ def test_the_flash_kernel_reads_the_longest_context() -> None:
     In fp64, so that a difference is the fold's and not the order of sums.
     """
     T = MAX_ALIBI_CONTEXT
-    config = ModelConfig(n_heads=2, n_kv_heads=1, d_model=2 * 16, seq_len=T, rope=False)
+    config = ModelConfig(n_heads=2, n_kv_heads=1, d_model=2 * 18, seq_len=T, rope=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         q, k, v = (part[:1].double() for part in random_heads(config))
         out = attend(*fold(q, k, v, PositionTables(config)(0, T), config), config)
     distance = torch.arange(T - 8, T)[:, None] - torch.arange(T)
     scores = torch.einsum("ihd,jd->hij", q[0, -8:], k[0, :, 0])
-    scores -= alibi_slopes(2, 16).double()[:, None, None] * distance
-    scores = scores.masked_fill(distance < 0, -torch.inf) / 4
+    scores -= alibi_slopes(2, 18).double()[:, None, None] * distance
+    scores = scores.masked_fill(distance < 0, -torch.inf) * 18**-0.5
     expected = scores.softmax(-1) @ v[0, :, 0]
-    torch.testing.assert_close(out[0, :, -8:, :16], expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(out[0, :, -8:, :18], expected, rtol=0, atol=1e-9)
 
 
 def random_heads(config: ModelConfig) -> list[Tensor]:
