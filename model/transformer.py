@@ -90,9 +90,9 @@ class Transformer(nn.Module):
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight
 
     def compile_parts(self) -> None:
-        """Let torch compile a block, one graph for all of them, and the inside of the loss."""
-        for block in self.blocks:
-            block.compile(dynamic=False)
+        """Let torch compile a block, one graph for all of them, the first dropout, and the loss."""
+        for part in (self.embedding_drop, *self.blocks):
+            part.compile(dynamic=False)
         self.compiled_loss = True
 
     @torch.no_grad()
@@ -132,7 +132,9 @@ class Transformer(nn.Module):
         rows = None
         if dropout_key is not None and self.training:
             rows = row_state(dropout_key, tokens.shape[1])
-        x = self.embedding_drop(self.embedding(tokens).float(), rows)
+        x = self.embedding(tokens).float()
+        if rows is not None:
+            x = self.embedding_drop(x, rows)
         for layer, block in enumerate(self.blocks):
             if cache is None:
                 x = block(x, positions, rows)

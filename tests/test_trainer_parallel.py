@@ -35,7 +35,7 @@ def test_compiled_and_recomputed_blocks_give_the_same_gradients() -> None:
     torch._dynamo.reset()
     counters.clear()
     compiled_loss, compiled = gradients(compile="true", activation_checkpointing="full")
-    assert counters["stats"]["unique_graphs"] == 3  # a block, and two inside the loss
+    assert counters["stats"]["unique_graphs"] == 4  # a block, the first dropout, two inside the loss
     assert compiled_loss == pytest.approx(loss, rel=1e-6)
     assert compiled.keys() == plain.keys()
     for name, gradient in plain.items():

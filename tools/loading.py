@@ -20,6 +20,7 @@ from tools.errors import LoadingError
 from tools.hugging_face import read_folder
 from tools.scoring import Scorer
 from tools.vocabulary import Vocabulary
+from trainer.allocator import keep_freed_memory
 from trainer.checkpoint import load_weights
 from trainer.config import load_config
 from trainer.devices import pick_device
@@ -102,6 +103,8 @@ def load(choice: Choice) -> LoadedModel:
     if len(named) > 1:
         raise LoadingError(f"{named[0]} and {named[1]}: name one of --run, --checkpoint and --hf")
     device = resolve_device(choice.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     name, config, weights, vocabulary = (
         (str(choice.hf), *read_folder(choice.hf))
         if choice.hf is not None

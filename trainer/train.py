@@ -26,6 +26,7 @@ from typing import Final, NamedTuple
 
 from trainer import goodput
 from trainer.aftermath import Job, RolledBackError, look_at
+from trainer.allocator import keep_freed_memory
 from trainer.budget import Budget
 from trainer.commits import open_committer
 from trainer.distributed import join_world, restarted_by_torchrun
@@ -74,6 +75,8 @@ def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None 
         claim(run, world),
         beating(run, world, plan.config.guard.hang_timeout_s) as heart,
     ):
+        if world.device.type == "cpu":
+            keep_freed_memory()
         faults = Faults(orders, run, world.rank)
         while True:
             try:
