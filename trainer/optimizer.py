@@ -80,11 +80,9 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
     dist.all_reduce(flat)
     vector_to_parameters(flat.div_(dist.get_world_size()), vectors)
     mesh, own = slices[0].device_mesh, get_total_norm([grad.to_local() for grad in slices])
-    parts = own.new_empty(1 + mesh.size(mesh.ndim - 1))
-    dist.all_gather_into_tensor(parts[1:], own.view(1), group=mesh.get_group(mesh.ndim - 1))
-    parts[0] = get_total_norm(vectors)
-    total: Tensor = torch.linalg.vector_norm(parts)
-    return total
+    parts = [torch.empty_like(own) for _ in range(mesh.size(mesh.ndim - 1))]
+    dist.all_gather(parts, own, group=mesh.get_group(mesh.ndim - 1))
+    return get_total_norm([*parts, get_total_norm(vectors)])
 
 
 def update(optimizer: AdamW, refused: Tensor) -> None:
