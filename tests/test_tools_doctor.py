@@ -6,6 +6,9 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +94,7 @@ def test_an_unknown_preset_is_one_line() -> None:
 def test_a_preset_that_does_not_fit_is_no_go(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "device_memory_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(checks, "device_memory_bytes", lambda device, sharers: 1_000_000)
     (finding,) = only(checks.memory_fits, subject)
     assert finding.verdict == "fail"
     assert "tiny needs" in finding.detail and "of 0.0 GB" in finding.detail
@@ -139,6 +142,18 @@ def test_the_rate_is_set_against_a_known_peak_only(
     assert finding.figures["flops_per_s"] == rate
     assert bool(finding.source) == (verdict != "note")
     assert bool(finding.mend) == (verdict == "warn")
+
+
+def test_more_ranks_than_devices_is_no_go(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "AMD Instinct MI300X")
+    monkeypatch.setattr(checks, "device_memory_bytes", lambda device: 192 * 10**9)
+    (good,) = only(checks.devices, replace(subject, device="cuda", nproc=4))
+    assert (good.verdict, good.detail) == ("ok", "4 x AMD Instinct MI300X, 192 GB")
+    bad = only(checks.devices, replace(subject, device="cuda", nproc=8))[0]
+    assert (bad.verdict, bad.mend) == ("fail", "--nproc 4")
 
 
 def test_the_slowest_of_several_devices_counts(
@@ -210,7 +225,7 @@ def test_a_covered_exchange_counts_as_one_block_of_it(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(expectation, "_quick_size", lambda *arguments: 0)
-    monkeypatch.setattr(expectation, "device_memory_bytes", lambda device: 10**9)
+    monkeypatch.setattr(expectation, "device_memory_bytes", lambda device, sharers: 10**9)
     subject.measured.update(
         product_flops_per_s=1e9, memory_bytes_per_s=1e9, exchange_bytes_per_s=1e12
     )
@@ -230,8 +245,16 @@ def test_two_processes_add_up() -> None:
 def test_an_exchange_that_hangs_is_a_finding_and_leaves_nothing_behind(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ExchangeError, match=r"hangs: after 0.2 s rank 0, 1"):
-        measure_exchange("cpu", 2, 1 << 16, limit_s=0.2)
+    def stop_one() -> None:
+        while not (ranks := multiprocessing.active_children()):
+            time.sleep(0.01)
+        os.kill(int(ranks[0].pid or 0), signal.SIGSTOP)  # never ends by itself
+
+    stopper = threading.Thread(target=stop_one)
+    stopper.start()
+    with pytest.raises(ExchangeError, match=r"hangs: after 2 s rank"):
+        measure_exchange("cpu", 2, 1 << 16, limit_s=2.0)
+    stopper.join()
     assert not multiprocessing.active_children()
     with pytest.raises(ExchangeError, match=r"rank 0: .*nonsense"):
         measure_exchange("cpu", 1, 1 << 16, backend="nonsense")

@@ -105,6 +105,9 @@ def devices(subject: Subject) -> Iterator[Finding]:
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     size = device_memory_bytes("cuda") / 1e9
     alike = len(set(names)) == 1
+    if len(names) < subject.nproc:
+        text = f"{len(names)} for {subject.nproc} ranks"
+        yield Finding("fail", "devices", text, f"--nproc {len(names)}")
     text = f"{len(names)} x {names[0]}, {size:.0f} GB" if alike else f"unlike: {', '.join(names)}"
     yield Finding("ok" if alike else "warn", "devices", text)
 
@@ -112,11 +115,12 @@ def devices(subject: Subject) -> Iterator[Finding]:
 def memory_fits(subject: Subject) -> Iterator[Finding]:
     """Whether one row of the preset fits into a device."""
     parts = memory.memory_by_part(subject.config, 1, subject.device)
-    limit = device_memory_bytes(subject.device)
+    limit = device_memory_bytes(subject.device, subject.nproc)
     fits = memory.fits(parts, limit)
     subject.measured["fits"] = float(fits)
     text = f"{subject.config.preset} needs {sum(parts.values()) / 1e9:.1f} GB for one row a device"
-    mend = "" if fits else "a smaller preset, or activation_checkpointing=full"
+    spread = f"shard_degree={subject.nproc}" if subject.nproc > 1 else "shard_degree, on several"
+    mend = "" if fits else f"a smaller preset, activation_checkpointing=full, or {spread}"
     yield Finding("ok" if fits else "fail", "memory", f"{text}, of {limit / 1e9:.1f} GB", mend)
 
 

@@ -80,15 +80,15 @@ def measure_exchange(
 
 def _outcome(folder: Path, n_ranks: int, late: list[int], limit_s: float) -> float:
     """The median time of one all-reduce, or ExchangeError with the first reason found."""
-    for rank in range(n_ranks):
-        if (folder / f"error-{rank}").exists():
-            raise ExchangeError(f"rank {rank}: {(folder / f'error-{rank}').read_text()}")
     if late:
         raise ExchangeError(
             f"all-reduce of {n_ranks} ranks hangs: after {limit_s:g} s rank "
             f"{', '.join(map(str, late))} had not ended; look for a firewall on the loopback "
             "interface, and set NCCL_DEBUG=INFO"
         )
+    for rank in range(n_ranks):
+        if (folder / f"error-{rank}").exists():
+            raise ExchangeError(f"rank {rank}: {(folder / f'error-{rank}').read_text()}")
     if not (folder / "seconds").exists():
         raise ExchangeError("a rank was killed (by the system, for its memory?)")
     return float(json.loads((folder / "seconds").read_text()))

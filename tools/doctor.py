@@ -66,10 +66,12 @@ def main(sources: bool, as_json: bool, **subject: Any) -> None:
 def _lines(finding: Finding, sources: bool) -> list[str]:
     """A finding in columns, its mend and its source below it."""
     width = max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
-    first, *others = textwrap.wrap(finding.detail, width - len(_INDENT)) or [""]
-    below = [finding.mend and f"-> {finding.mend}", sources and finding.source]
-    for text in below:
-        others += textwrap.wrap(text, width - len(_INDENT)) if text else []
+    texts = [finding.detail, finding.mend and f"-> {finding.mend}"]
+    texts += [finding.source] if sources else []
+    wrap = textwrap.TextWrapper(
+        width - len(_INDENT), break_on_hyphens=False, break_long_words=False
+    ).wrap  # addresses stay whole
+    first, *others = [line for text in texts for line in wrap(text)] or [""]
     verdict = click.style(f"{finding.verdict:<5}", fg=_COLOURS[finding.verdict])
     return [f"{verdict} {finding.topic:<12}{first}", *(_INDENT + line for line in others)]
 

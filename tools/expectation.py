@@ -60,7 +60,7 @@ def expect(subject: Subject) -> Expectation:
     config, device = subject.config, subject.device
     rows = max(1, config.global_batch_tokens // config.model.seq_len)
     on_rank = max(1, rows // subject.nproc)
-    limit = device_memory_bytes(device)
+    limit = device_memory_bytes(device, subject.nproc)
     size = config.micro_batch_size or memory.largest_micro_batch(config, on_rank, device, limit)
     size = _quick_size(subject, size or 1, limit)
     quick = size > 0

@@ -68,7 +68,7 @@ HARMFUL: Final = (
 
 ADVISED_ON_ROCM: Final = (
     Variable(
-        "NCCL_MIN_NCHANNELS", "more channels for collectives on 8 x MI300X", MI300X_GUIDE, "112"
+        "NCCL_MIN_NCHANNELS", "collectives have more channels on 8 x MI300X", MI300X_GUIDE, "112"
     ),
     Variable(
         "HSA_NO_SCRATCH_RECLAIM",
@@ -77,7 +77,10 @@ ADVISED_ON_ROCM: Final = (
         "1",
     ),
     Variable(
-        "HIP_FORCE_DEV_KERNARG", "2 to 3 us less for some kernels (newer ROCm does it)", _HIP, "1"
+        "HIP_FORCE_DEV_KERNARG",
+        "some kernels start 2 to 3 us earlier (newer ROCm does so)",
+        _HIP,
+        "1",
     ),
     Variable(
         "TORCH_NCCL_HIGH_PRIORITY",
@@ -126,7 +129,7 @@ def look_at(environment: Mapping[str, str], kind: str) -> Iterable[Finding]:
             yield Finding("warn", "environment", text, f"unset {variable.name}", variable.source)
     for variable in {"rocm": ADVISED_ON_ROCM, "cuda": ADVISED_ON_CUDA}.get(kind, ()):
         if variable.name not in environment:
-            text = f"{variable.name} is not set: {variable.why}"
+            text = f"{variable.name} is not set; with it, {variable.why}"
             mend = f"export {variable.name}={variable.advised}"
             yield Finding("note", "environment", text, mend, variable.source)
         else:
