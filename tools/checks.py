@@ -121,7 +121,9 @@ def memory_fits(subject: Subject) -> Iterator[Finding]:
     text = f"{subject.config.preset} needs {sum(parts.values()) / 1e9:.1f} GB for one row a device"
     spread = f"shard_degree={subject.nproc}" if subject.nproc > 1 else "shard_degree, on several"
     mend = "" if fits else f"a smaller preset, activation_checkpointing=full, or {spread}"
-    yield Finding("ok" if fits else "fail", "memory", f"{text}, of {limit / 1e9:.1f} GB", mend)
+    text = f"{text}, of {limit / 1e9:.1f} GB"
+    figures = {"needed_bytes": sum(parts.values()), "device_bytes": limit}
+    yield Finding("ok" if fits else "fail", "memory", text, mend, figures=figures)
 
 
 def bf16(subject: Subject) -> Iterator[Finding]:
@@ -185,9 +187,8 @@ def disk(subject: Subject) -> Iterator[Finding]:
     free = shutil.disk_usage(subject.folder).free
     verdict: Verdict = "ok" if free >= needed else "fail" if free < one else "warn"
     room = f"{free / 1e9:,.1f} GB free; checkpoints of {config.preset} need {needed / 1e9:,.1f} GB"
-    yield Finding(
-        verdict, "disk", f"{room} ({config.checkpoint.keep_last} kept, one in the making)"
-    )
+    text = f"{room} ({config.checkpoint.keep_last} kept, one in the making)"
+    yield Finding(verdict, "disk", text, figures={"free_bytes": free, "needed_bytes": needed})
     if free < 2 * PROBE_BYTES:
         return
     rate = rates.write_rate(subject.folder, PROBE_BYTES)
