@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -66,6 +67,9 @@ def build_network(config: RunConfig, world: World) -> Network:
     elif config.compile:
         # DDP's own graph splitter would cut even graphs of a single block
         torch._dynamo.config.optimize_ddp = False
+        # inductor's own random numbers can corrupt dropout on CUDA (pytorch#198333, torch 2.13)
+        if hasattr(torch._inductor.config, "align_random_eager"):
+            torch._inductor.config.align_random_eager = True
         bare.compile_parts()
     if config.shard_degree > 1:
         _shard(bare, config, world)
