@@ -45,14 +45,16 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
+def row_digest(row: Tokens, mask: Masks | None = None) -> int:
+    """XXH3-64 of a row's bytes, then of its mask's bytes if it has one."""
+    whole = row if mask is None else row.tobytes() + mask.tobytes()
+    return xxhash.xxh3_64_intdigest(whole)  # type: ignore[arg-type]
+
+
 def row_digests(rows: Tokens, masks: Masks | None = None) -> npt.NDArray[np.uint64]:
-    """XXH3-64 of each row's bytes, then of its mask's bytes if there are masks. [n]"""
-    rows = np.ascontiguousarray(rows)
-    if masks is not None:
-        masks = np.ascontiguousarray(masks)
-        joined = (row.tobytes() + mask.tobytes() for row, mask in zip(rows, masks, strict=True))
-        return np.fromiter(map(xxhash.xxh3_64_intdigest, joined), np.uint64, len(rows))
-    return np.fromiter(map(xxhash.xxh3_64_intdigest, rows), np.uint64, len(rows))
+    """The digest of each row with its mask. [n]"""
+    whole = (np.ascontiguousarray(rows),) if masks is None else (rows, masks)
+    return np.fromiter(map(row_digest, *whole), np.uint64, len(rows))
 
 
 def unit_name(position: int) -> str:

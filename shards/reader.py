@@ -27,7 +27,7 @@ from shards.format import (
     Split,
     Tokens,
     parse_json,
-    row_digests,
+    row_digest,
 )
 
 _OPEN_SHARDS: Final = 128
@@ -125,12 +125,14 @@ class ShardReader:
         facts = self.manifest.facts
         rows = np.empty((len(indices), facts.seq_len), np.dtype(facts.dtype).newbyteorder("<"))
         masks = np.empty((len(indices), facts.seq_len // 8), np.uint8) if facts.masked else None
-        for place, index in enumerate(indices):
-            shard, row = self._find(int(index))
-            shard.read(
-                row, rows[place : place + 1], None if masks is None else masks[place : place + 1]
-            )
+        for place, index in enumerate(indices.tolist()):
+            self.read(index, rows[place], None if masks is None else masks[place])
         return rows, masks
+
+    def read(self, index: int, tokens: Tokens, mask: Masks | None) -> None:
+        """Fill tokens [seq_len] and mask [seq_len / 8] (None: the source has none) with a row."""
+        shard, row = self._find(index)
+        shard.read(row, tokens, mask)
 
     def origin(self, index: int) -> tuple[str, int, int]:
         """Input file, part and record that the row's first token comes from."""
@@ -167,13 +169,14 @@ class _OpenShard:
             mask = folder / f"{info.stem}.mask.npy"
             self._mask = self._array(mask, (info.n_rows, facts.seq_len // 8), np.dtype(np.uint8))
         self.records = self._sidecar(folder / f"{info.stem}.rows.npy", info)
+        self._digests = self.records["xxh3"]
 
     def read(self, row: int, tokens: Tokens, mask: Masks | None) -> None:
-        """Fill tokens [1, seq_len] and mask [1, seq_len / 8]; ShardError if damaged."""
+        """Fill tokens [seq_len] and mask [seq_len / 8]; ShardError if damaged."""
         whole = self._data.read_into(row, tokens)
         if self._mask is not None and mask is not None:
             whole = self._mask.read_into(row, mask) and whole
-        if not whole or row_digests(tokens, mask)[0] != self.records["xxh3"][row]:
+        if not whole or row_digest(tokens, mask) != self._digests[row]:
             raise ShardError(
                 f"{self._source}: {self._path} row {row} is damaged (its digest differs); "
                 f"{self._mend}"
@@ -216,7 +219,7 @@ class _RowFile:
         if size != expected:
             raise ValueError(f"{size} bytes, {expected} expected")
 
-    def read_into(self, row: int, out: npt.NDArray[np.generic]) -> bool:
+    def read_into(self, row: int, out: npt.NDArray[Any]) -> bool:
         """Fill `out` with the row's bytes; whether there were enough of them."""
         at = self._start + row * self._row_bytes
-        return os.preadv(self._handle, [out.view(np.uint8).data], at) == self._row_bytes
+        return os.preadv(self._handle, [out.data], at) == self._row_bytes

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.batches import Stretch
 from trainer.errors import ConfigError, TrainingError
 from trainer.guard import NOTHING_RECORDED, Guard, GuardConfig, add_skipped, recorded
-from trainer.loader import Stretch
 from trainer.metrics import read_lines
 from trainer.mixture import BatchShape, leave_out
 from trainer.optimizer import finish_gradients, update

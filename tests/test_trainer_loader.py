@@ -13,9 +13,10 @@ from model.loss import IGNORED
 from shards.errors import ShardError
 from shards.reader import ShardReader
 from shards_samples import make_source
+from trainer.batches import HostBatch, MicroBatches, Stretch, to_device
 from trainer.errors import TrainingError
-from trainer.loader import HostBatch, Loader, LoaderConfig, MicroBatches, Stretch, to_device
-from trainer.mixture import BatchShape, DataOrder, Located, Phase, dropout_keys
+from trainer.loader import Loader, LoaderConfig
+from trainer.mixture import BatchShape, DataOrder, Keys, Phase, dropout_keys
 from trainer_samples import make_shards
 
 CPU = torch.device("cpu")
@@ -29,6 +30,12 @@ def batches_of(
     order = DataOrder(seed=5, rows=rows, phases=[Phase(0, dict.fromkeys(rows, 1))])
     stretch = Stretch(first_index=first_index, n_steps=n_steps, shape=shape, rank=rank)
     return MicroBatches(order, readers, stretch)
+
+
+def gathered(batches: MicroBatches, indices: np.ndarray) -> HostBatch:
+    located = batches._order.locate(indices)
+    keys = dropout_keys(batches._order.seed, indices)
+    return batches.gather(located.source.tolist(), located.row.tolist(), keys)
 
 
 def tokens_of(loader: Loader, n: int) -> torch.Tensor:
@@ -76,7 +83,7 @@ def test_rows_are_those_that_the_order_names(tmp_path: Path) -> None:
     batches = batches_of(shards, BatchShape(8, 8, 1), 1)
     indices = np.arange(100, 120)
     located = batches._order.locate(indices)
-    host = batches.gather(indices, located)
+    host = gathered(batches, indices)
     assert host.tokens.dtype == torch.uint16
     for place in range(20):
         name = batches._order.sources[located.source[place]]
@@ -110,7 +117,7 @@ def test_a_masked_source_beside_a_plain_one(tmp_path: Path) -> None:
     batches = batches_of(tmp_path, BatchShape(8, 8, 1), 1)
     indices = np.arange(8)
     located = batches._order.locate(indices)
-    host = batches.gather(indices, located)
+    host = gathered(batches, indices)
     assert host.is_target is not None
     for place in range(8):
         name = batches._order.sources[located.source[place]]
@@ -172,7 +179,7 @@ def test_workers_that_always_die_are_an_error_with_a_mend(
     monkeypatch.setattr("trainer.loader._LIVES", 1)  # torch takes five seconds to notice each
 
     class Deadly(MicroBatches):
-        def gather(self, indices: np.ndarray, located: Located) -> HostBatch:
+        def gather(self, sources: list[int], rows: list[int], keys: Keys) -> HostBatch:
             os._exit(9)
 
     good = batches_of(make_shards(tmp_path), BatchShape(8, 8, 1), 1)

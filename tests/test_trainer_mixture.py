@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shards.reader import ShardReader
 from shards_samples import make_source
 from trainer import mixture
-from trainer.loader import HostBatch, MicroBatches, Stretch
+from trainer.batches import HostBatch, MicroBatches, Stretch
 from trainer.mixture import (
     BatchShape,
     DataOrder,

@@ -21,9 +21,9 @@ from shards.format import TOKENIZER, Manifest
 from shards.reader import ShardReader, find_sources
 from tools.errors import TraceError
 from tools.provenance import document_name, rows_of_document
+from trainer.batches import Stretch
 from trainer.checkpoint import read_record
 from trainer.config import RunConfig, load_config
-from trainer.loader import Stretch
 from trainer.metrics import read_lines
 from trainer.mixture import BatchShape, DataOrder, Phase, leave_out
 from trainer.runs import EVENTS, commits

@@ -13,7 +13,8 @@ Before the first step:
 The loop:
     train.py        one page: loader, model, gradients, update, log, commit
     mixture.py      sample number -> source, epoch, row: the data order as a pure function
-    loader.py       rows -> micro-batches on the device
+    batches.py      rows -> micro-batches of one rank
+    loader.py       micro-batches, read ahead by workers, on the device
     parallel.py     the model compiled, recomputed and replicated
     schedule.py     the learning rate as a function of the step
     optimizer.py    AdamW, clipping with exact token weights, refused updates

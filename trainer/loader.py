@@ -1,47 +1,31 @@
-"""Rows -> micro-batches on the device, read ahead by worker processes.
+"""Micro-batches on the device, read ahead by worker processes that may die.
 
-Worker w of K builds micro-batches w, w+K, w+2K, ... of its rank, and torch hands them out in turn:
-the sequence is the same for any number of workers. Each is gathered, checked against its rows'
-digests and stacked in one go; it travels as the uint16 of the shards (a quarter of int64) from one
-pinned buffer, and is widened on the device.
+On CUDA each is copied from one pinned buffer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Final
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
-from model.loss import IGNORED
-from shards.errors import ShardError, SummerError
-from shards.reader import ShardReader
+from shards.errors import SummerError
+from trainer.batches import HostBatch, MicroBatch, MicroBatches, Refused, to_device
 from trainer.errors import TrainingError, at_least
-from trainer.mixture import (
-    BatchShape,
-    DataOrder,
-    Indices,
-    Located,
-    dropout_keys,
-    leave_out,
-    micro_batch_indices,
-)
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 _LIVES: Final = 3  # sets of workers that may die in a row without having read anything
-_LOCATED_AT_ONCE: Final = 64  # micro-batches; one alone takes 0.2 ms, however few its rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,121 +40,6 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         at_least("loader.", self, num_workers=0, prefetch=1)
-
-
-class MicroBatch(NamedTuple):
-    """What the model is fed: tokens and targets [B, T] int64, dropout_key [B, 2] int32."""
-
-    tokens: Tensor
-    targets: Tensor
-    dropout_key: Tensor
-
-
-class HostBatch(NamedTuple):
-    """A micro-batch before it is moved: tokens [B, T] as stored, is_target [B, T] bool or None."""
-
-    tokens: Tensor
-    is_target: Tensor | None
-    dropout_key: Tensor
-
-
-class Refused(NamedTuple):
-    """A worker's error. As an exception it would arrive with a traceback for a message."""
-
-    error: SummerError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stretch:
-    """The steps that a loader serves: from `first_index` on, dealt out by `shape`, to one rank.
-
-    Samples in `skipped`, stretches [begin, end), are left out. `done` micro-batches are behind it.
-    """
-
-    first_index: int
-    n_steps: int
-    shape: BatchShape
-    rank: int
-    skipped: tuple[tuple[int, int], ...] = ()
-    done: int = 0
-
-    @property
-    def numbers(self) -> range:
-        """The micro-batches that are left."""
-        return range(self.done, self.n_steps * self.shape.grad_accum_steps)
-
-    def indices(self, seed: int, number: int) -> Indices:
-        """[M]: the samples of the rank's micro-batch `number`, counted from the first step."""
-        step, micro_step = divmod(number, self.shape.grad_accum_steps)
-        places = np.array(step * self.shape.global_batch_size)
-        start = int(leave_out(self.first_index, places, self.skipped))
-        indices = micro_batch_indices(seed, start, self.shape, micro_step, self.rank)
-        return leave_out(start, indices - start, self.skipped)
-
-
-class MicroBatches(IterableDataset[HostBatch | Refused]):
-    """The micro-batches of one rank, in order, shared out over the loader's workers."""
-
-    def __init__(
-        self, order: DataOrder, readers: Mapping[str, ShardReader], stretch: Stretch
-    ) -> None:
-        self._order, self._stretch = order, stretch
-        self._readers = [readers.get(name) for name in order.sources]
-        there = [reader for reader in self._readers if reader is not None]
-        self._seq_len = there[0].seq_len
-        self._dtype = np.dtype(there[0].manifest.facts.dtype)
-        self._masked = any(reader.manifest.facts.masked for reader in there)
-
-    def __iter__(self) -> Iterator[HostBatch | Refused]:
-        worker = get_worker_info()
-        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        numbers = self._stretch.numbers[first::stride]
-        for start in range(0, len(numbers), _LOCATED_AT_ONCE):
-            ahead = numbers[start : start + _LOCATED_AT_ONCE]
-            indices = np.stack([self._stretch.indices(self._order.seed, n) for n in ahead])
-            located = self._order.locate(indices.reshape(-1))
-            columns = [column.reshape(indices.shape) for column in located]
-            for place, batch in enumerate(indices):
-                yield self._gather_or_refuse(batch, Located(*(col[place] for col in columns)))
-
-    def _gather_or_refuse(self, indices: Indices, located: Located) -> HostBatch | Refused:
-        try:
-            return self.gather(indices, located)
-        except SummerError as error:
-            return Refused(error)
-        except OSError as error:
-            return Refused(ShardError(f"a shard cannot be read: {error}"))
-
-    def going_on(self, done: int) -> MicroBatches:
-        """The same micro-batches without the first `done`."""
-        rest = copy.copy(self)
-        rest._stretch = replace(self._stretch, done=done)
-        return rest
-
-    def nothing(self) -> HostBatch:
-        """A micro-batch without a target, for steps that will not count."""
-        size = self._stretch.shape.micro_batch_size
-        tokens = torch.from_numpy(np.zeros((size, self._seq_len), self._dtype))
-        is_target = torch.zeros(tokens.shape, dtype=torch.bool)
-        return HostBatch(tokens, is_target, torch.zeros(size, 2, dtype=torch.int32))
-
-    def gather(self, indices: Indices, located: Located) -> HostBatch:
-        """The rows of these samples, checked; ShardError for one that is damaged."""
-        tokens = np.empty((len(indices), self._seq_len), self._dtype)
-        is_target = np.ones(tokens.shape, np.bool_) if self._masked else None
-        for number in np.unique(located.source):
-            places = np.flatnonzero(located.source == number)
-            reader = self._readers[number]
-            if reader is None:
-                raise ShardError(f"{self._order.sources[number]} was retired and is drawn again")
-            tokens[places], masks = reader.rows(located.row[places])
-            if masks is not None and is_target is not None:
-                is_target[places] = np.unpackbits(masks, axis=1, bitorder="little").astype(bool)
-        return HostBatch(
-            torch.from_numpy(tokens),
-            None if is_target is None else torch.from_numpy(is_target),
-            torch.from_numpy(dropout_keys(self._order.seed, indices)),
-        )
 
 
 class Loader:
@@ -189,7 +58,7 @@ class Loader:
         self._served = 0
         self.waited_s = 0.0
         self.damage: SummerError | None = None
-        self._batches = self._open()
+        self._start()
 
     def next(self) -> MicroBatch:
         """The next micro-batch; without a target from the first row on that is damaged.
@@ -214,8 +83,11 @@ class Loader:
         They are killed: they write nothing, and one that waits for a lock which a dead one held
         would be waited for at exit.
         """
+        if self._coming:  # a worker forked while it is taken over would hang
+            wait([self._coming], timeout=1)
         for worker in getattr(self._batches, "_workers", []):
             worker.kill()
+        self._thread.shutdown(wait=False)
         shutdown = getattr(self._batches, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()
@@ -224,21 +96,38 @@ class Loader:
         """What the workers made; new ones go on, at the same place, where one has died."""
         for _ in range(_LIVES):
             try:
-                host = next(self._batches)
+                host = self._coming.result() if self._coming else next(self._batches)
             except (RuntimeError, OSError, EOFError) as error:  # the last two: while it sends
                 if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                     raise
                 died = str(error).partition("\n")[0]
                 self._tell(f"! a loader worker died ({died}); new ones read on from the same row")
                 self.close()
-                self._batches = self._open()
+                self._start()
             else:
                 self._served += 1
+                self._read_ahead()
                 return host
         raise TrainingError(
             f"{_LIVES} times a loader worker died before it had read a row ({died}); the last "
             "commit stands: run the same command with a smaller loader.num_workers"
         )
+
+    def _start(self) -> None:
+        self._batches = self._open()  # here: the kernel ends workers with the thread they are of
+        self._thread = ThreadPoolExecutor(1, "loader")
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Have the next micro-batch taken over from the workers beside training.
+
+        As torch does where memory is pinned. For 64 KiB it takes a millisecond, mostly of waiting
+        for the worker's pipe. Reading itself is not done there:
+        a worker forked meanwhile, of another loader, would hang.
+        """
+        self._coming: Future[HostBatch | Refused] | None = None
+        if self._config.num_workers:
+            self._coming = self._thread.submit(self._batches.__next__)
 
     def _open(self) -> Iterator[HostBatch | Refused]:
         """Workers that read on from the first micro-batch that has not been handed out."""
@@ -274,20 +163,6 @@ def _own_child_handler() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, before)
-
-
-def to_device(host: HostBatch, device: torch.device, pad_id: int) -> MicroBatch:
-    """The micro-batch on the device, with targets: the row shifted left.
-
-    Ignored (-100) are the last place, targets that are padding, and those the loss mask leaves out.
-    """
-    tokens = host.tokens.to(device, non_blocking=True).long()
-    targets = torch.full_like(tokens, IGNORED)
-    targets[:, :-1] = tokens[:, 1:].masked_fill(tokens[:, 1:] == pad_id, IGNORED)
-    if host.is_target is not None:
-        is_target = host.is_target.to(device, non_blocking=True)
-        targets[:, :-1].masked_fill_(~is_target[:, 1:], IGNORED)
-    return MicroBatch(tokens, targets, host.dropout_key.to(device, non_blocking=True))
 
 
 def _live_and_die_with_the_parent(worker: int) -> None:

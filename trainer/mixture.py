@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint64]
 
 _ROUNDS: Final = 8
@@ -53,7 +54,7 @@ def key_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def dropout_keys(seed: int, indices: Indices) -> npt.NDArray[np.int32]:
+def dropout_keys(seed: int, indices: Indices) -> Keys:
     """[n, 2] int32: what each sample's dropout depends on, whichever rank or place it has."""
     words = splitmix64(indices.astype(np.uint64) ^ np.uint64(key_of(seed, "dropout")))
     return words.astype("<u8").view("<i4").reshape(-1, 2)

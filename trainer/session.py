@@ -18,6 +18,7 @@ from shards.files import publish_bytes
 from shards.format import TOKENIZER
 from shards.reader import ShardReader
 from trainer import checkpoint, goodput
+from trainer.batches import MicroBatches, Stretch
 from trainer.config import differences, load_config, save_config
 from trainer.distributed import World, make_deterministic
 from trainer.errors import ConfigError
@@ -25,7 +26,7 @@ from trainer.faults import alarm
 from trainer.guard import NOTHING_RECORDED, Recorded, recorded
 from trainer.inject import Faults, flip_a_bit
 from trainer.ledger import refuse_repeats
-from trainer.loader import Loader, MicroBatches, Stretch
+from trainer.loader import Loader
 from trainer.metrics import Journal, read_lines
 from trainer.optimizer import make_optimizer
 from trainer.parallel import Network, build_network, filled_whole

@@ -6,7 +6,7 @@
 What happens to a step's tokens:
 
 1.  `mixture.py` says which rows the step's sample numbers mean; nothing of that is stored.
-2.  `loader.py` reads this rank's rows, proves each one and stacks them: [B, T] on the device.
+2.  `batches.py` reads this rank's rows, proves and stacks them; `loader.py` brings them ahead of time.
 3.  The model returns the sum of the losses. Backward divides it by the targets that a full step
     has, so that micro-batches and ranks just add up.
 4.  Ranks add up their gradients (in the last backward pass) and their counts (one reduction).

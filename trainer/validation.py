@@ -23,9 +23,9 @@ from model.loss import IGNORED
 from model.transformer import Transformer
 from shards.format import TOKENIZER
 from shards.reader import ShardReader
+from trainer.batches import HostBatch, targets_in, to_device
 from trainer.distributed import World
 from trainer.errors import at_least
-from trainer.loader import HostBatch, to_device
 from trainer.text_bytes import TextBytes, read_text_bytes
 
 if TYPE_CHECKING:
@@ -144,6 +144,5 @@ def _filled(
     is_target: Tensor | None = None
     if masks is not None:
         is_target = torch.zeros(tokens.shape, dtype=torch.bool)
-        bits = np.unpackbits(masks, axis=1, bitorder="little").astype(bool)
-        is_target[: len(rows)] = torch.from_numpy(bits)
+        is_target[: len(rows)] = targets_in(masks)
     return HostBatch(torch.from_numpy(tokens), is_target, torch.zeros(size, 2, dtype=torch.int32))

@@ -21,7 +21,8 @@ from measure import machine, spread
 from shards.format import Facts, Part, TokenizerInfo
 from shards.reader import ShardReader
 from shards.writer import ShardWriter, write_manifest
-from trainer.loader import Loader, LoaderConfig, MicroBatches, Stretch
+from trainer.batches import MicroBatches, Stretch
+from trainer.loader import Loader, LoaderConfig
 from trainer.mixture import BatchShape, DataOrder, Phase
 from trainer.shares import REFERENCE_SHARES
 
