@@ -277,3 +277,13 @@ def test_an_unknown_fault_is_one_line(shards: Path, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert len(result.stderr.strip().splitlines()) == 1
     assert "kinds are nan, spike, sigterm" in result.stderr
+
+
+@pytest.mark.parametrize("order", ["sigkill:1:3", "nan:0:15"])
+def test_a_fault_that_would_never_strike_is_refused(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    monkeypatch.setenv("SUMMER_FAULT", order)
+    with pytest.raises(ConfigError, match=f"{order} would never strike: .* 0 to 0 .* 1 to 14"):
+        train(small_plan(shards, **SETS), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

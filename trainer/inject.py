@@ -61,6 +61,16 @@ def ordered_faults(text: str | None = None) -> tuple[Fault, ...]:
     return tuple(faults)
 
 
+def refuse_unmet(faults: tuple[Fault, ...], n_ranks: int, max_steps: int) -> None:
+    """ConfigError for a fault that would never strike: its rank or step is not in the run."""
+    for fault in faults:
+        if fault.rank >= n_ranks or fault.step > max_steps:
+            raise ConfigError(
+                f"{VARIABLE}={':'.join(map(str, fault))} would never strike: this run has ranks 0 "
+                f"to {n_ranks - 1} and steps 1 to {max_steps}; name one of these"
+            )
+
+
 class Faults:
     """The faults of one rank."""
 

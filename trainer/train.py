@@ -6,7 +6,7 @@
 What happens to a step's tokens:
 
 1.  `mixture.py` says which rows the step's sample numbers mean; nothing of that is stored.
-2.  `batches.py` reads this rank's rows, proves and stacks them; `loader.py` brings them ahead of time.
+2.  `batches.py` reads this rank's rows, proves and stacks them; `loader.py` reads ahead.
 3.  The model returns the sum of the losses. Backward divides it by the targets that a full step
     has, so that micro-batches and ranks just add up.
 4.  Ranks add up their gradients (in the last backward pass) and their counts (one reduction).
@@ -33,7 +33,7 @@ from trainer.distributed import join_world, restarted_by_torchrun
 from trainer.faults import named_faults
 from trainer.guard import Guard
 from trainer.heartbeat import beating
-from trainer.inject import Faults, ordered_faults
+from trainer.inject import Faults, ordered_faults, refuse_unmet
 from trainer.logbook import Logbook, spent_line
 from trainer.optimizer import finish_gradients, set_lr, update
 from trainer.parallel import (
@@ -68,6 +68,7 @@ class Outcome(NamedTuple):
 def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None = None) -> Outcome:
     """How the run ended. It is committed then; `train` with the same plan goes on from there."""
     orders, again = ordered_faults(), restarted_by_torchrun()
+    refuse_unmet(orders, plan.shape.world_size, plan.config.max_steps)
     with (
         listen_for_stop() as asked_to_stop,
         join_world(plan.config.device) as world,
