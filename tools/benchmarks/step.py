@@ -7,27 +7,25 @@ Each side runs forward, backward, clipping and fused AdamW under bf16 autocast o
 the same tokens. Ours has RoPE, ALiBi, LayerScale, and dropout of 0.1 on branches and embedding (and
 what `--attention-dropout` says in the kernel); the peers have RoPE alone. The sides take turns in
 one process, a few steps each, all with the C library's allocator as `summer-train` sets it (or as
-it is, with --plain-malloc); a ratio is taken turn by turn. Memory is what a fresh process grows by,
-from before its model is made to its peak while it trains. The peers' rows need transformers and
-litgpt.
+it is, with --plain-malloc); a ratio is taken turn by turn. Memory is that of tensors, at the height
+of a step. The peers' rows need transformers and litgpt.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import itertools
 import statistics
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from gpu_step import shares
-from measure import machine, run, spread
+from measure import machine, spread
 from model.config import ModelConfig, flops_per_token
 from step_sides import SIDES, Side, Work
 from trainer.allocator import keep_freed_memory
@@ -42,9 +40,6 @@ def main() -> None:
     torch.set_num_threads(wish.threads)
     if not wish.plain_malloc:
         keep_freed_memory()
-    if wish.memory_of:
-        print(json.dumps(peak_memory_mb(wish.memory_of, work_of(wish, wish.context[0]))))
-        return
     print(machine("torch", "transformers", "litgpt"), end="\n\n")
     for context in wish.context:
         work = work_of(wish, context)
@@ -70,8 +65,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--plain-malloc", action="store_true")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -115,16 +108,15 @@ def compare(wish: argparse.Namespace, work: Work) -> Iterator[str]:
         "| side | tokens/s | ours / side | " + utilisation_header(work) + " | peak memory | loss |"
     )
     yield "|---|---|---|---|---|---|"
-    peaks = {} if wish.no_memory else {name: memory(name, wish, work) for name in sides}
+    peaks = {name: peak_mb(side, batches[0], work) for name, side in sides.items()}
     for name in sides:
         rates = [work.rows * work.config.seq_len / s for s in took[name]]
         ratios = [theirs / mine for theirs, mine in zip(took[name], took["ours"], strict=True)]
         beside = "" if name == "ours" else spread(ratios, "x")
-        size = peaks.get(name, 0.0)
-        share = f" ({peaks['ours'] / size:.2f}x)" if size and name != "ours" else ""
+        share = "" if name == "ours" else f" ({peaks['ours'] / peaks[name]:.2f}x)"
         yield (
             f"| {name} | {spread(rates, '')} | {beside} | {utilisation(work, rates)} |"
-            f" {size:,.0f} MB{share} | {losses[name]:.3f} |"
+            f" {peaks[name]:,.0f} MB{share} | {losses[name]:.3f} |"
         )
 
 
@@ -186,43 +178,31 @@ def utilisation(work: Work, rates: list[float]) -> str:
     return f"{flops / known.bf16_tflops / 1e12:.1%}" if known else f"{flops / 1e12:.3f}"
 
 
-def memory(name: str, wish: argparse.Namespace, work: Work) -> float:
-    """Peak MB of this side alone, in a process of its own."""
-    command = [sys.executable, __file__, "--memory-of", name, "--context", str(work.config.seq_len)]
-    command += ["--eager"] * wish.eager + ["--plain-malloc"] * wish.plain_malloc
-    for key in (
-        "device",
-        "layers",
-        "width",
-        "heads",
-        "vocab",
-        "tokens",
-        "threads",
-        "attention_dropout",
-    ):
-        command += [f"--{key.replace('_', '-')}", str(getattr(wish, key))]
-    return float(run(command).output.splitlines()[-1])
+def peak_mb(side: Side, batch: tuple[Tensor, Tensor], work: Work) -> float:
+    """MB of tensors at a step's height: weights and moments, and what the step adds to them."""
+    held = [*side.model.parameters(), *side.model.buffers()]
+    for state in side.optimizer.state.values():
+        held += [value for value in state.values() if isinstance(value, Tensor)]
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return (kept + added_by_a_step(side, batch, work)) / 2**20
 
 
-def peak_memory_mb(name: str, work: Work) -> float:
-    """What training takes above what the process had before its model, compilation left out."""
-    batches = made_up(work, 2)
-    before = resident_mb("VmRSS")
-    side = SIDES[name](work)
-    warmed(side, batches)
+def added_by_a_step(side: Side, batch: tuple[Tensor, Tensor], work: Work) -> int:
+    """Bytes of tensors that a step holds at once at most, by the allocator's own account."""
     if work.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        warmed(side, batches)
-        return torch.cuda.max_memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    warmed(side, batches)
-    return resident_mb("VmHWM") - before
-
-
-def resident_mb(field: str) -> float:
-    """A figure of this process's memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+        before = torch.cuda.memory_allocated()
+        side.step(*batch)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        side.step(*batch)
+    assert profiler.profiler is not None
+    changes = [
+        (event.start_ns(), int(event.nbytes()))
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    return max(itertools.accumulate(n_bytes for _, n_bytes in sorted(changes)))
 
 
 def breakdown(work: Work) -> Iterator[str]:

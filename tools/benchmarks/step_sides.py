@@ -41,6 +41,7 @@ class Side:
     """One trainer of the same model: `step` takes tokens and targets [B, T], and gives the loss."""
 
     model: nn.Module
+    optimizer: AdamW
     step: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -120,7 +121,7 @@ def _our_side(work: Work, model: Transformer) -> Side:
         update(optimizer, not_refused)
         return loss
 
-    return Side(model, step)
+    return Side(model, optimizer, step)
 
 
 def hugging_face(work: Work) -> Side:
@@ -205,7 +206,7 @@ def _peer_side(
         optimizer.zero_grad()
         return loss
 
-    return Side(model, step)
+    return Side(model, optimizer, step)
 
 
 SIDES: Final[dict[str, Callable[[Work], Side]]] = {
