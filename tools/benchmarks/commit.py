@@ -1,10 +1,12 @@
-"""What commits cost training: `tiny` with a commit every 100 steps, written beside it, or not.
+"""What commits cost training: `tiny` with commits written beside it, waited for, or none.
 
-    python tools/benchmarks/commit.py --shards shards/ [--steps 400] [--rounds 3]
+    python tools/benchmarks/commit.py --shards shards/ [--steps 80] [--every 10] [--rounds 3]
 
 Each round trains three runs one after the other, in a process each: without commits but the last,
 with commits that training waits for, and with commits written beside it. The time is that between
-the log's lines of step 50 and of the last step, the commits in between with it.
+the log's lines of step 5 and of the last step, the commits in between with it. Commits come ten
+times as often as the 100 steps of the bar, or their cost would be lost in the noise; it is told for
+one in 100 steps.
 """
 
 from __future__ import annotations
@@ -14,21 +16,21 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from measure import spread
 from tools.interruption import train
 from trainer.metrics import read_lines
 from trainer.runs import EVENTS
 
-WARM = 50
-EVERY = 100
+WARM = 5  # below the first commit, whose pause is in the sum of pauses
 KINDS = {
     "none": ["checkpoint.interval_steps=0"],
-    "waited for": [f"checkpoint.interval_steps={EVERY}", "checkpoint.asynchronous=false"],
-    "beside": [f"checkpoint.interval_steps={EVERY}", "checkpoint.asynchronous=true"],
+    "waited for": ["checkpoint.interval_steps={every}", "checkpoint.asynchronous=false"],
+    "beside": ["checkpoint.interval_steps={every}", "checkpoint.asynchronous=true"],
 }
 
 
 def seconds(shards: str, steps: int, sets: list[str], run: Path) -> float:
-    """Wall seconds from step 50 to the last, commits with them, by the run's own clocks."""
+    """Wall seconds from step 5 to the last, commits with them, by the run's own clocks."""
     arguments = ["--shards", shards, "--preset", "tiny"]
     for change in (*sets, f"max_steps={steps}", "validation.interval=0"):
         arguments += ["--set", change]
@@ -44,21 +46,26 @@ def main() -> None:
     """Measure, and print ratios with their spread."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shards", required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     wish = parser.parse_args()
     took: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(wish.rounds):
-            for kind, sets in KINDS.items():
+            for kind, texts in KINDS.items():
                 run = Path(folder) / f"{number}-{kind.replace(' ', '-')}"
+                sets = [text.format(every=wish.every) for text in texts]
                 took[kind].append(seconds(wish.shards, wish.steps, sets, run))
+    timed = wish.steps - WARM
+    step_s = statistics.median(took["none"]) / timed
+    commits = wish.steps // wish.every - 1  # the last one is waited for, and left out
+    print(f"a step without commits: {step_s:.3f} s")
     for kind in ("waited for", "beside"):
-        ratios = sorted(a / b for a, b in zip(took[kind], took["none"], strict=True))
+        each = [(a - b) / commits for a, b in zip(took[kind], took["none"], strict=True)]
+        share = [100 * one / (100 * step_s) for one in each]
         print(
-            f"{kind}: {100 * (statistics.median(ratios) - 1):+.2f} % of training time "
-            f"({', '.join(f'{100 * (ratio - 1):+.2f}' for ratio in ratios)}), "
-            f"a commit every {EVERY} steps of {took['none'][0] / (wish.steps - WARM):.3f} s"
+            f"{kind}: {spread(each, 's')} a commit, {spread(share, '%')} of 100 steps"
         )
 
 
