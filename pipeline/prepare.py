@@ -65,6 +65,9 @@ NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
 class Watch:
     """Hears of the plan before the work, and of each step of it; this one does nothing."""
 
+    def waits(self, folder: Path) -> None:
+        """Another run is at work in the folder, and this one begins when that has ended."""
+
     def planned(self, job: Job, ahead: Estimate, note: str) -> None:
         """The plan is made and there is room for it; `note` says how text is encoded."""
 
@@ -89,7 +92,7 @@ def prepare(request: Request, executor: Executor, watch: Watch) -> Manifest | No
         plan_sha256=plan.sha256,
         check_encoding=request.check_encoding,
     )
-    with _alone(folder, request.limit):
+    with _alone(folder, request.limit, watch):
         remove_stale_temporaries(folder)
         if (manifest := _finished(folder, facts, plan, request.limit)) is not None:
             return manifest
@@ -117,13 +120,15 @@ def open_inputs(source: Source, data_files: tuple[str, ...] = ()) -> Inputs:
     return embedded_inputs(source) if source.embedded else hub_inputs(source)
 
 
-def _alone(folder: Path, limit: Limit) -> AbstractContextManager[None]:
+def _alone(folder: Path, limit: Limit, watch: Watch) -> AbstractContextManager[None]:
     """Under a limit, one run at a time in a folder; the next goes on where it ends or is ended.
 
     It begins units ahead, uncut, and takes back what is behind the limit: two at once took away
     each other's files. Without one all runs write the same bytes, and need not know of each other.
     """
-    return nullcontext() if limit == NO_LIMIT else one_at_a_time(folder / PLAN)
+    if limit == NO_LIMIT:
+        return nullcontext()
+    return one_at_a_time(folder / PLAN, lambda: watch.waits(folder))
 
 
 def receipts_of(folder: Path, plan: Plan) -> dict[int, Receipt]:

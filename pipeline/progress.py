@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, TextIO
 
 from rich.console import Console
@@ -158,6 +159,10 @@ class Screen(Watch):
             get_renderable=lambda: Text(self._line(), no_wrap=True, overflow="ellipsis"),
             transient=True,
         )
+
+    def waits(self, folder: Path) -> None:
+        """Say for whom it waits."""
+        self._console.print(f"{folder}: another limited run is at work here; this one waits for it")
 
     def planned(self, job: Job, ahead: Estimate, note: str) -> None:
         """Show what the work will take."""

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -85,10 +85,19 @@ def create_exclusively(path: Path, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """A block that no other process is in for the same file; the dead do not block it."""
+def one_at_a_time(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """A block that no other process is in for the same file; the dead do not block it.
+
+    `waiting` is called if there is one to wait for.
+    """
     with path.open("r+b") as file:
-        _lock(file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            _lock(file)
+        except OSError:  # a file system without locks
+            pass
         yield
 
 

@@ -112,7 +112,9 @@ def test_logits_are_never_whole() -> None:
 
 def peak_bytes(function: Callable[..., Tensor], *args: Any, **options: Any) -> int:
     """What forward and backward hold at once at most, beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         torch.autograd.backward(function(*args, **options))
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()

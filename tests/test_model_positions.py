@@ -25,7 +25,9 @@ def test_products_depend_on_the_distance_alone() -> None:
 
     def product(i: int, j: int) -> float:
         rows = (slice(i, i + 1), slice(j, j + 1))
-        turned_q, turned_k = (torch.cat(rotate(x, cos[r], sin[r]), -1) for x, r in zip((q, k), rows, strict=True))
+        turned_q, turned_k = (
+            torch.cat(rotate(x, cos[r], sin[r]), -1) for x, r in zip((q, k), rows, strict=True)
+        )
         return (turned_q * turned_k).sum().item()
 
     assert product(4000, 3990) == pytest.approx(product(17, 7), abs=1e-5)

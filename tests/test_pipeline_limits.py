@@ -1,11 +1,16 @@
 """Limits: the same fair prefix of a source for any number of workers."""
 
+import io
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.executors import Executor
 from pipeline.inputs import local_inputs
+from pipeline.prepare import Watch, prepare
+from pipeline.progress import Screen
 from pipeline.recipe import recipe_of
 from pipeline.work import Limit
 from pipeline_samples import (
@@ -79,3 +84,30 @@ def test_a_small_sample_is_of_the_whole_listing(tmp_path: Path, limit: Limit) ->
     files = {int(reader.origin(row)[0].split(".")[0]) for row in range(reader.n_rows)}
     assert manifest.n_documents <= 130 and len(files) > 8
     assert {number // 10 for number in files} == set(range(6))
+
+
+def test_a_second_limited_run_says_that_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is in the middle of its work; the second finds it done, and has nothing to do."""
+    corpus(tmp_path / "in")
+    wanted = request(tmp_path / "out", str(tmp_path / "in"), limit=Limit(documents=120))
+    stream = io.StringIO()
+    waits = threading.Event()
+
+    class Second(Screen):
+        def waits(self, folder: Path) -> None:
+            super().waits(folder)
+            waits.set()
+
+    class First(Watch):
+        def planned(self, *_: Any) -> None:
+            second.start()
+            assert waits.wait(60)
+
+    second = threading.Thread(target=lambda: prepare(wanted, Executor(workers=1), Second(stream)))
+    prepare(wanted, Executor(workers=1), First())
+    second.join(60)
+    assert not second.is_alive()
+    folder = tmp_path / "out" / "mine"
+    assert f"{folder}: another limited run is at work here" in stream.getvalue()

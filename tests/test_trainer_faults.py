@@ -1,6 +1,7 @@
 """Every fault on order, met with real processes where a process is what fails."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 from shards.errors import ShardError
+from shards.reader import ShardReader
 from trainer.errors import ConfigError
-from trainer.inject import KINDS, Fault, ordered_faults
+from trainer.inject import KINDS, Fault, flip_a_bit, ordered_faults
 from trainer.metrics import read_lines
 from trainer.runs import commits, newest_commit
 from trainer.train import train
@@ -123,6 +125,24 @@ def test_asked_to_stop_and_a_rotten_row_end_in_a_commit(
     result = two_ranks(shards, run)
     assert result.returncode == 0, result.stderr
     assert_same(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_rotten_held_out_row_stops_all_ranks_before_the_first_step(
+    shards: Path, tmp_path: Path
+) -> None:
+    """It is read by rank 1 alone, which must not leave rank 0 waiting for it."""
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    reader = ShardReader(copy / "fineweb", "val")
+    assert reader.n_rows > 2
+    flip_a_bit(reader, 2)  # the first row of the second batch
+    result = two_ranks(copy, tmp_path / "run", validation__interval=2, validation__rows=10**6)
+    assert result.returncode == 1, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and f"`summer-prep repair {copy / 'fineweb'}`" in last
+    assert len(events_of(tmp_path / "run", "start")) == 1  # nothing was tried again
+    assert not log_of(tmp_path / "run")
 
 
 def injected(

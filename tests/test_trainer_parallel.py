@@ -35,7 +35,9 @@ def test_compiled_and_recomputed_blocks_give_the_same_gradients() -> None:
     torch._dynamo.reset()
     counters.clear()
     compiled_loss, compiled = gradients(compile="true", activation_checkpointing="full")
-    assert counters["stats"]["unique_graphs"] == 4  # a block, the first dropout, two inside the loss
+    assert (
+        counters["stats"]["unique_graphs"] == 4
+    )  # a block, the first dropout, two inside the loss
     assert torch._inductor.config.align_random_eager  # else CUDA's dropout can be corrupted
     assert compiled_loss == pytest.approx(loss, rel=1e-6)
     assert compiled.keys() == plain.keys()

@@ -31,6 +31,8 @@ def memory_by_part(config: RunConfig, micro_batch_size: int, device: str) -> dic
     n_params, slices = count_params(model), config.shard_degree
     tokens = micro_batch_size * model.seq_len
     chunk = min(tokens * model.vocab_size, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]))
+    # its logits and their exponentials; step by step, three more of them in fp32
+    chunk_bytes = chunk * (2 * (2 if bf16 else 4) + (0 if config.compile else 12))
     return {
         "weights": 4 * n_params // slices,
         "gradients": 4 * n_params // slices,
@@ -38,8 +40,8 @@ def memory_by_part(config: RunConfig, micro_batch_size: int, device: str) -> dic
         "bf16 copies": 2 * n_params if bf16 and slices == 1 else 0,
         "gathered": 0 if slices == 1 else _gathered_bytes(config, n_params),
         "activations": tokens * _activation_bytes_per_token(config, device),
-        # gradients of the head and of its input made ahead, and a chunk of logits in two types
-        "loss": 4 * model.d_model * (model.vocab_size + 2 * tokens) + 10 * chunk,
+        # gradients of the head and of its input made ahead, and a chunk of logits
+        "loss": 4 * model.d_model * (model.vocab_size + 2 * tokens) + chunk_bytes,
     }
 
 

@@ -47,18 +47,26 @@ def open_held_out(plan: Plan, world: World) -> HeldOut | None:
     """What the run scores while it trains; None if it scores nothing."""
     if not plan.config.validation.interval:
         return None
+    opened: list[HeldOut] = []
+
+    def read() -> None:
+        opened.append(_read_held_out(plan, world))
+
+    world.on_all(read)  # a damaged row stops all ranks: alone, one would leave the others waiting
+    return opened[0] if opened[0].sources else None
+
+
+def _read_held_out(plan: Plan, world: World) -> HeldOut:
     shards = Path(plan.config.shards)
-    held_out = HeldOut(
+    tokenizer = shards / next(iter(plan.sources)) / TOKENIZER
+    return HeldOut(
         {name: shards / name for name in (*plan.sources, *plan.evaluated)},
         rows=plan.config.validation.rows,
         batch_size=plan.shape.micro_batch_size,
         pad_id=plan.pad_id,
-        text_bytes=read_text_bytes(
-            shards / next(iter(plan.sources)) / TOKENIZER, plan.tokenizer_sha256
-        ),
+        text_bytes=read_text_bytes(tokenizer, plan.tokenizer_sha256),
         world=world,
     )
-    return held_out if held_out.sources else None
 
 
 class Score(NamedTuple):

@@ -64,9 +64,7 @@ def main() -> None:
     for kind in ("waited for", "beside"):
         each = [(a - b) / commits for a, b in zip(took[kind], took["none"], strict=True)]
         share = [100 * one / (100 * step_s) for one in each]
-        print(
-            f"{kind}: {spread(each, 's')} a commit, {spread(share, '%')} of 100 steps"
-        )
+        print(f"{kind}: {spread(each, 's')} a commit, {spread(share, '%')} of 100 steps")
 
 
 if __name__ == "__main__":
