@@ -1,4 +1,4 @@
-"""The sides of step.py: ours as `train` makes it, three variants of it, and two peers."""
+"""The sides of step.py: ours as `train` makes it, two variants of it, and two peers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.profiler import record_function
 
-from model.alibi import alibi_slopes
+from attention_sides import alibi_mask
 from model.attention import Attention
 from model.config import ModelConfig
+from model.kernel import fold
 from model.kv_cache import LayerCache
-from model.layers import rotate
 from model.positions import Positions
 from model.transformer import Transformer
 from trainer.optimizer import finish_gradients, make_optimizer, update
@@ -63,7 +63,7 @@ def with_a_mask(work: Work) -> Side:
     torch.manual_seed(0)
     with torch.device(work.device):
         model = Transformer(replace(work.config, alibi=False))
-        mask = _alibi_mask(work.config)
+    mask = alibi_mask(work.config, torch.device(work.device))
     for module in model.modules():
         if isinstance(module, Attention):
             module.__class__ = MaskedAttention
@@ -84,23 +84,11 @@ class MaskedAttention(Attention):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, config.head_dim)
         q, k, v = qkv.split([config.n_heads, config.kv_heads, config.kv_heads], dim=2)
-        if positions.cos is not None and positions.sin is not None:
-            q, k = (torch.cat(rotate(x, positions.cos, positions.sin), -1) for x in (q, k))
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        q, k, v = fold(q, k, v, positions, config)  # RoPE alone: alibi is off
         gqa = config.kv_heads != config.n_heads
-        mask = self.mask.to(q.dtype)
-        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=gqa)
+        attended = F.scaled_dot_product_attention(q, k, v, self.mask, dropout, enable_gqa=gqa)
         out: Tensor = self.out(attended.transpose(1, 2).reshape(B, T, -1))
         return out
-
-
-def _alibi_mask(config: ModelConfig) -> Tensor:
-    slopes = alibi_slopes(config.n_heads, config.head_dim) * config.head_dim**-0.5
-    position = torch.arange(config.seq_len, device="cpu")
-    distance = position[:, None] - position
-    mask: Tensor = -slopes[:, None, None] * distance
-    mask = mask.masked_fill(distance < 0, -torch.inf)
-    return mask.to(torch.get_default_device(), torch.bfloat16)
 
 
 def _our_side(work: Work, model: Transformer) -> Side:
