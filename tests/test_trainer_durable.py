@@ -1,0 +1,76 @@
+"""What a loss of power leaves of a commit: its mark comes last, and goes first."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from test_trainer_checkpoint import tensors
+from trainer.checkpoint import remove, save
+from trainer.retention import copy_commit
+from trainer.runs import COMMIT, commit_path
+from trainer_samples import ALONE
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for a handle's file")
+
+Events = list[tuple[str, Path]]
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> Events:
+    """What is flushed, renamed, unlinked and removed, in order."""
+    seen: Events = []
+    flush, replace, unlink, rmtree = os.fsync, Path.replace, Path.unlink, shutil.rmtree
+
+    def watched_fsync(handle: Any) -> None:
+        number = handle if isinstance(handle, int) else handle.fileno()
+        flush(handle)
+        seen.append(("flush", Path(os.readlink(f"/proc/self/fd/{number}"))))
+
+    def watched_replace(self: Path, target: Any) -> Path:
+        seen.append(("rename", Path(target)))
+        return replace(self, target)
+
+    def watched_unlink(self: Path, missing_ok: bool = False) -> None:
+        seen.append(("unlink", self))
+        unlink(self, missing_ok)
+
+    def watched_rmtree(path: Any, *args: Any, **options: Any) -> None:
+        seen.append(("remove", Path(path)))
+        rmtree(path, *args, **options)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "replace", watched_replace)
+    monkeypatch.setattr(Path, "unlink", watched_unlink)
+    monkeypatch.setattr(shutil, "rmtree", watched_rmtree)
+    return seen
+
+
+def assert_mark_comes_last(events: Events, commit: Path) -> None:
+    marked = events.index(("rename", commit / COMMIT))
+    files = [events.index(("flush", path)) for path in commit.glob("*.safetensors")]
+    assert files and max(files) < marked
+    assert ("flush", commit) in events[max(files) : marked]  # their names, too
+    assert ("flush", commit) in events[marked:]  # the mark's name
+    assert ("flush", commit.parent) in events[marked:]  # and the commit's own
+
+
+def test_a_commit_is_on_the_disk_before_its_mark(tmp_path: Path, events: Events) -> None:
+    assert_mark_comes_last(events, save(tmp_path, tensors(0), {"step": 3}, ALONE))
+
+
+def test_so_is_its_copy(tmp_path: Path, events: Events) -> None:
+    commit = save(tmp_path / "run", tensors(0), {"step": 3}, ALONE)
+    events.clear()
+    copy_commit(commit, tmp_path / "mirror")
+    assert_mark_comes_last(events, commit_path(tmp_path / "mirror", 3))
+
+
+def test_a_commit_that_is_removed_loses_its_mark_first(tmp_path: Path, events: Events) -> None:
+    commit = save(tmp_path, tensors(0), {"step": 3}, ALONE)
+    events.clear()
+    remove(commit)
+    assert events == [("unlink", commit / COMMIT), ("flush", commit), ("remove", commit)]
