@@ -17,6 +17,8 @@ from trainer_samples import ALONE
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for a handle's file")
 
 Events = list[tuple[str, Path]]
+FLUSHED: dict[Path, bytes] = {}
+"""What each file held when it was flushed last."""
 
 
 @pytest.fixture
@@ -28,7 +30,10 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
     def watched_fsync(handle: Any) -> None:
         number = handle if isinstance(handle, int) else handle.fileno()
         flush(handle)
-        seen.append(("flush", Path(os.readlink(f"/proc/self/fd/{number}"))))
+        path = Path(os.readlink(f"/proc/self/fd/{number}"))
+        seen.append(("flush", path))
+        if path.is_file():
+            FLUSHED[path] = path.read_bytes()
 
     def watched_replace(self: Path, target: Any) -> Path:
         seen.append(("rename", Path(target)))
@@ -53,6 +58,7 @@ def assert_mark_comes_last(events: Events, commit: Path) -> None:
     marked = events.index(("rename", commit / COMMIT))
     files = [events.index(("flush", path)) for path in commit.glob("*.safetensors")]
     assert files and max(files) < marked
+    assert all(FLUSHED[path] == path.read_bytes() for path in commit.glob("*.safetensors"))
     assert ("flush", commit) in events[max(files) : marked]  # their names, too
     assert ("flush", commit) in events[marked:]  # the mark's name
     assert ("flush", commit.parent) in events[marked:]  # and the commit's own
