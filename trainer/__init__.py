@@ -15,7 +15,8 @@ The loop:
     mixture.py      sample number -> source, epoch, row: the data order as a pure function
     batches.py      rows -> micro-batches of one rank
     loader.py       micro-batches, read ahead by workers, on the device
-    parallel.py     the model compiled, recomputed and replicated
+    parallel.py     the model compiled, recomputed, replicated or sharded
+    allocator.py    freed memory that stays with the process
     schedule.py     the learning rate as a function of the step
     optimizer.py    AdamW, clipping with exact token weights, refused updates
     tally.py        a step's numbers, reduced once and read one step late
