@@ -9,7 +9,7 @@ heldout        the held-out documents of shards       baselines   unigram, gzip,
 wikitext       the text of WikiText                   cards       figures as lines to read
 generation     a prompt -> text                       sampling    logits -> the next id
 planning       memory, time and money on paper
-checks         the doctor's examinations; host, speed, collective, shard_checks and variables are parts
+checks         the doctor's examinations: with host, speed, collective, shard_checks, variables
 conversion     to and from llama.py's folders of Llama-family models
 runlog         what a run wrote about itself          figures, report_page  as picture and page
 interruption   runs that are killed, and the proof that it did no harm; rehearsal does it in a row
