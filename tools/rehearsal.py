@@ -123,7 +123,6 @@ def rehearse(rehearsal: Rehearsal, report: Callable[[str], None]) -> Certificate
 def prepare(rehearsal: Rehearsal) -> None:
     """OUT/shards: a copy of the sources named, or the standard library's text."""
     out = rehearsal.out
-    out.mkdir(parents=True, exist_ok=True)
     if rehearsal.shards is not None:
         size = sum(path.stat().st_size for path in rehearsal.shards.rglob("*") if path.is_file())
         if size > _MOST_BYTES:
@@ -131,10 +130,11 @@ def prepare(rehearsal: Rehearsal) -> None:
                 f"{rehearsal.shards} holds {size / 1e9:.1f} GB, and is copied, because a bit of it "
                 "is flipped: prepare a smaller one with --max-tokens"
             )
-        shutil.copytree(rehearsal.shards, out / "shards")
-        if len(find_sources(out / "shards")) < 2:
+        if len(find_sources(rehearsal.shards)) < 2:
             raise RehearsalError(f"{rehearsal.shards}: a mixture that changes needs two sources")
+        shutil.copytree(rehearsal.shards, out / "shards")
         return
+    out.mkdir(parents=True, exist_ok=True)
     sources = [option for name in _SOURCES for option in ("--source", name)]
     tokenizer = out / "tokenizer.model"
     _prep("tokenizer", "--train", *sources, "--vocab-size", "2048", "--out", str(tokenizer))

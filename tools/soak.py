@@ -40,6 +40,7 @@ class Soaked(NamedTuple):
     """What became of a run that was killed."""
 
     identical: bool
+    kills: int
     goodput: float  # the undisturbed run's seconds, of all that the killed one took
     cold_s: float  # from the first start to the first step
     resumed_s: list[float]  # from each start after a kill to its first new step
@@ -65,13 +66,20 @@ def soak(
     began, resumed_s = time.monotonic(), []
     for kill in range(1, kills + 1):
         after_s = chooser.uniform(0.2, 1.6) * cold_s
-        first_s = train_for(arguments, killed, after_s)
+        try:
+            first_s = train_for(arguments, killed, after_s)
+        except RehearsalError:
+            if last_step(killed) < last:
+                raise
+            kills = kill - 1
+            report(f"done after {kills} kills: --set max_steps=N makes it last longer")
+            break
         resumed_s += [] if first_s is None else [first_s]
         report(f"kill {kill} after {after_s:.1f} s, at step {last_step(killed)}")
     train(arguments, killed)
     took_s = time.monotonic() - began
     same = compare_commits(whole, killed, last).identical and _log(whole) == _log(killed)
-    return Soaked(same, whole_s / took_s, cold_s, resumed_s)
+    return Soaked(same, kills, whole_s / took_s, cold_s, resumed_s)
 
 
 def _log(run: Path) -> list[tuple[int, float, float]]:
@@ -92,7 +100,7 @@ def main(shards: Path, sets: tuple[str, ...], out: Path, kills: int, seed: int) 
     arguments += [text for change in (*SMALL, *sets) for text in ("--set", change)]
     soaked = soak(arguments, out, kills, seed, click.echo)
     click.echo(
-        f"{kills} kills; first step {soaked.cold_s:.1f} s after a cold start, after a kill "
+        f"{soaked.kills} kills; first step {soaked.cold_s:.1f} s after a cold start, after a kill "
         f"{max(soaked.resumed_s, default=0):.1f} s at most; goodput {soaked.goodput:.1%}; "
         f"weights, moments and log identical: {'yes' if soaked.identical else 'NO'}"
     )
