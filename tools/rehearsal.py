@@ -130,8 +130,14 @@ def prepare(rehearsal: Rehearsal) -> None:
                 f"{rehearsal.shards} holds {size / 1e9:.1f} GB, and is copied, because a bit of it "
                 "is flipped: prepare a smaller one with --max-tokens"
             )
-        if len(find_sources(rehearsal.shards)) < 2:
+        found = find_sources(rehearsal.shards)
+        if len(found) < 2:
             raise RehearsalError(f"{rehearsal.shards}: a mixture that changes needs two sources")
+        if not any(manifest.n_val_rows for manifest in found.values()):
+            raise RehearsalError(
+                f"{rehearsal.shards}: no document is held out, so nothing could be scored: prepare "
+                "them again with a larger --val-fraction"
+            )
         shutil.copytree(rehearsal.shards, out / "shards")
         return
     out.mkdir(parents=True, exist_ok=True)
