@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-CHUNK_ELEMENTS = {"cpu": 3 * 2**25, "cuda": 2**27}  # logits at a time: 192 and 256 MiB in bf16
+CHUNK_ELEMENTS = {"cpu": 3 * 2**25, "cuda": 2**27, "mps": 2**24}
+"""Logits made at a time: 192, 256 and 32 MiB in bf16."""
 
 
 def linear_cross_entropy(

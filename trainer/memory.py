@@ -30,7 +30,7 @@ def memory_by_part(config: RunConfig, micro_batch_size: int, device: str) -> dic
     model, bf16 = config.model, config.precision == "bf16"
     n_params, slices = count_params(model), config.shard_degree
     tokens = micro_batch_size * model.seq_len
-    chunk = min(tokens * model.vocab_size, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]))
+    chunk = min(tokens * model.vocab_size, CHUNK_ELEMENTS[device])
     # its logits and their exponentials; step by step, three more of them in fp32
     chunk_bytes = chunk * (2 * (2 if bf16 else 4) + (0 if config.compile else 12))
     return {
