@@ -1,5 +1,6 @@
 """What all tests share: the folder of real text, which only some checkouts have beside them."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,18 @@ def shared() -> Path:
     if not data.is_dir():
         pytest.skip("no real text beside this checkout")
     return data
+
+
+@pytest.fixture(scope="session", autouse=True)
+def python_can_exit() -> Iterator[None]:
+    """A thread that Python waits for at its exit is an error, not a suite that never ends."""
+    yield
+    waited_for = [
+        thread
+        for thread in threading.enumerate()
+        if not thread.daemon and thread is not threading.main_thread()
+    ]
+    assert not waited_for, waited_for
 
 
 @pytest.fixture

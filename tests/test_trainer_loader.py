@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -173,18 +174,29 @@ def test_workers_that_die_are_replaced_without_a_trace(tmp_path: Path) -> None:
     assert len(told) == 1 and "new ones read on from the same row" in told[0]
 
 
+def deadly_loader(tmp_path: Path) -> Loader:
+    class Deadly(MicroBatches):
+        def gather(self, sources: list[int], rows: list[int], keys: Keys) -> HostBatch:
+            os._exit(9)
+
+    batches = batches_of(make_shards(tmp_path), BatchShape(8, 8, 1), 1)
+    batches.__class__ = Deadly
+    return Loader(batches, LoaderConfig(num_workers=1), CPU, pad_id=0)
+
+
+def test_a_loader_leaves_no_thread_behind_that_waits_for_the_dead(tmp_path: Path) -> None:
+    loader = deadly_loader(tmp_path)
+    assert "loader" in {thread.name for thread in threading.enumerate()}
+    loader.close()
+    assert "loader" not in {thread.name for thread in threading.enumerate()}
+
+
 def test_workers_that_always_die_are_an_error_with_a_mend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.loader._LIVES", 1)  # torch takes five seconds to notice each
 
-    class Deadly(MicroBatches):
-        def gather(self, sources: list[int], rows: list[int], keys: Keys) -> HostBatch:
-            os._exit(9)
-
-    good = batches_of(make_shards(tmp_path), BatchShape(8, 8, 1), 1)
-    good.__class__ = Deadly
-    loader = Loader(good, LoaderConfig(num_workers=1), CPU, pad_id=0)
+    loader = deadly_loader(tmp_path)
     message = r"1 times a loader worker died .* the last commit stands"
     with pytest.raises(TrainingError, match=message):
         loader.next()

@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +26,7 @@ from trainer.errors import TrainingError, at_least
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 _LIVES: Final = 3  # sets of workers that may die in a row without having read anything
+_NOTICED_S: Final = 10.0  # torch looks every five seconds whether its workers live
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,29 +82,33 @@ class Loader:
         """End the workers now, not when Python gets to it.
 
         They are killed: they write nothing, and one that waits for a lock which a dead one held
-        would be waited for at exit.
+        would be waited for at exit. A micro-batch on its way is waited for on both sides of that:
+        a worker forked while it is taken over would hang, and once torch has shut down it no
+        longer looks whether anyone is left to send it.
         """
-        if self._coming:  # a worker forked while it is taken over would hang
-            wait([self._coming], timeout=1)
+        coming = [self._coming] if self._coming else []
+        wait(coming, timeout=1)
         for worker in getattr(self._batches, "_workers", []):
             worker.kill()
-        self._thread.shutdown(wait=False)
+        wait(coming, timeout=_NOTICED_S)
         shutdown = getattr(self._batches, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()
 
     def _fetch(self) -> HostBatch | Refused:
         """What the workers made; new ones go on, at the same place, where one has died."""
+        died = ""
         for _ in range(_LIVES):
+            if died:
+                self._tell(f"! a loader worker died ({died}); new ones read on from the same row")
+                self._start()
             try:
                 host = self._coming.result() if self._coming else next(self._batches)
             except (RuntimeError, OSError, EOFError) as error:  # the last two: while it sends
                 if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                     raise
                 died = str(error).partition("\n")[0]
-                self._tell(f"! a loader worker died ({died}); new ones read on from the same row")
                 self.close()
-                self._start()
             else:
                 self._served += 1
                 self._read_ahead()
@@ -115,7 +120,6 @@ class Loader:
 
     def _start(self) -> None:
         self._batches = self._open()  # here: the kernel ends workers with the thread they are of
-        self._thread = ThreadPoolExecutor(1, "loader")
         self._read_ahead()
 
     def _read_ahead(self) -> None:
@@ -127,7 +131,10 @@ class Loader:
         """
         self._coming: Future[HostBatch | Refused] | None = None
         if self._config.num_workers:
-            self._coming = self._thread.submit(self._batches.__next__)
+            self._coming = Future()
+            # its own thread, not an executor's: Python waits for those when it exits
+            arguments = self._batches, self._coming
+            threading.Thread(target=_take, args=arguments, name="loader", daemon=True).start()
 
     def _open(self) -> Iterator[HostBatch | Refused]:
         """Workers that read on from the first micro-batch that has not been handed out."""
@@ -147,6 +154,13 @@ class Loader:
                 worker_init_fn=_live_and_die_with_the_parent if many else None,
             )
             return iter(loader)
+
+
+def _take(batches: Iterator[HostBatch | Refused], coming: Future[HostBatch | Refused]) -> None:
+    try:
+        coming.set_result(next(batches))
+    except BaseException as error:
+        coming.set_exception(error)
 
 
 @contextlib.contextmanager
