@@ -4,6 +4,8 @@
 
     {"set": [KEY=VALUE...], "shards": F, "run": F, "stop_at": STEP, "point": N, "watch": "/step-6"}
         -> [exit status, events seen]
+    and "ranks": N, "dies": RANK, "port": PORT
+        -> the same of that rank; the others are ended when it dies, as torchrun does
 
 What a run does under paths that hold the text `watch` are its points, two for each fsync (before
 and after) and one before each file opened for writing, renamed, removed or made: it dies by SIGKILL
@@ -26,6 +28,7 @@ from trainer.config import configure
 from trainer.plan import make_plan
 from trainer.state import State
 from trainer.train import train
+from trainer_samples import become
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
@@ -69,23 +72,34 @@ def _whole(path: str, folder: Any) -> str:
 
 def serve() -> None:
     for line in sys.stdin:
-        wish = json.loads(line)
+        wish = {"ranks": 1, "dies": 0, "port": 0, **json.loads(line)}
         ours, theirs = os.pipe()
-        pid = os.fork()
-        if not pid:
-            _run(wish, theirs)
+        ranks: list[int] = []
+        for rank in range(wish["ranks"]):
+            if not (pid := os.fork()):
+                _run(wish, rank, theirs)
+            ranks.append(pid)
         os.close(theirs)
+        _, status = os.waitpid(ranks.pop(wish["dies"]), 0)
+        for other in ranks:
+            if status:
+                os.kill(other, signal.SIGKILL)
+            _, ended = os.waitpid(other, 0)
+            status = status or ended
         with open(ours, "rb") as pipe:
             seen = pipe.read()
-        _, status = os.waitpid(pid, 0)
         print(json.dumps([os.waitstatus_to_exitcode(status), int(seen or 0)]), flush=True)
 
 
-def _run(wish: Any, pipe: int) -> None:
-    code = 1
+def _run(wish: Any, rank: int, pipe: int) -> None:
+    code, dies = 1, rank == wish["dies"]
     try:
         torch.set_num_threads(1)
-        plan = make_plan(configure(preset="tiny", sets=wish["set"], shards=wish["shards"]))
+        if wish["ranks"] > 1:
+            become(rank, wish["ranks"], wish["port"])
+        plan = make_plan(
+            configure(preset="tiny", sets=wish["set"], shards=wish["shards"]), wish["ranks"]
+        )
         advance = State.advance
 
         def stop_then(self: State, n_rows: int, seconds: float) -> None:
@@ -94,9 +108,10 @@ def _run(wish: Any, pipe: int) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         State.advance = stop_then  # type: ignore[method-assign]
-        points = Points(wish["watch"], wish["point"])
+        points = Points(wish["watch"], wish["point"] if dies else -1)
         train(plan, Path(wish["run"]))
-        os.write(pipe, str(points.seen).encode())
+        if dies:
+            os.write(pipe, str(points.seen).encode())
         code = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())

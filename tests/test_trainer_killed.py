@@ -1,4 +1,4 @@
-"""SIGKILL at every point of a commit, a purge and a copy: the run goes on as if it had not been."""
+"""SIGKILL at the points of a commit, a purge and a copy: the run goes on as if it had not been."""
 
 import json
 import shutil
@@ -13,7 +13,15 @@ import pytest
 from trainer.retention import mirror_of
 from trainer.runs import commits
 from trainer.train import train
-from trainer_samples import Said, log_of, make_shards, set_texts, small_plan, tensor_files
+from trainer_samples import (
+    Said,
+    free_ports,
+    log_of,
+    make_shards,
+    set_texts,
+    small_plan,
+    tensor_files,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,6 +100,46 @@ def test_killed_at_every_point_of_a_commit(
     assert point > 40  # points of a commit, a purge and a copy
     assert found == sorted(found)  # up to the mark the older one is loaded, from then on the newer
     assert set(found) == {"step-4", "step-6"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_killed_at_points_of_a_commit_of_two(
+    shards: Path, tmp_path: Path, trainer: subprocess.Popen[str], dies: int
+) -> None:
+    """Rank 0 publishes and purges, rank 1 writes its share; the other waits for the dead."""
+    whole, base, run = (tmp_path / name for name in ("whole", "base", "run"))
+    wish = {"set": set_texts(**CHANGES), "shards": str(shards), "ranks": 2, "dies": dies}
+
+    def go(folder: Path, stop_at: int, point: int = -1) -> tuple[int, int]:
+        [port] = free_ports(1)
+        kill = {"stop_at": stop_at, "point": point, "watch": ["/step-6", "/step-2"]}
+        return ask(trainer, **wish, **kill, run=str(folder), port=port)
+
+    assert go(whole, 8)[0] == go(base, 4)[0] == 0
+    expected = {commit.name: tensor_files(commit) for commit in commits(whole)}
+    shutil.copytree(base, run)
+    code, ends = go(run, 6)
+    assert code == 0 and ends > 8
+    found = []
+    for point in points_of_two(ends):
+        shutil.rmtree(run)
+        shutil.copytree(base, run)
+        assert go(run, 6, point) == (-9, 0)
+        found.append(commits(run)[-1].name)
+        assert len(commits(run)) >= 2, point
+        for commit in commits(run):
+            assert commit.name not in expected or tensor_files(commit) == expected[commit.name]
+        assert go(run, 8)[0] == 0
+        assert log_of(run)[4:] == log_of(whole)[4:]
+        assert tensor_files(commits(run)[-1]) == expected["step-8"], point
+    assert found == sorted(found)
+    assert set(found) == ({"step-4"} if dies else {"step-4", "step-6"})
+
+
+def points_of_two(n: int) -> range:
+    """Some of them, for the time each takes; all were tried when this was written."""
+    return range(1, n, n // 4)
 
 
 def commits_resumed(said: Said) -> str:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +30,9 @@ from trainer.schedule import OptimConfig
 from trainer.train import train
 from trainer_samples import (
     ALONE,
+    become,
     events_of,
+    free_ports,
     log_of,
     make_shards,
     set_texts,
@@ -82,22 +83,6 @@ def on_ranks(n: int, act: Callable[..., None], *arguments: Any) -> None:
         process.join(LIMIT_S)
         process.kill()  # where it has returned, nothing
     assert [process.exitcode for process in processes] == [0] * n
-
-
-def free_ports(n: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def become(rank: int, ranks: int, port: int) -> None:
-    """Make this process one of so many that torchrun has started."""
-    numbers = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-    numbers |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-    os.environ.update({name: str(number) for name, number in numbers.items()})
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
 
 
 def run_jobs(rank: int, folder: Path, ports: list[int]) -> None:

@@ -1,5 +1,7 @@
 """Small runs for tests: a folder of shards and a model of a few thousand weights."""
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,19 @@ def same_weights(one: Path, other: Path) -> bool:
 def tensor_files(commit: Path) -> dict[str, bytes]:
     """The files of weights and moments of a commit."""
     return {path.name: path.read_bytes() for path in commit.glob("*.safetensors")}
+
+
+def free_ports(n: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def become(rank: int, ranks: int, port: int) -> None:
+    """Make this process one of so many that torchrun has started."""
+    numbers = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    numbers |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"

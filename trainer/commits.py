@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainer import checkpoint, retention
+from trainer.beside import beside
 from trainer.checkpoint import Record
 from trainer.devices import available_memory_bytes
 from trainer.distributed import World, holders, own_part
@@ -31,8 +31,6 @@ from trainer.errors import CheckpointError
 from trainer.runs import COMMIT, commit_path, commits, step_of
 from trainer.session import Session
 from trainer.state import State
-
-T = TypeVar("T")
 
 _STAGED: Final = 3
 """Host memory of a commit in sizes of the share: the copy, and safetensors' two of a file."""
@@ -95,7 +93,7 @@ class Committer:
         if own and self._mirror is not None and self._world.is_main:
             newest = own[-1]  # a kill may have kept it from being copied
             if not (commit_path(self._mirror, step_of(newest)) / COMMIT).exists():
-                self._mirroring = _beside(lambda: self._copy(newest))
+                self._mirroring = beside("commit", lambda: self._copy(newest))
 
     def clock_wishes(self) -> bool:
         """Whether this rank, if it is the main one, finds that enough time has passed."""
@@ -127,7 +125,7 @@ class Committer:
                     raise failure
             else:
                 staged = self._staging.hold(share)
-                self._under_way = step, _beside(lambda: self._write(step, staged, record))
+                self._under_way = step, beside("commit", lambda: self._write(step, staged, record))
         if last:
             self.finish()
             self._complete_mirror()
@@ -197,7 +195,7 @@ class Committer:
         if self._world.is_main:
             self._purge(run)
             if self._mirror is not None and (self._mirroring is None or self._mirroring.done()):
-                self._mirroring = _beside(lambda: self._copy(folder))
+                self._mirroring = beside("commit", lambda: self._copy(folder))
         return None
 
     def _purge(self, run: Path) -> None:
@@ -253,17 +251,3 @@ class _Staging:
         if any(tensor.is_cuda for tensor in share.values()):
             torch.cuda.current_stream().synchronize()
         return self._copies
-
-
-def _beside(job: Callable[[], T]) -> Future[T]:
-    """What a job returns or raises, done in a thread that keeps no process from ending."""
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(job())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="commit", daemon=True).start()
-    return future

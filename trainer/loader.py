@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing.util
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from shards.errors import SummerError
 from trainer.batches import HostBatch, MicroBatch, MicroBatches, Refused, to_device
+from trainer.beside import beside
 from trainer.errors import TrainingError, at_least
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
@@ -131,15 +133,14 @@ class Loader:
         """
         self._coming: Future[HostBatch | Refused] | None = None
         if self._config.num_workers:
-            self._coming = Future()
-            # its own thread, not an executor's: Python waits for those when it exits
-            arguments = self._batches, self._coming
-            threading.Thread(target=_take, args=arguments, name="loader", daemon=True).start()
+            self._coming = beside("loader", self._batches.__next__)
 
     def _open(self) -> Iterator[HostBatch | Refused]:
         """Workers that read on from the first micro-batch that has not been handed out."""
         many = self._config.num_workers > 0
         fork = many and sys.platform == "linux"  # elsewhere each worker imports torch anew
+        if many:  # theirs too: killed, each would leave its own behind
+            multiprocessing.util.get_temp_dir()
         with warnings.catch_warnings(), _own_child_handler():
             # 3.12 warns of any fork beside threads (ours run numpy), torch of more workers than
             # cores (ours mostly sleep)
@@ -154,13 +155,6 @@ class Loader:
                 worker_init_fn=_live_and_die_with_the_parent if many else None,
             )
             return iter(loader)
-
-
-def _take(batches: Iterator[HostBatch | Refused], coming: Future[HostBatch | Refused]) -> None:
-    try:
-        coming.set_result(next(batches))
-    except BaseException as error:
-        coming.set_exception(error)
 
 
 @contextlib.contextmanager
