@@ -151,7 +151,6 @@ SOURCES: Final = (
 )
 
 BY_NAME: Final = {source.name: source for source in SOURCES}
-STANDS_IN_FOR: Final = {s.substitute: s.name for s in SOURCES if s.substitute}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from pipeline.sources import SOURCES, STANDS_IN_FOR, Choice, find
+from pipeline.sources import SOURCES, Choice, find
 from pipeline.tokenizer import Tokenizer
 from pipeline_samples import TEXTS, tokenizer, write_jsonl
+from trainer.shares import SUBSTITUTES
 
 COMMANDS = ("tokenize", "inspect", "verify", "repair", "sources", "tokenizer")
 
@@ -44,7 +45,8 @@ def test_the_reference_mixture_is_complete() -> None:
     assert [(s.name, s.share) for s in SOURCES if s.share] == [
         ("fineweb", 60), ("the-stack", 20), ("books3", 10), ("arxiv", 5), ("slimorca", 5),
     ]  # fmt: skip
-    assert STANDS_IN_FOR == {"pg19": "books3", "arxiv-papers": "arxiv"}
+    substitutes = {source.name: source.substitute for source in SOURCES if source.substitute}
+    assert substitutes == SUBSTITUTES  # what the trainer gives their share to
     for source in SOURCES:
         places = bool(source.dataset), source.embedded, bool(source.unavailable)
         assert sum(places) == 1 and source.licence, source.name
