@@ -1,7 +1,7 @@
 # make demo    text -> shards -> a small model -> its score, in a few minutes on a CPU
 # make test    the whole test suite
 # make check   ruff and mypy
-# make soak    after make demo: a run killed a hundred times, against one that was not; half an hour
+# make soak    after make demo: a run killed a hundred times, against one that was not; ten minutes
 #
 # The environment lives in .venv; PYTHON names the interpreter that makes it (3.11 or later).
 # A torch >= 2.9 that this interpreter already has is kept, never replaced.
@@ -24,7 +24,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 soak: $(VENV)/.dev
-	$(RUN) -m tools.soak --shards demo/shards --set max_steps=2000
+	$(RUN) -m tools.soak --shards demo/shards --set max_steps=3000
 
 clean:
 	rm -rf $(VENV) demo
