@@ -1,12 +1,17 @@
 """What all tests share: the folder of real text, which only some checkouts have beside them."""
 
-import threading
+import faulthandler
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_unconfigure() -> None:
+    """Where a thread is left that Python waits for, the suite fails and shows it, and ends."""
+    faulthandler.dump_traceback_later(60, exit=True, file=2)
 
 
 @pytest.fixture(scope="session")
@@ -16,18 +21,6 @@ def shared() -> Path:
     if not data.is_dir():
         pytest.skip("no real text beside this checkout")
     return data
-
-
-@pytest.fixture(scope="session", autouse=True)
-def python_can_exit() -> Iterator[None]:
-    """A thread that Python waits for at its exit is an error, not a suite that never ends."""
-    yield
-    waited_for = [
-        thread
-        for thread in threading.enumerate()
-        if not thread.daemon and thread is not threading.main_thread()
-    ]
-    assert not waited_for, waited_for
 
 
 @pytest.fixture
