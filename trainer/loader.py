@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from shards.errors import SummerError
 from trainer.batches import HostBatch, MicroBatch, MicroBatches, Refused, to_device
-from trainer.beside import beside
+from trainer.beside import Hand
 from trainer.errors import TrainingError, at_least
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
@@ -88,11 +88,12 @@ class Loader:
         a worker forked while it is taken over would hang, and once torch has shut down it no
         longer looks whether anyone is left to send it.
         """
-        coming = [self._coming] if self._coming else []
-        wait(coming, timeout=1)
+        if self._coming:
+            wait([self._coming], timeout=1)
         for worker in getattr(self._batches, "_workers", []):
             worker.kill()
-        wait(coming, timeout=_NOTICED_S)
+        if self._hand is not None:
+            self._hand.end(_NOTICED_S)
         shutdown = getattr(self._batches, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()
@@ -122,6 +123,7 @@ class Loader:
 
     def _start(self) -> None:
         self._batches = self._open()  # here: the kernel ends workers with the thread they are of
+        self._hand = Hand("loader") if self._config.num_workers else None
         self._read_ahead()
 
     def _read_ahead(self) -> None:
@@ -132,8 +134,8 @@ class Loader:
         a worker forked meanwhile, of another loader, would hang.
         """
         self._coming: Future[HostBatch | Refused] | None = None
-        if self._config.num_workers:
-            self._coming = beside("loader", self._batches.__next__)
+        if self._hand is not None:
+            self._coming = self._hand.do(self._batches.__next__)
 
     def _open(self) -> Iterator[HostBatch | Refused]:
         """Workers that read on from the first micro-batch that has not been handed out."""
