@@ -21,11 +21,11 @@ MAY_IMPORT = {
     "trainer": {"trainer", "shards", "model", "torch", "numpy", "click", "rich", "tensorboard"},
     "tools": {
         *FLOORS, "torch", "numpy", "click", "rich", "pyarrow", "zstandard", "sentencepiece",
-        "xxhash", "matplotlib", "safetensors", "transformers", "lm_eval",
+        "xxhash", "matplotlib", "safetensors", "transformers", "lm_eval", "setuptools",
     },
 }  # fmt: skip
 
-ONLY_IN = {"ray": {"pipeline/cluster.py"}}
+ONLY_IN = {"ray": {"pipeline/cluster.py"}, "setuptools": {"tools/lm_eval_plugin/setup.py"}}
 
 
 def imports(path: Path) -> set[tuple[str, int]]:

@@ -1,13 +1,12 @@
 """Our models inside lm-evaluation-harness, under the name `summerlm` (needs the extra `eval`).
 
-python -m tools.harness run --model summerlm --model_args run=runs/tiny --tasks lambada_openai
-python -m tools.harness run --model summerlm --model_args hf=SmolLM2-135M,add_bos_token=False ...
+pip install tools/lm_eval_plugin
+lm_eval --model summerlm --model_args run=runs/tiny --tasks lambada_openai
+lm_eval --model summerlm --model_args hf=SmolLM2-135M,add_bos_token=False ...
 
-`lm_eval --model summerlm` alone finds nothing: the harness (0.4.13) has a table of its own models
-and neither entry points nor an option for more, so that a model is registered by whoever imports
-its module. This module is imported and then the harness' own command line runs, with all of its
-options. From Python, `import tools.harness` and `lm_eval.simple_evaluate(model="summerlm", ...)` do
-the same. An exported folder (summer-convert) needs neither:
+The small package lets the harness find the name; summerlm_lm_eval.py there says how, and why it has
+to. Without it, and from Python, `import tools.harness` registers the model for
+`lm_eval.simple_evaluate(model="summerlm", ...)`. An exported folder (summer-convert) needs neither:
 
 lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True,add_bos_token=False ...
 
@@ -20,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.models  # noqa: F401 - a registry that holds ours alone would not fetch the others
 import numpy as np
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from model.config import ModelError
-from shards.errors import one_line_failures
 from tools.errors import EvaluationError
 from tools.generation import Generation, write
 from tools.loading import Choice, Precision, load
@@ -37,6 +36,8 @@ from tools.scoring import score
 
 Pair = tuple[tuple[str, str], list[int], list[int]]
 """Texts of context and continuation, and the ids of each."""
+
+UNSAID = "cuda:0"  # the device that the harness names where its user names none
 
 
 @register_model("summerlm")
@@ -56,6 +57,8 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         named = (None if path is None else Path(path) for path in (run, checkpoint, hf))
         where = dict(zip(("run", "checkpoint", "hf"), named, strict=True))
+        if device == UNSAID and not torch.cuda.is_available():
+            device = None
         self.loaded = load(Choice(**where, device=device or "auto", dtype=dtype))
         self.max_length = int(options.pop("context", None) or self.loaded.trained_context)
         refuse_context(self.loaded, self.max_length)
@@ -128,15 +131,3 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         if self.prefix_token_id is None:
             raise EvaluationError("this tokenizer has no BOS to start an empty context with")
         return self.prefix_token_id
-
-
-@one_line_failures(ModelError)
-def main() -> None:
-    """The harness' command line."""
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
-
-
-if __name__ == "__main__":
-    main()

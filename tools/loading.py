@@ -175,8 +175,8 @@ def max_context(config: ModelConfig) -> int | None:
 
 def resolve_device(name: str) -> torch.device:
     """The device of that name; `auto` is an accelerator if torch sees one, else the CPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise LoadingError("device cuda: torch sees no GPU here; use --device cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise LoadingError(f"device {name}: torch sees no GPU here; use --device cpu")
     return torch.device(pick_device(name))
 
 
