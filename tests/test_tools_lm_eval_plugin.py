@@ -82,6 +82,9 @@ def test_the_harness_learns_the_name_when_its_table_is_imported(
     environment: Path, tmp_path: Path
 ) -> None:
     code = """
+import importlib.util, site
+site.addsitedir(next(path for path in sys.path if path.endswith("site-packages")))  # once more
+assert importlib.util.find_spec("lm_eval.models")  # to look is not yet to import
 import lm_eval.models
 print(*sorted(lm_eval.models.model_registry.items()), "torch" in sys.modules)
 print([type(finder).__name__ for finder in sys.meta_path].count("TableFinder"))
@@ -89,7 +92,7 @@ print([type(finder).__name__ for finder in sys.meta_path].count("TableFinder"))
     said = say(environment, pretended_harness(tmp_path), code)
     ours = ("summerlm", "tools.harness:SummerLM")
     theirs = ("hf", "lm_eval.models.huggingface:HFLM")
-    assert said.stdout.splitlines() == [f"{theirs} {ours} False", "0"]
+    assert said.stdout.splitlines() == [f"{theirs} {ours} False", "1"]
     assert said.stderr == ""
 
 

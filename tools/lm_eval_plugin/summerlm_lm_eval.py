@@ -25,7 +25,7 @@ TARGET = "tools.harness:SummerLM"
 
 
 class TableFinder:
-    """Finds the harness' table of models once, as everybody else does, and adds one line to it."""
+    """Finds the harness' table where the finders behind it do, and adds one line to it."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -33,10 +33,9 @@ class TableFinder:
         """The table's module, which registers our model after itself; None for any other."""
         if name != TABLE:
             return None
-        from importlib.util import find_spec
-
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        found = (finder.find_spec(name, path, target) for finder in behind)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             fill = spec.loader.exec_module
 
@@ -65,5 +64,6 @@ def register() -> None:
 
 
 def install() -> None:
-    """Listen from now on."""
-    sys.meta_path.insert(0, TableFinder())
+    """Listen from now on; once, although Python may read a folder's .pth files several times."""
+    if not any(isinstance(finder, TableFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, TableFinder())
