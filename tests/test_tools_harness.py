@@ -45,7 +45,8 @@ def harness() -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lm_eval = pytest.importorskip("lm_eval")
-        pytest.importorskip("transformers")
+        for needed in ("transformers", "accelerate"):  # as lm_eval[hf] has
+            pytest.importorskip(needed)
         importlib.import_module("lm_eval.models.huggingface")
         import tools.harness  # noqa: F401
 
