@@ -1,4 +1,4 @@
-"""The root of the error tree, and the one decorator that turns it into a one-line failure.
+"""The root of the error tree, and what turns it into a one-line failure.
 
     SummerError
       ShardError          shards/     a file that is missing, damaged or of another format
@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -53,7 +54,23 @@ def one_line_failures(*also: type[Exception]) -> Callable[[Callable[P, R]], Call
     return decorate
 
 
-def _one_line(error: Exception) -> str:
+def one_line_uncaught(*also: type[Exception]) -> None:
+    """Show SummerError and `also` as `error: ...` where nobody catches them: in others' commands.
+
+    They are raised as ever, and what is no failure of ours keeps its traceback.
+    """
+    show_others = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, (SummerError, *also)):
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+        else:
+            show_others(kind, error, trace)
+
+    sys.excepthook = show
+
+
+def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"

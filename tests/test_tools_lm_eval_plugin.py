@@ -129,10 +129,23 @@ print(*sorted(set(sys.modules) - before))
     assert said.split() == ["__future__", "summerlm_lm_eval"]
 
 
+def lm_eval(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("lm_eval")
+    command = [str(python), str(Path(sys.executable).with_name("lm_eval")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder)
+
+
+def test_wrong_input_is_one_clear_line_in_the_harness_too(
+    environment: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", "summerlm", "--model_args", "run=nowhere", "--tasks", "arc_easy"]
+    done = lm_eval(environment, tmp_path, *arguments)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: nowhere: no config.json there")
+
+
 @pytest.mark.slow
 def test_the_harness_command_line_scores_our_model(environment: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
-    command = Path(sys.executable).with_name("lm_eval")
     run = tmp_path / "run"
     write_run(run)
     rows = [
@@ -145,10 +158,7 @@ def test_the_harness_command_line_scores_our_model(environment: Path, tmp_path: 
     arguments = ["--model", "summerlm", "--model_args", f"run={run},dtype=fp32"]
     where = ["--include_path", str(tmp_path), "--tasks", "here_or_not"]
     output = ["--output_path", str(tmp_path / "out"), "--log_samples"]
-    done = subprocess.run(
-        [str(environment), str(command), *arguments, *where, *output],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path,
-    )  # fmt: skip
+    done = lm_eval(environment, tmp_path, *arguments, *where, *output)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = next((tmp_path / "out").rglob("samples_*.jsonl")).read_text().splitlines()
     ours = load(Choice(run=run, device="cpu", dtype="fp32"))

@@ -25,6 +25,8 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
+from model.config import ModelError
+from shards.errors import one_line_uncaught
 from tools.errors import EvaluationError
 from tools.generation import Generation, write
 from tools.loading import Choice, Precision, load
@@ -38,6 +40,8 @@ Pair = tuple[tuple[str, str], list[int], list[int]]
 """Texts of context and continuation, and the ids of each."""
 
 UNSAID = "cuda:0"  # the device that the harness names where its user names none
+
+one_line_uncaught(ModelError)  # the harness' own command line catches nothing
 
 
 @register_model("summerlm")
