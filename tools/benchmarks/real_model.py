@@ -86,7 +86,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def first_pages(text: EvaluationText, n_pages: int | None) -> EvaluationText:
-    """The first pages of a text, or all."""
+    """The first pages of a text, or all, joined again: the file's first, blank line is on none."""
     return from_raw("".join(page + "\n" for page in pages_of(text.raw)[:n_pages]))
 
 
