@@ -32,7 +32,7 @@ class StepProfiler:
             devices = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 devices.append(ProfilerActivity.CUDA)
-            self._profile = profile(activities=devices)
+            self._profile = profile(activities=devices, acc_events=True)
             self._profile.start()
 
     def after(self, step: int, *, last: bool = False) -> None:
