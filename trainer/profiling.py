@@ -32,6 +32,7 @@ class StepProfiler:
             devices = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 devices.append(ProfilerActivity.CUDA)
+            # there is one cycle alone; without this, torch 2.11 warns that it forgets others
             self._profile = profile(activities=devices, acc_events=True)
             self._profile.start()
 
