@@ -1,10 +1,8 @@
 """Weights divided among ranks train as whole ones do, and are committed as the same tensors."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +10,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from trainer import checkpoint
@@ -30,17 +26,18 @@ from trainer.schedule import OptimConfig
 from trainer.train import train
 from trainer_samples import (
     ALONE,
+    LIMIT_S,
     become,
     events_of,
     free_ports,
     log_of,
     make_shards,
+    on_ranks,
     set_texts,
     small_plan,
     tensor_files,
+    tensors_in,
 )
-
-LIMIT_S = 240
 
 
 class Job(NamedTuple):
@@ -71,18 +68,6 @@ JOBS = [
         )
     ),
 ]
-
-
-def on_ranks(n: int, act: Callable[..., None], *arguments: Any) -> None:
-    """Call `act(rank, *arguments)` in n processes, and wait until they have all returned."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=act, args=(rank, *arguments)) for rank in range(n)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(LIMIT_S)
-        process.kill()  # where it has returned, nothing
-    assert [process.exitcode for process in processes] == [0] * n
 
 
 def run_jobs(rank: int, folder: Path, ports: list[int]) -> None:
@@ -122,18 +107,6 @@ def test_slices_learn_what_the_whole_learns(folder: Path, precision: str, limit:
 
 def scores_of(run: Path) -> list[float]:
     return [line["val_loss"] for line in read_lines(run / "metrics.jsonl") if "val_loss" in line]
-
-
-def tensors_in(commit: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a commit, whole."""
-    stored = HuggingFaceStorageReader(str(commit)).read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size)
-        for name, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    checkpoint._read_tensors(commit, tensors, None)
-    return tensors
 
 
 @pytest.mark.slow

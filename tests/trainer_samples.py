@@ -1,14 +1,18 @@
 """Small runs for tests: a folder of shards and a model of a few thousand weights."""
 
+import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from shards_samples import make_source
-from trainer.checkpoint import load_weights
+from trainer.checkpoint import _read_tensors, load_weights
 from trainer.config import configure
 from trainer.distributed import World
 from trainer.metrics import read_lines
@@ -32,6 +36,9 @@ SMALL = {
     "checkpoint.asynchronous": "false",  # so that it is known what is committed when
     "optim.warmup_steps": 2,
 }
+
+
+LIMIT_S = 240
 
 
 def make_shards(folder: Path, **rows: int) -> Path:
@@ -104,3 +111,27 @@ def become(rank: int, ranks: int, port: int) -> None:
     numbers |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(number) for name, number in numbers.items()})
     os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
+def on_ranks(n: int, act: Callable[..., None], *arguments: Any) -> None:
+    """Call `act(rank, *arguments)` in n processes, and wait until they have all returned."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=act, args=(rank, *arguments)) for rank in range(n)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(LIMIT_S)
+        process.kill()  # where it has returned, nothing
+    assert [process.exitcode for process in processes] == [0] * n
+
+
+def tensors_in(commit: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a commit, whole."""
+    stored = HuggingFaceStorageReader(str(commit)).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    _read_tensors(commit, tensors, None)
+    return tensors
