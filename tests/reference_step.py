@@ -263,10 +263,18 @@ def mix(x: Words | np.uint64, between: Words | np.uint64 = np.uint64(0)) -> Word
 
 def dropout_key(seed: int, sample: int) -> tuple[int, int]:
     """The halves of splitmix64 (Steele, Lea & Flood 2014) of a sample's number and the seed."""
-    digest = hashlib.blake2b(f"{seed}/dropout".encode(), digest_size=8).digest()
-    z = (sample ^ int.from_bytes(digest, "little")) + 0x9E3779B97F4A7C15
-    z = z % 2**64
+    z = ((sample ^ digest_of(f"{seed}/dropout")) + 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     z ^= z >> 31
     return z % 2**32, z >> 32
+
+
+def attention_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """Of the kernel that drops attention probabilities: 63 bits."""
+    return digest_of(f"{seed}/attention/{step}/{micro_step}/{rank}") // 2
+
+
+def digest_of(text: str) -> int:
+    """64 bits of BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

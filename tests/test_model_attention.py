@@ -95,6 +95,20 @@ def test_the_flash_kernel_reads_the_longest_context() -> None:
     torch.testing.assert_close(out[0, :, -8:, :18], expected, rtol=0, atol=1e-9)
 
 
+def test_probabilities_are_dropped_at_the_rate_and_the_rest_scaled() -> None:
+    """Values are one-hot, so that each output is the probability of one key."""
+    config = ModelConfig(n_heads=2, n_kv_heads=1, d_model=2 * 64, seq_len=64)
+    q, k, _ = random_heads(config)
+    v = torch.eye(64).view(1, 64, 1, 64).expand_as(k)
+    q, k, v = fold(q, k, v, PositionTables(config)(0, 64), config)
+    whole = attend(q, k, v, config)[..., :64]
+    ratio = (attend(q, k, v, config, dropout=0.3)[..., :64] / whole)[whole > 1e-6]
+    kept = ratio > 0
+    torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 1 / 0.7))
+    deviation = (0.3 * 0.7 / kept.numel()) ** 0.5
+    assert abs(kept.float().mean() - 0.7) < 4 * deviation
+
+
 def random_heads(config: ModelConfig) -> list[Tensor]:
     """q, k and v [2, T, H, head_dim], with gradients."""
     torch.manual_seed(0)
