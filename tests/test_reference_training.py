@@ -247,8 +247,11 @@ def test_each_micro_batch_has_its_own_attention_dropout(
         return forward(self, *batch)
 
     monkeypatch.setattr(Transformer, "forward", note)
-    changes = {"model.attention_dropout": 0.1, "micro_batch_size": 4, "max_steps": 2, "seed": SEED}
-    train(small_plan(folder, **changes, global_batch_tokens=ROWS * Shape().seq_len), tmp_path)
+    plan = small_plan(
+        folder, model__attention_dropout=0.1, seed=SEED, max_steps=2, micro_batch_size=4,
+        global_batch_tokens=ROWS * Shape().seq_len,
+    )  # fmt: skip
+    train(plan, tmp_path)
     places = [(step, micro_step) for step in range(2) for micro_step in range(2)]
     assert seeds == [reference.attention_seed(SEED, *place, rank=0) for place in places]
     config = plan_of(folder, Shape(), Layout()).config
