@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 import reference_step as reference
+from model.loss import CHUNK_ELEMENTS
 from model.transformer import Transformer
 from reference_step import Batch, Learner, Optim, Shape, Step
 from shards.format import Part
@@ -157,6 +158,7 @@ def train_ours(folder: Path, run: Path, shape: Shape, layout: Layout) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Transformer, "init_weights", fill)
+        patch.setitem(CHUNK_ELEMENTS, "cpu", 100 * shape.vocab_size)  # the loss in several chunks
         patch.setenv("SUMMER_FAULT", f"nan:{layout.ranks - 1}:{REFUSED}")
         train(plan_of(folder, shape, layout), run)
 
