@@ -50,6 +50,15 @@ def run(command: Any, *arguments: str, exit_code: int = 0) -> str:
     return result.stdout
 
 
+def refused(command: Any, *arguments: str) -> str:
+    """The one line of a command that refuses its work."""
+    result = CliRunner().invoke(command, list(arguments))
+    assert result.exit_code == 1, result.output + repr(result.exception)
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
 def train_on(name: str, exit_code: int = 0) -> Path:
     """The folder of a golden run, gone on with as its configuration says."""
     out = Path("runs", name)

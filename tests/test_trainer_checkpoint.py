@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from conftest import REPOSITORY
+from shards.errors import VersionError
 from test_house import FLOORS, imports
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointConfig, load_weights, prove, restore, save
@@ -171,11 +172,15 @@ def test_without_a_mark_nothing_is_committed(tmp_path: Path) -> None:
 
 
 def test_a_future_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", "summerlm-commit/2")
+    monkeypatch.setattr(checkpoint, "CHECKPOINT", "summerlm-commit/2")
     commit = committed(tmp_path, 3)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"of format 'summerlm-commit/2', not 'summ.*/1'"):
+    refusal = r"of format 'summerlm-commit/2', written by .* reads 'summerlm-commit/1': upgrade"
+    with pytest.raises(VersionError, match=refusal):
         prove(commit, ALONE)
+    with pytest.raises(VersionError, match=refusal):
+        newest_proven(tmp_path, ALONE)
+    assert commits(tmp_path) == [commit]  # it is not damaged, and not marked so
 
 
 def test_no_room_is_told_before_anything_is_written(
