@@ -49,7 +49,7 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 
 
 def committed(run: Path, step: int, seed: int = 0) -> Path:
-    return save(run, tensors(seed), {"step": step, "note": "x"}, ALONE)
+    return save(run, tensors(seed), {"step": step, "world_size": 7}, ALONE)
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     for name, tensor in checkpoint.tensors_of(model, optimizer).items():
         assert torch.equal(tensor, tensors(0)[name]), name
     record = prove(commit, ALONE)
-    assert (record["step"], record["note"]) == (3, "x")
+    assert (record["step"], record["world_size"]) == (3, 7)
     assert set(record["files"]) == {path.name for path in commit.glob("*.safetensors")}
     assert record["versions"]["torch"] == torch.__version__
 
@@ -295,5 +295,5 @@ def test_the_newest_commit_and_the_newest_run(tmp_path: Path) -> None:
 
 def test_the_record_is_readable(tmp_path: Path) -> None:
     record = json.loads((committed(tmp_path, 3) / COMMIT).read_text())
-    assert list(record)[:3] == ["format", "step", "note"]
+    assert list(record)[:4] == ["format", "summerlm_version", "step", "world_size"]
     assert list(record)[-1] == "sha256"

@@ -44,10 +44,10 @@ from trainer.errors import CheckpointError, at_least
 from trainer.runs import COMMIT, commit_path
 
 _WEIGHTS, _MOMENTS = 1, 2  # the files that tensors of each kind go to
-_NEEDED: Final = ("step", "next_index", "files")
+_NEEDED: Final = ("step", "files")
 _OF_TRAINING: Final = (
-    "time_s", "refused_in_a_row", "norms", "skipped", "phases", "data", "tokenizer_sha256",
-    "ledger", "anneal", "spent_s", "unix_s", "world_size", "config",
+    "next_index", "time_s", "refused_in_a_row", "norms", "skipped", "phases", "data",
+    "tokenizer_sha256", "ledger", "anneal", "spent_s", "unix_s", "world_size", "config",
 )  # fmt: skip
 _KNOWN: Final = frozenset((*STAMP, *_NEEDED, *_OF_TRAINING, "versions", "converted_from"))
 """What a record may hold. Of training, a key added later is read with a default that means as
@@ -182,7 +182,9 @@ def read_record(commit: Path) -> Record:
     """What COMMIT.json says; CheckpointError unless it is whole, VersionError if it is unknown."""
     path = commit / COMMIT
     try:
-        record = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        record = json.loads(data)
+        as_written = json_bytes(record) == data  # spaces too
         digest = record.pop("sha256")
     except FileNotFoundError:
         raise CheckpointError(
@@ -191,7 +193,7 @@ def read_record(commit: Path) -> Record:
         ) from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged; use another commit") from error
-    if hashlib.sha256(json_bytes(record)).hexdigest() != digest:
+    if not as_written or hashlib.sha256(json_bytes(record)).hexdigest() != digest:
         raise CheckpointError(f"{path} is damaged (its digest differs); use another commit")
     check_format(record, CHECKPOINT, path)
     check_keys(record, _KNOWN, path, writer_of(record))

@@ -151,7 +151,7 @@ def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
 
     ConfigError for what must not: the model, the seed, the tokenizer, a source's content.
     """
-    for key in ("config", "tokenizer_sha256", "data", "phases"):
+    for key in ("config", "next_index", "tokenizer_sha256", "data", "phases"):
         if key not in record:
             raise ConfigError(
                 f"this commit (it has no {key}) holds weights and no state of training: start from "
