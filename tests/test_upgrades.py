@@ -134,6 +134,9 @@ def test_a_new_key_whose_default_is_not_as_before(monkeypatch: pytest.MonkeyPatc
     [told] = re.findall(r"go on with (--set \S+)", refusal)
     golden.run(train, *command, *told.split())
     assert load_config(RUN).model.novelty is False  # type: ignore[attr-defined]
+    changed(RUN / "config.json", "model", 3)
+    with pytest.raises(ConfigError, match="model=3: must be a table"):
+        load_config(RUN)
     monkeypatch.setattr(hugging_face, "ModelConfig", type(newer("model", novelty=True)().model))
     assert hugging_face.read_model(EXPORT)[0].novelty is False  # type: ignore[attr-defined]
     changed(EXPORT / "config.json", "novelty", True)

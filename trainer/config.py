@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import functools
 import json
 import tomllib
 import types
@@ -169,8 +168,11 @@ def from_stored(
     for name, value in MEANT_BEFORE.items():
         if name.startswith(prefix):
             *sections, key = name.removeprefix(prefix).split(".")
-            section = functools.reduce(lambda t, s: t.setdefault(s, {}), sections, full)
-            section.setdefault(key, value)
+            section: Any = full
+            for part in sections:
+                section = section.setdefault(part, {}) if isinstance(section, dict) else None
+            if isinstance(section, dict):  # what else stands there is refused below
+                section.setdefault(key, value)
     every = dataclasses.fields(cls)  # type: ignore[arg-type]  # a dataclass
     needed = [each.name for each in every if each.default is each.default_factory is MISSING]
     try:
