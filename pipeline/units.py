@@ -30,8 +30,8 @@ from pipeline.sources import Source
 from shards.errors import SummerError
 from shards.files import json_bytes
 from shards.format import PLAN, Part, parse_json
+from shards.versions import FORMAT_KEY, UNITS, check_format
 
-PLAN_FORMAT: Final = "summerlm-units/1"
 UNIT_BYTES: Final = 256 << 20
 LEAST_UNIT_BYTES: Final = 8 << 20
 UNITS_WANTED: Final = 64
@@ -74,7 +74,7 @@ class Plan:
         files = [{"path": file.path, "bytes": file.bytes} for file in self.files]
         return json_bytes(
             {
-                "format": PLAN_FORMAT,
+                FORMAT_KEY: UNITS,
                 **self.recipe,
                 "files": files,
                 "parts": [asdict(part) for part in self.parts],
@@ -86,8 +86,8 @@ class Plan:
     def from_bytes(cls, data: bytes) -> Plan:
         """The plan that these bytes spell."""
         value = parse_json(data)
-        if value.pop("format", None) != PLAN_FORMAT:
-            raise PrepareError(f"{PLAN} is of another format than {PLAN_FORMAT}")
+        check_format(value, UNITS, PLAN)
+        del value[FORMAT_KEY]
         files = tuple(listed(file["path"], file["bytes"]) for file in value.pop("files"))
         parts = tuple(Part(**part) for part in value.pop("parts"))
         units = tuple(Unit(**unit) for unit in value.pop("units"))

@@ -2,6 +2,7 @@
 
     SummerError
       ShardError          shards/     a file that is missing, damaged or of another format
+      VersionError        shards/     a file that only another version of SummerLM reads
       SourceError ...     pipeline/errors.py
       ConfigError ...     trainer/errors.py
       EvaluationError ... tools/errors.py
@@ -27,6 +28,10 @@ class SummerError(Exception):
 
 class ShardError(SummerError):
     """A shard, sidecar, receipt or manifest that is missing, damaged or unknown."""
+
+
+class VersionError(SummerError):
+    """A file that is as it was written, by a version that knew more than this one."""
 
 
 def one_line_failures(*also: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shards.errors import ShardError
+from shards.errors import ShardError, VersionError
+from shards.versions import FORMAT_KEY, SHARDS, check_format
 
-FORMAT: Final = "summerlm-shards/1"
 MANIFEST: Final = "manifest.json"
 PLAN: Final = "units.json"
 TOKENIZER: Final = "tokenizer.model"
@@ -117,7 +117,7 @@ class Receipt:
 
     def to_json(self) -> dict[str, object]:
         """The receipt as it stands in `<unit>.json`."""
-        return {"format": FORMAT, **asdict(self)}
+        return {FORMAT_KEY: SHARDS, **asdict(self)}
 
     @classmethod
     def from_json(cls, value: Any) -> Receipt:
@@ -170,7 +170,7 @@ class Manifest:
         facts = asdict(self.facts)
         tokenizer = facts.pop("tokenizer")
         return {
-            "format": FORMAT,
+            FORMAT_KEY: SHARDS,
             **facts,
             "tokenizer": tokenizer,
             "n_rows": self.n_rows,
@@ -224,7 +224,7 @@ def compute_root(facts: Facts, shards: Iterable[ShardInfo]) -> str:
     """SHA-256 that names the data by content: everything a training run could see depends on it."""
     tokenizer = facts.tokenizer
     lines = [
-        FORMAT,
+        SHARDS,
         f"{facts.dtype} {facts.seq_len} {facts.packing} {facts.val_fraction}",
         tokenizer.sha256,
         f"{tokenizer.bos_id} {tokenizer.eos_id} {tokenizer.pad_id}",
@@ -242,21 +242,29 @@ def parse_json(data: bytes) -> Any:
 
 
 def _known_format(value: Any, what: str) -> dict[str, Any]:
-    found = value.get("format") if isinstance(value, dict) else None
-    if found != FORMAT:
-        raise ShardError(f"{what} is of format {found!r}, this version reads {FORMAT!r}")
-    return dict(value)
+    if not isinstance(value, dict):
+        raise ShardError(f"{what} is no JSON object")
+    try:
+        check_format(value, SHARDS, what)
+    except VersionError as error:  # of another version, or damaged: verify and repair take it
+        raise ShardError(str(error)) from error
+    return value
 
 
 def _build(cls: type[T], value: Any) -> T:
-    """A dataclass from the fields of the same names in a JSON object; other keys are left alone."""
+    """A dataclass from the fields of the same names in a JSON object; other keys are left alone.
+
+    A field with a default may be absent: a later version has added it.
+    """
     if not isinstance(value, dict):
         raise ShardError(f"{value!r} stands where a {cls.__name__} should")
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    if absent := [name for name in names if name not in value]:
+    every = fields(cls)  # type: ignore[arg-type]
+    needed = [each.name for each in every if each.default is each.default_factory is MISSING]
+    if absent := [name for name in needed if name not in value]:
         raise ShardError(f"{cls.__name__} lacks {', '.join(absent)}")
-    for field in fields(cls):  # type: ignore[arg-type]
+    given = [field for field in every if field.name in value]
+    for field in given:
         wanted = _SPELLED.get(str(field.type))
         if wanted is not None and type(value[field.name]) not in wanted:
             raise ShardError(f"{cls.__name__} has {field.name} {value[field.name]!r}")
-    return cls(**{name: value[name] for name in names})
+    return cls(**{field.name: value[field.name] for field in given})

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from conftest import REPOSITORY
-from shards.format import FORMAT, summarise
+from shards.format import summarise
 from shards.reader import read_manifest
+from shards.versions import SHARDS
 from shards_samples import make_source
 
 
@@ -52,7 +53,7 @@ def test_specification_lists_every_key_of_the_manifest(tmp_path: Path) -> None:
     manifest = make_source(tmp_path / "s").to_json()
     for key in manifest:
         assert f"`{key}`" in text, key
-    assert FORMAT in text
+    assert SHARDS in text
     sidecar = np.load(tmp_path / "s" / "00000-000.rows.npy")
     for name in sidecar.dtype.names or ():
         assert f"`{name}`" in text

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from conftest import REPOSITORY
+from shards.errors import VersionError
 from test_house import FLOORS, imports
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointConfig, load_weights, prove, restore, save
@@ -48,7 +49,7 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 
 
 def committed(run: Path, step: int, seed: int = 0) -> Path:
-    return save(run, tensors(seed), {"step": step, "note": "x"}, ALONE)
+    return save(run, tensors(seed), {"step": step, "world_size": 7}, ALONE)
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     for name, tensor in checkpoint.tensors_of(model, optimizer).items():
         assert torch.equal(tensor, tensors(0)[name]), name
     record = prove(commit, ALONE)
-    assert (record["step"], record["note"]) == (3, "x")
+    assert (record["step"], record["world_size"]) == (3, 7)
     assert set(record["files"]) == {path.name for path in commit.glob("*.safetensors")}
     assert record["versions"]["torch"] == torch.__version__
 
@@ -171,11 +172,15 @@ def test_without_a_mark_nothing_is_committed(tmp_path: Path) -> None:
 
 
 def test_a_future_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", "summerlm-commit/2")
+    monkeypatch.setattr(checkpoint, "CHECKPOINT", "summerlm-commit/2")
     commit = committed(tmp_path, 3)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"of format 'summerlm-commit/2', not 'summ.*/1'"):
+    refusal = r"of format 'summerlm-commit/2', written by .* reads 'summerlm-commit/1': upgrade"
+    with pytest.raises(VersionError, match=refusal):
         prove(commit, ALONE)
+    with pytest.raises(VersionError, match=refusal):
+        newest_proven(tmp_path, ALONE)
+    assert commits(tmp_path) == [commit]  # it is not damaged, and not marked so
 
 
 def test_no_room_is_told_before_anything_is_written(
@@ -290,5 +295,5 @@ def test_the_newest_commit_and_the_newest_run(tmp_path: Path) -> None:
 
 def test_the_record_is_readable(tmp_path: Path) -> None:
     record = json.loads((committed(tmp_path, 3) / COMMIT).read_text())
-    assert list(record)[:3] == ["format", "step", "note"]
+    assert list(record)[:4] == ["format", "summerlm_version", "step", "world_size"]
     assert list(record)[-1] == "sha256"

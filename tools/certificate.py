@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shards.files import publish_bytes, publish_json
-
-FORMAT: Final = "summerlm-certificate/1"
+from shards.versions import CERTIFICATE, stamp
 
 MEANINGS: Final = {
     "worker dies": "a process that reads rows is killed: another reads on from the same row",
@@ -83,7 +82,7 @@ def table(certificate: Certificate) -> list[str]:
 
 def publish(certificate: Certificate, out: Path) -> None:
     """Write certificate.json and certificate.md."""
-    facts = {"format": FORMAT, "kept": certificate.kept, **asdict(certificate)}
+    facts = {**stamp(CERTIFICATE), "kept": certificate.kept, **asdict(certificate)}
     publish_json(out / "certificate.json", facts)
     publish_bytes(out / "certificate.md", ("\n".join(_page(certificate)) + "\n").encode())
 

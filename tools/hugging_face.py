@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,11 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 from pipeline.errors import TokenizerError
 from pipeline.tokenizer import Tokenizer, extend
 from shards.files import publish_bytes, publish_json
 from shards.format import TOKENIZER
+from shards.versions import VERSION, WRITER_KEY, writer_of
 from tools.errors import ConversionError
 from tools.llama import (
     config_from_llama,
@@ -35,12 +36,21 @@ from tools.llama import (
 )
 from tools.tokenizer_json import piece_bytes, tokenizer_config, tokenizer_json
 from tools.vocabulary import Vocabulary
+from trainer.config import from_stored
+from trainer.errors import ConfigError
 
 CONFIG: Final = "config.json"
 MODELING: Final = "modeling_summerlm.py"
 OWN: Final = "summerlm"
 """Our architecture's `model_type`."""
 TOKENIZER_JSON: Final = "tokenizer.json"
+_THEIRS: Final = frozenset((
+    "architectures", "auto_map", "model_type", "bos_token_id", "eos_token_id", "pad_token_id",
+    "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings", "head_dim", "use_cache",
+    "id2label", "label2id", "problem_type", "return_dict", "is_encoder_decoder",
+    "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
+))  # fmt: skip
+"""Keys of a config.json that are the library's, or are for it: none changes what is computed."""
 _WHOLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _FILE_BYTES: Final = 5_000_000_000
@@ -70,7 +80,7 @@ def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     try:
         described = _read_json(folder / CONFIG)
         is_own = described.get("model_type") == OWN
-        config = _config_from_own(described) if is_own else config_from_llama(described)
+        config = _config_from_own(described, folder) if is_own else config_from_llama(described)
         theirs: dict[str, Tensor] = {}
         for path in _weight_files(folder):
             theirs |= load_file(path)
@@ -137,7 +147,7 @@ def write_folder(
     else:
         described, theirs = _own_config(config), dict(weights)
         publish_bytes(folder / MODELING, Path(__file__).with_name(MODELING).read_bytes())
-    publish_json(folder / CONFIG, {**described, **ends, "dtype": "float32"})
+    publish_json(folder / CONFIG, {**described, **ends, "dtype": "float32", WRITER_KEY: VERSION})
     no_text = [i for i in range(config.vocab_size) if not _is_text(tokenizer, i)]
     publish_json(folder / "generation_config.json", {**ends, "suppress_tokens": no_text})
     publish_bytes(folder / TOKENIZER, tokenizer.model)
@@ -160,10 +170,12 @@ def _own_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _config_from_own(described: Mapping[str, Any]) -> ModelConfig:
+def _config_from_own(described: Mapping[str, Any], folder: Path) -> ModelConfig:
+    ours = {key: v for key, v in described.items() if key not in _THEIRS and key[:1] != "_"}
+    ours.pop(WRITER_KEY, None)
     try:
-        return ModelConfig(**{each.name: described[each.name] for each in fields(ModelConfig)})
-    except (KeyError, TypeError, ModelError) as error:
+        return from_stored(ModelConfig, ours, folder / CONFIG, writer_of(described), "model.")
+    except ConfigError as error:
         raise ConversionError(
             f"config.json describes no model of summer-convert ({error}): fetch it again"
         ) from error

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
 from model.config import ModelConfig, count_params
+from shards.versions import VERSION
 from tools.follow import EVALUATIONS
 from tools.llama import is_llama
 from tools.loading import LoadedModel
@@ -82,8 +82,9 @@ def _facts(run: Path, record: Mapping[str, Any], loaded: LoadedModel) -> Iterato
         seen = sum(source["tokens"] for source in record["ledger"].values())
         yield "tokens seen", f"{seen:,}"
     if "time_s" in record:
-        yield "training time", f"{record['time_s'] / 3600:,.2f} h of {record['world_size']} devices"
-        rate = record["config"]["dollars_per_hour"]
+        devices = record.get("world_size", 1)
+        yield "training time", f"{record['time_s'] / 3600:,.2f} h of {devices} devices"
+        rate = record.get("config", {}).get("dollars_per_hour", 0.0)
         cost = f"${record['time_s'] / 3600 * rate:,.2f} at ${rate:g} an hour"
         yield "cost", cost if rate else "not recorded (dollars_per_hour was 0)"
     yield "weights sha256", loaded.weights_sha256
@@ -95,7 +96,7 @@ def _facts(run: Path, record: Mapping[str, Any], loaded: LoadedModel) -> Iterato
 
 def _data(record: Mapping[str, Any]) -> list[str]:
     """What the run read until then: each source by the root that names its contents."""
-    if "data" not in record:
+    if "data" not in record or "ledger" not in record:
         return []
     rows = (
         (
@@ -125,18 +126,14 @@ def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> list[str]:
 
 def code_version() -> str:
     """This code's version, with the revision of the checkout that it runs from, if any."""
-    try:
-        number = version("summerlm")
-    except PackageNotFoundError:
-        number = "(not installed)"
     house = Path(__file__).resolve().parents[1]
     if not (house / ".git").exists():
-        return f"summerlm {number}"
+        return f"summerlm {VERSION}"
     told = subprocess.run(
         ["git", "-C", str(house), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return f"summerlm {number} ({told.stdout.strip() or 'unknown revision'})"
+    return f"summerlm {VERSION} ({told.stdout.strip() or 'unknown revision'})"
 
 
 def _switch(on: bool) -> str:

@@ -224,9 +224,9 @@ def _order_facts(
 ) -> tuple[list[Phase], dict[str, int]]:
     """The phases of a run and the training rows of its sources; TraceError if these changed."""
     rows = {name: m.n_rows - m.n_val_rows for name, m in manifests.items()}
-    if record is None:
+    if record is None or "phases" not in record:  # of a converted run
         return [Phase(0, {name: int(share) for name, share in config.mixture.items()})], rows
-    for name, facts in record["data"].items():
+    for name, facts in record.get("data", {}).items():
         if name in manifests and manifests[name].root != facts["root"]:
             raise TraceError(
                 f"{config.shards}/{name} is not the data that the run has read: bring the old "

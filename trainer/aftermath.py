@@ -115,7 +115,7 @@ def _last_good(session: Session) -> tuple[int, int]:
     mirror = mirror_of(session.run, session.plan.config.checkpoint)
     for commit in reversed(commits(session.run)):
         record = read_record(commit)
-        if not record["refused_in_a_row"]:
+        if not record.get("refused_in_a_row"):
             abandon_after(session.run, int(record["step"]), mirror)
             return int(record["step"]), int(record["next_index"])
     abandon_after(session.run, -1, mirror)

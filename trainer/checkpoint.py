@@ -38,12 +38,20 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 
 from shards.files import fsync_folder, json_bytes, publish_bytes, sha256_file
+from shards.versions import CHECKPOINT, STAMP, check_format, check_keys, stamp, writer_of
 from trainer.distributed import World, own_part
 from trainer.errors import CheckpointError, at_least
 from trainer.runs import COMMIT, commit_path
 
-FORMAT: Final = "summerlm-commit/1"
 _WEIGHTS, _MOMENTS = 1, 2  # the files that tensors of each kind go to
+_NEEDED: Final = ("step", "files")
+_OF_TRAINING: Final = (
+    "next_index", "time_s", "refused_in_a_row", "norms", "skipped", "phases", "data",
+    "tokenizer_sha256", "ledger", "anneal", "spent_s", "unix_s", "world_size", "config",
+)  # fmt: skip
+_KNOWN: Final = frozenset((*STAMP, *_NEEDED, *_OF_TRAINING, "versions", "converted_from"))
+"""What a record may hold. Of training, a key added later is read with a default that means as
+before (trainer/state.py)."""
 
 Record = dict[str, Any]
 
@@ -107,7 +115,8 @@ def save_from_any_thread(
         world.on_main(lambda: make_room(folder, size))
         _write_tensors(folder, share, world)
         files = _digests(folder, world)
-        record = {"format": FORMAT, **record, "versions": versions(world.device), "files": files}
+        made_with = versions(world.device)
+        record = {**stamp(CHECKPOINT), **record, "versions": made_with, "files": files}
         world.on_main(lambda: _publish_record(folder, record))
     except (OSError, CheckpointException) as error:
         if world.is_main:
@@ -170,10 +179,12 @@ def load_weights(commit: Path) -> dict[str, Tensor]:
 
 
 def read_record(commit: Path) -> Record:
-    """What COMMIT.json says; CheckpointError unless it is whole and of a format that we know."""
+    """What COMMIT.json says; CheckpointError unless it is whole, VersionError if it is unknown."""
     path = commit / COMMIT
     try:
-        record = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        record = json.loads(data)
+        as_written = json_bytes(record) == data  # spaces too
         digest = record.pop("sha256")
     except FileNotFoundError:
         raise CheckpointError(
@@ -182,10 +193,12 @@ def read_record(commit: Path) -> Record:
         ) from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged; use another commit") from error
-    if hashlib.sha256(json_bytes(record)).hexdigest() != digest:
+    if not as_written or hashlib.sha256(json_bytes(record)).hexdigest() != digest:
         raise CheckpointError(f"{path} is damaged (its digest differs); use another commit")
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is of format {record.get('format')!r}, not {FORMAT!r}")
+    check_format(record, CHECKPOINT, path)
+    check_keys(record, _KNOWN, path, writer_of(record))
+    if absent := [key for key in _NEEDED if key not in record]:
+        raise CheckpointError(f"{path} lacks {absent[0]}; use another commit")
     return dict(record)
 
 

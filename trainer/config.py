@@ -9,6 +9,7 @@ is a TOML file with the same names, so is `--config FILE`. A table of sources (`
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -16,12 +17,13 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from model.config import ModelConfig, ModelError
 from shards.files import publish_json
+from shards.versions import FORMAT_KEY, RUN, STAMP, check_format, check_keys, stamp, writer_of
 from trainer.checkpoint import CheckpointConfig
 from trainer.errors import ConfigError, at_least
 from trainer.guard import GuardConfig
@@ -32,8 +34,18 @@ from trainer.schedule import OptimConfig
 from trainer.shares import REFERENCE_SHARES
 from trainer.validation import ValidationConfig
 
+T = TypeVar("T")
+
 PRESETS: Final = Path(__file__).with_name("presets")
 REFERENCE: Final = "summer-4b"
+
+MEANT_BEFORE: Final[dict[str, Any]] = {}
+"""What a stored configuration without a key means, where that is not the key's default.
+
+A new key whose default is as before needs no entry. One that changes what a run computes does:
+`"model.qk_norm": False` for a default of True, so that the runs and exports there are stay the
+models that they were.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,22 +135,58 @@ def load_config(run: Path) -> RunConfig:
     """The resolved configuration of a run, from its config.json."""
     path = run / CONFIG
     try:
-        config: RunConfig = _build(RunConfig, json.loads(path.read_bytes()))
-        return config
+        table = {FORMAT_KEY: RUN, **json.loads(path.read_bytes())}  # 0.1.0 did not name it
     except FileNotFoundError:
         raise ConfigError(f"{run}: no {CONFIG} there, so it is no run of summer-train") from None
-    except (ValueError, ConfigError) as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}; restore it, or start anew with --out") from error
+    check_format(table, RUN, path)
+    bare = {key: value for key, value in table.items() if key not in STAMP}
+    try:
+        return from_stored(RunConfig, bare, path, writer_of(table))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; restore it, or start anew with --out") from error
 
 
 def save_config(run: Path, config: RunConfig) -> None:
     """Write a run's config.json."""
-    publish_json(run / CONFIG, asdict(config))
+    publish_json(run / CONFIG, {**stamp(RUN), **asdict(config)})
 
 
-def differences(old: Mapping[str, Any], new: RunConfig) -> dict[str, tuple[object, object]]:
-    """Dotted keys in which a stored configuration and a new one differ, with both values."""
-    before, after = dict(flatten(old)), dict(flatten(asdict(new)))
+def from_stored(
+    cls: type[T], table: Mapping[str, Any], where: object, writer: str, prefix: str = ""
+) -> T:
+    """An instance of a dataclass from what a file of version `writer` holds of it.
+
+    A key that is not there means what it meant before there was one: its default, or what
+    MEANT_BEFORE says. VersionError for a key that this version does not know; ConfigError for a
+    value that does not fit its key, or a key that is missing and has no default. `prefix` is that
+    of the dotted names of the keys.
+    """
+    check_keys(_unknown_keys(cls, table, prefix), (), where, writer)
+    full: dict[str, Any] = copy.deepcopy(dict(table))
+    for name, value in MEANT_BEFORE.items():
+        if name.startswith(prefix):
+            *sections, key = name.removeprefix(prefix).split(".")
+            section: Any = full
+            for part in sections:
+                section = section.setdefault(part, {}) if isinstance(section, dict) else None
+            if isinstance(section, dict):  # what else stands there is refused below
+                section.setdefault(key, value)
+    every = dataclasses.fields(cls)  # type: ignore[arg-type]  # a dataclass
+    needed = [each.name for each in every if each.default is each.default_factory is MISSING]
+    try:
+        if absent := [name for name in needed if name not in full]:
+            raise ConfigError(f"{prefix}{absent[0]} is missing")
+        made: T = _build(cls, full, prefix)
+    except ConfigError as error:
+        raise ConfigError(f"{where}, written by SummerLM {writer}: {error}") from error
+    return made
+
+
+def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[object, object]]:
+    """Dotted keys in which two configurations differ, with both values."""
+    before, after = dict(flatten(asdict(old))), dict(flatten(asdict(new)))
     keys = dict.fromkeys([*before, *after])
     return {
         key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
@@ -152,6 +200,13 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def spell_value(value: object) -> str:
+    """The value as `--set` takes it."""
+    if isinstance(value, str):
+        return value
+    return "none" if value is None else json.dumps(value)
 
 
 def _read_preset(name: str) -> dict[str, Any]:
@@ -201,6 +256,16 @@ def _newest_base() -> Path:
         if not load_config(run).init_from:
             return run
     return newest_run()
+
+
+def _unknown_keys(cls: type[Any], table: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """The dotted keys of a table that no field of a configuration dataclass has."""
+    hints = typing.get_type_hints(cls)
+    for key, value in table.items():
+        if key not in hints:
+            yield f"{prefix}{key}"
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            yield from _unknown_keys(hints[key], value, f"{prefix}{key}.")
 
 
 def _build(cls: type[Any], table: Mapping[str, Any], prefix: str = "") -> Any:

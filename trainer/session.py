@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def begin(
         recorded=known,
         first_index=state.next_index,
     )
-    committed = None if found is None else float(found.record["unix_s"])
+    committed = None if found is None else float(found.record.get("unix_s", began))
     goodput.count_start(state.spent_s, began, committed, read_lines(run / EVENTS))
     _announce(session, state, found, [*network.notes, *notes], {"anew": True} if anew else {})
     yield session, state
@@ -131,9 +131,7 @@ def _another_history(plan: Plan, run: Path, resume: str) -> bool:
     """Whether what events.jsonl says of earlier steps need not hold for those to come."""
     if not (run / CONFIG).exists():
         return False
-    return resume not in ("auto", "never") or bool(
-        differences(asdict(load_config(run)), plan.config)
-    )
+    return resume not in ("auto", "never") or bool(differences(load_config(run), plan.config))
 
 
 @contextlib.contextmanager

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from shards.versions import writer_of
 from trainer import checkpoint
 from trainer.checkpoint import Record
-from trainer.config import differences
+from trainer.config import differences, from_stored, spell_value
 from trainer.distributed import World
 from trainer.errors import CheckpointError, ConfigError
 from trainer.guard import add_skipped
@@ -150,24 +151,31 @@ def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
 
     ConfigError for what must not: the model, the seed, the tokenizer, a source's content.
     """
-    if "config" not in record:
-        raise ConfigError(
-            "this commit holds weights and no state of training: start from it with "
-            "--set init_from=ITS_RUN and another --out"
-        )
-    changes = differences(record["config"], plan.config)
+    for key in ("config", "next_index", "tokenizer_sha256", "data", "phases"):
+        if key not in record:
+            raise ConfigError(
+                f"this commit (it has no {key}) holds weights and no state of training: start from "
+                "it with --set init_from=ITS_RUN and another --out"
+            )
+    where, writer = f"{COMMIT} of step {record['step']}", writer_of(record)
+    before = from_stored(type(plan.config), record["config"], where, writer)
+    changes = differences(before, plan.config)
     for key, (old, new) in changes.items():
         if key.startswith("model.") or key == "seed":
             raise ConfigError(
-                f"{key} is {new} and was {old} in this run: go on with --set {key}={old} (or the "
-                f"same --preset: it was {record['config']['preset']}), or start anew with --out"
+                f"{key} is {spell_value(new)} and was {spell_value(old)} in this run: go on with "
+                f"--set {key}={spell_value(old)} (or the same --preset: it was {before.preset}), "
+                "or start anew with --out"
             )
     if record["tokenizer_sha256"] != plan.tokenizer_sha256:
         raise ConfigError(
             "the shards were made with another tokenizer than this run has learned; "
             "train on the old ones, or start anew with --out"
         )
-    data = {name: SourceFacts(**facts) for name, facts in record["data"].items()}
+    data = {
+        name: from_stored(SourceFacts, facts, where, writer, f"data.{name}.")
+        for name, facts in record["data"].items()
+    }
     for name, facts in plan.sources.items():
         if data.setdefault(name, facts).root != facts.root:
             raise ConfigError(
@@ -178,8 +186,8 @@ def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
     state = State(
         step=int(record["step"]),
         next_index=int(record["next_index"]),
-        time_s=float(record["time_s"]),
-        refused_in_a_row=int(record["refused_in_a_row"]),
+        time_s=float(record.get("time_s", 0.0)),
+        refused_in_a_row=int(record.get("refused_in_a_row", 0)),
         norms=[float(norm) for norm in record.get("norms", [])],
         skipped=tuple((int(begin), int(end)) for begin, end in record.get("skipped", [])),
         phases=tuple(Phase(int(first), dict(weights)) for first, weights in record["phases"]),

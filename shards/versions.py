@@ -1,0 +1,59 @@
+"""This version, the formats of its files, and the refusal of what only another version knows.
+
+A run's config.json, a checkpoint's record and an exported config.json say who wrote them,
+`summerlm_version`; those of 0.1.0 do not. A key may be added to them: files that lack it mean its
+default (or what trainer/config.py says they mean), and a version that does not know it refuses the
+file, naming the version that does. Shards depend on their content alone, so they name no version:
+keys that a reader does not know are left alone there, and what older code would misread is another
+`format`, whose number is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Final
+
+from shards.errors import VersionError
+
+VERSION: Final = "0.1.0"
+"""Of the package: pyproject.toml reads it from here."""
+
+SHARDS: Final = "summerlm-shards/1"  # manifest.json and the units' records
+UNITS: Final = "summerlm-units/1"  # units.json
+RUN: Final = "summerlm-run/1"  # a run's config.json
+CHECKPOINT: Final = "summerlm-commit/1"  # COMMIT.json
+CERTIFICATE: Final = "summerlm-certificate/1"  # certificate.json
+
+FORMAT_KEY: Final = "format"
+WRITER_KEY: Final = "summerlm_version"
+STAMP: Final = (FORMAT_KEY, WRITER_KEY)
+_FIRST: Final = "0.1.0"
+
+
+def stamp(file_format: str) -> dict[str, str]:
+    """The first two keys of a file: its format and this version."""
+    return {FORMAT_KEY: file_format, WRITER_KEY: VERSION}
+
+
+def writer_of(table: Mapping[str, Any]) -> str:
+    """The version that wrote a file."""
+    return str(table.get(WRITER_KEY, _FIRST))
+
+
+def check_format(table: Mapping[str, Any], wanted: str, where: object) -> None:
+    """Refuse, with VersionError, a file of another format."""
+    found = table.get(FORMAT_KEY)
+    if found != wanted:
+        raise VersionError(
+            f"{where} is of format {found!r}, written by SummerLM {writer_of(table)}, and this "
+            f"version ({VERSION}) reads {wanted!r}: upgrade"
+        )
+
+
+def check_keys(keys: Iterable[str], known: Collection[str], where: object, writer: str) -> None:
+    """Refuse, with VersionError, a key that is not known: what it asks for would not be done."""
+    if unknown := [key for key in keys if key not in known]:
+        raise VersionError(
+            f"{where}: written by SummerLM {writer} with {unknown[0]}, which this version "
+            f"({VERSION}) does not know: upgrade"
+        )
