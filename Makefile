@@ -1,6 +1,7 @@
 # make demo    text -> shards -> a small model -> its score, in a few minutes on a CPU
 # make test    the whole test suite
 # make check   ruff and mypy
+# make mutants does a test notice each small change to the numerics? A sample, a quarter of an hour
 # make soak    after make demo: a run killed a hundred times, against one that was not; ten minutes
 #
 # The environment lives in .venv; PYTHON names the interpreter that makes it (3.11 or later).
@@ -11,7 +12,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 INPUTS = pyproject.toml constraints.txt tools/environment.py
 
-.PHONY: demo test check soak clean
+.PHONY: demo test check mutants soak clean
 demo: $(VENV)/.demo
 	$(RUN) -m tools.demo
 
@@ -22,6 +23,9 @@ check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+mutants: $(VENV)/.dev
+	$(RUN) tests/mutants.py
 
 soak: $(VENV)/.dev
 	$(RUN) -m tools.soak --shards demo/shards --set max_steps=3000
