@@ -66,7 +66,7 @@ TESTS: Final = {
     "tools.perplexity": "tools_perplexity reference_scoring",
     "tools.questions": "tools_tasks reference_scoring",
     "tools.wikitext": "tools_perplexity reference_scoring",
-    "tools.sampling": "tools_generate",
+    "tools.sampling": "reference_sampling tools_generate",
 }
 """Each module, and the files of tests (test_NAME.py) that must notice a change in it."""
 
