@@ -26,7 +26,7 @@ import time
 import tomllib
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import FrameType
@@ -106,19 +106,25 @@ class Changed(SourceFileLoader):
 
 
 class Chosen:
-    """A pytest plugin: the tests that call the change come first; which functions each calls."""
+    """A pytest plugin: tests in a given order, others behind; what each calls, and its time."""
 
-    def __init__(self, file: str, first: frozenset[str] = frozenset()) -> None:
-        self.file, self.first, self.now = file, first, ""
+    def __init__(self, file: str, order: Sequence[str] = ()) -> None:
+        self.file, self.now = file, ""
+        self.place = {test: place for place, test in enumerate(order)}
         self.calls: dict[str, set[int]] = defaultdict(set)
+        self.seconds: dict[str, float] = {"": 0.0}
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Sort the tests."""
-        items.sort(key=lambda item: item.nodeid not in self.first)
+        items.sort(key=lambda item: self.place.get(item.nodeid, len(self.place)))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Note which test runs."""
-        self.now = nodeid
+        self.now, self.seconds[nodeid] = nodeid, -time.monotonic()
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Note how long it took."""
+        self.seconds[nodeid] += time.monotonic()
 
     def trace(self, frame: FrameType, event: str, argument: object) -> None:
         """Note a function of the module that is called."""
@@ -181,7 +187,8 @@ def calls_of(module: str, folder: Path) -> tuple[Calls, float]:
         sys.settrace(plugin.trace)
         code = run_tests([str(path) for path in names if path.exists()], plugin, folder)
         sys.settrace(None)
-        kept.write_text(json.dumps({test: list(lines) for test, lines in plugin.calls.items()}))
+        quickest_first = sorted(plugin.seconds, key=plugin.seconds.__getitem__)
+        kept.write_text(json.dumps({test: [*plugin.calls[test]] for test in quickest_first}))
         return code
 
     if forked(work, folder / "log", 900):
@@ -195,13 +202,13 @@ def survives(
 ) -> bool:
     """Whether no test notices the mutant, of those that call the function or share its file."""
     at_import = mutant.function is None or mutant.function in calls.get("", ())
-    first = frozenset(test for test in calls if at_import or mutant.function in calls[test])
-    files = sorted({test.partition("::")[0] for test in first if test})
+    order = [test for test in calls if test and (at_import or mutant.function in calls[test])]
+    files = sorted({test.partition("::")[0] for test in order})
 
     def work() -> int:
         setattr(mutant.holder, mutant.field, mutant.value)
         sys.meta_path.insert(0, Changed(module, tree))
-        return run_tests(files, Chosen("", first), folder)
+        return run_tests(files, Chosen("", order), folder)
 
     return not files or forked(work, folder / "log", limit_s) == 0
 

@@ -41,9 +41,9 @@ def test_each_uniform_number_gives_the_id_whose_share_it_falls_in(
     uniform = torch.rand(
         (), dtype=torch.float64, generator=torch.Generator("cpu").manual_seed(seed)
     )
-    below = 0.0
-    for expected, share in shares(logits, temperature, top_k, top_p).items():
-        below += share
+    expected, below = -1, 0.0
+    for at, share in shares(logits, temperature, top_k, top_p).items():
+        expected, below = at, below + share
         if float(uniform) < below:
             break
     drawn = draw(torch.tensor(logits, dtype=torch.float64), sampling, sampling.generator())
