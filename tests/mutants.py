@@ -16,7 +16,7 @@ import argparse
 import ast
 import contextlib
 import hashlib
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -27,12 +27,11 @@ import tomllib
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from mutations import Mutant, mutants_of
+from mutations import Changed, Mutant, mutants_of
 
 TESTS: Final = {
     "model.alibi": "model_alibi model_attention",
@@ -85,24 +84,6 @@ Calls = dict[str, set[int]]
 def path_of(module: str) -> Path:
     """The file of a module."""
     return ROOT.joinpath(*module.split(".")).with_suffix(".py")
-
-
-class Changed(SourceFileLoader):
-    """Finds one module, and gives it another code than its file has."""
-
-    def __init__(self, module: str, tree: ast.Module) -> None:
-        super().__init__(module, str(path_of(module)))
-        self._code = compile(ast.fix_missing_locations(tree), self.path, "exec")
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Where the module is from; None for any other."""
-        if name != self.name:
-            return None
-        return importlib.util.spec_from_file_location(name, self.path, loader=self)
-
-    def get_code(self, fullname: str) -> Any:
-        """The changed module's code."""
-        return self._code
 
 
 class Chosen:
@@ -207,7 +188,7 @@ def survives(
 
     def work() -> int:
         setattr(mutant.holder, mutant.field, mutant.value)
-        sys.meta_path.insert(0, Changed(module, tree))
+        sys.meta_path.insert(0, Changed(module, path_of(module), tree))
         return run_tests(files, Chosen("", order), folder)
 
     return not files or forked(work, folder / "log", limit_s) == 0

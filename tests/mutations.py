@@ -2,8 +2,10 @@
 
 import ast
 import copy
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Any, Final
 
@@ -142,3 +144,21 @@ def spelled(
     setattr(node, field, old)
     around = first[: shown.col_offset].decode(), last[shown.end_col_offset :].decode()
     return before, " ".join((around[0] + new + around[1]).split())
+
+
+class Changed(SourceFileLoader):
+    """Finds one module, and gives it another code than its file has."""
+
+    def __init__(self, module: str, path: Path, tree: ast.Module) -> None:
+        super().__init__(module, str(path))
+        self._code = compile(ast.fix_missing_locations(tree), self.path, "exec")
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Where the module is from; None for any other."""
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_file_location(name, self.path, loader=self)
+
+    def get_code(self, fullname: str) -> Any:
+        """The changed module's code."""
+        return self._code
