@@ -76,8 +76,10 @@ def changes_of_call(node: ast.Call) -> Iterator[Change]:
         func = copy.copy(node.func)
         setattr(func, named, other)
         yield "func", func, node
+    if getattr(node.func, named, "")[:1].isupper():
+        return  # a class's arguments have to be there
     for place, keyword in enumerate(node.keywords):
-        if keyword.arg is not None:
+        if keyword.arg not in (None, "strict"):
             yield "keywords", node.keywords[:place] + node.keywords[place + 1 :], node
 
 
@@ -94,7 +96,9 @@ def is_left_out(statement: ast.AST, parent: ast.AST) -> bool:
 
 
 def is_message(node: ast.AST) -> bool:
-    """Whether only the words of a message, or the cases of a type checker, are in there."""
+    """Whether only words of a message, cases of a type checker or `strict=True` are in there."""
+    if isinstance(node, ast.keyword):
+        return node.arg == "strict"
     if isinstance(node, ast.FunctionDef):
         return any(getattr(each, "id", "") == "overload" for each in node.decorator_list)
     return isinstance(node, ast.JoinedStr | ast.Raise)

@@ -62,3 +62,18 @@ def test_a_sum_that_equals_top_p_reaches_it(top_p: float) -> None:
 def test_of_equal_logits_greedy_takes_the_first() -> None:
     sampling = Sampling(temperature=0.0)
     assert draw(torch.tensor([1.0, 3.0, 3.0]), sampling, sampling.generator()) == 1
+
+
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 0), (0.25, 1), (0.2499, 0), (0.9999, 3)])
+def test_a_uniform_number_on_the_border_takes_the_next_id(
+    monkeypatch: pytest.MonkeyPatch, uniform: float, expected: int
+) -> None:
+    """A share is the half-open interval [below, below + share)."""
+    exactly = torch.tensor(uniform, dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: exactly)
+    sampling = Sampling(temperature=1.0)
+    assert draw(torch.zeros(4), sampling, sampling.generator()) == expected
+
+
+def test_without_options_a_text_is_drawn_at_0_8_from_all_ids() -> None:
+    assert Sampling() == Sampling(temperature=0.8, top_k=0, top_p=1.0, seed=0)
