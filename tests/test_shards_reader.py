@@ -154,7 +154,7 @@ def test_an_array_of_the_same_bytes_in_another_form_is_refused(tmp_path: Path, c
         all_rows(tmp_path / "s")
 
 
-@pytest.mark.parametrize("change", ["dtype", "length"])
+@pytest.mark.parametrize("change", ["dtype", "length", "pickle"])
 def test_a_sidecar_that_lists_other_rows_is_refused(tmp_path: Path, change: str) -> None:
     """Its digest is right, as if it had been written so."""
     folder = tmp_path / "s"
@@ -162,12 +162,14 @@ def test_a_sidecar_that_lists_other_rows_is_refused(tmp_path: Path, change: str)
     path, receipt = folder / "00000-000.rows.npy", folder / "00000.json"
     records = np.load(path)
     wider = [("xxh3", "<u8"), ("part", "<u8"), ("record", "<u8")]
-    np.save(path, records[:-1] if change == "length" else records.astype(wider))
+    changed = {"length": records[:-1], "dtype": records.astype(wider)}
+    np.save(path, changed.get(change, records.astype(object)), allow_pickle=True)
     written = json.loads(receipt.read_text())
     written["shards"][0]["rows_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     receipt.write_text(json.dumps(written))
     write_manifest(folder, sample_facts("s"), [Part(file="a", first=0, last=1)], 1)
-    with pytest.raises(ShardError, match="does not list 4 rows"):
+    words = "Object arrays cannot be" if change == "pickle" else "does not list 4 rows"
+    with pytest.raises((ShardError, ValueError), match=words):
         all_rows(folder)
 
 
@@ -252,3 +254,32 @@ def test_rejected_records_are_listed_and_counted(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == rejected
     manifest = write_manifest(tmp_path, facts, [], 1)
     assert manifest is not None and manifest.rejected == {"empty": 2}
+
+
+def test_shards_are_cut_where_the_next_row_would_be_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert writer_module.SHARD_BYTES == 64 * 1024**2  # a word of the format
+    for shard_bytes, wanted in ((3 * 32 + 31, [3, 3, 2]), (3 * 32, [3, 3, 2]), (1, [1] * 8)):
+        monkeypatch.setattr(writer_module, "SHARD_BYTES", shard_bytes)
+        manifest = make_source(tmp_path / f"{shard_bytes}", n_rows=8, n_val_rows=0, n_units=1)
+        assert [shard.n_rows for shard in manifest.shards] == wanted
+
+
+def test_masks_need_rows_that_fill_bytes_and_rows_that_have_them(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="seq_len 12: rows with a loss mask need a multiple of 8"):
+        ShardWriter(tmp_path, "00000", sample_facts(seq_len=12, masked=True))
+    rows, origins = np.ones((1, 16), np.uint16), np.zeros(1, np.uint32)
+    for masked in (False, True):
+        writer = ShardWriter(tmp_path, "00000", sample_facts(masked=masked))
+        masks = None if masked else np.zeros((1, 2), np.uint8)
+        with pytest.raises(ShardError, match="does not fit rows with masks"):
+            writer.add("train", rows, origins, origins, masks)
+
+
+def test_rejected_records_are_lines_of_utf_8(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "00000", sample_facts())
+    receipt = writer.finish([{"reason": "empty", "file": "ä.txt", "record": 3}], "0" * 64)
+    data = (tmp_path / "00000.rejected.jsonl").read_bytes()
+    assert data == '{"reason": "empty", "file": "ä.txt", "record": 3}\n'.encode()
+    assert receipt.rejected_sha256 == hashlib.sha256(data).hexdigest()

@@ -11,6 +11,8 @@ import torch
 
 from model.kv_cache import KVCache
 from model.transformer import Transformer
+from pipeline.errors import SourceError
+from pipeline.sources import Source
 from shards.errors import SummerError
 from tools.errors import EvaluationError
 from tools.loading import max_context
@@ -19,6 +21,7 @@ from tools.protocols import PLANS, Protocol, make_plan
 from tools.scoring import Scorer, score
 from tools.vocabulary import Vocabulary
 from tools.wikitext import (
+    CONFIGS,
     EvaluationText,
     detokenized,
     from_raw,
@@ -249,6 +252,23 @@ def test_pages_are_cut_at_titles_and_detokenized() -> None:
     assert detokenized(pages[0]) == " = A =\n\nOne-two, three.\n== S == "
     assert detokenized(pages[1]) == " = B =\n\n(x) it's\n"
     assert from_raw(raw).pieces("llama.cpp")[0].text == raw[:-1]
+
+
+def test_a_title_begins_and_ends_with_a_sign() -> None:
+    page = " = A = \n = no title \n neither = \n"
+    assert pages_of(page) == [page]
+
+
+def test_each_corpus_is_asked_of_the_hub_under_its_own_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreachable(source: Source) -> Any:
+        raise SourceError(f"{source.config}: name a file with --data-files")
+
+    monkeypatch.setattr("tools.wikitext.hub_inputs", unreachable)
+    for corpus, config in CONFIGS.items():
+        with pytest.raises(EvaluationError, match=f"^{config}: name a file with --data FILE$"):
+            read_text(corpus=corpus)
 
 
 def test_the_harness_counts_of_wikitext(shared: Path) -> None:
