@@ -178,10 +178,13 @@ def calls_of(module: str, folder: Path) -> tuple[Calls, float]:
     return calls, time.monotonic() - started
 
 
-def survives(
+def tried(
     mutant: Mutant, module: str, tree: ast.Module, calls: Calls, limit_s: float, folder: Path
-) -> bool:
-    """Whether no test notices the mutant, of those that call the function or share its file."""
+) -> int | None:
+    """What the tests that call the function, and others in their files, end with: 0 if all pass.
+
+    None: they took too long, which counts as noticed.
+    """
     at_import = mutant.function is None or mutant.function in calls.get("", ())
     order = [test for test in calls if test and (at_import or mutant.function in calls[test])]
     files = sorted({test.partition("::")[0] for test in order})
@@ -191,7 +194,7 @@ def survives(
         sys.meta_path.insert(0, Changed(module, path_of(module), tree))
         return run_tests(files, Chosen("", order), folder)
 
-    return not files or forked(work, folder / "log", limit_s) == 0
+    return forked(work, folder / "log", limit_s) if files else 0
 
 
 def check(module: str, sampled: int | None, seed: int, known: dict[str, str]) -> tuple[int, int]:
@@ -201,17 +204,20 @@ def check(module: str, sampled: int | None, seed: int, known: dict[str, str]) ->
         sys.exit(f"{EQUIVALENT.name}: no change of {module} reads {stale!r} any more")
     mutants = [mutant for mutant in mutants if mutant.after not in known]
     mutants.sort(key=lambda each: hashlib.sha256(f"{seed} {each.after}".encode()).digest())
-    survivors = 0
+    codes: list[int | None] = []
     with tempfile.TemporaryDirectory() as folder:
         calls, seconds = calls_of(module, Path(folder))
         for mutant in mutants[:sampled]:
-            if survives(mutant, module, tree, calls, 10 + 3 * seconds, Path(folder)):
-                survivors += 1
+            codes.append(tried(mutant, module, tree, calls, 10 + 3 * seconds, Path(folder)))
+            if codes[-1] == 0:
                 where = f"{path_of(module).relative_to(ROOT)}:{mutant.line}"
                 print(f"{where}: {mutant.before}\n    {mutant.after}", flush=True)
-    tried = len(mutants[:sampled])
-    print(f"{module}: {tried - survivors} / {tried}, {len(known)} equivalent", flush=True)
-    return tried - survivors, tried
+    caught = len(codes) - codes.count(0)
+    late, equivalent = codes.count(None), len(known)
+    print(
+        f"{module}: {caught} / {len(codes)} ({late} by time), {equivalent} equivalent", flush=True
+    )
+    return caught, len(codes)
 
 
 def main() -> None:
@@ -234,9 +240,9 @@ def main() -> None:
         check(module, sampled, options.seed, known.get(module, {}))
         for module in options.module or TESTS
     ]
-    caught, tried = (sum(each) for each in zip(*figures, strict=True))
-    print(f"caught {caught} / {tried}, {caught / max(1, tried):.1%}")
-    sys.exit(caught < tried)
+    caught, of = (sum(each) for each in zip(*figures, strict=True))
+    print(f"caught {caught} / {of}, {caught / max(1, of):.1%}")
+    sys.exit(caught < of)
 
 
 if __name__ == "__main__":
