@@ -53,6 +53,9 @@ def test_the_number_counts_over_batches() -> None:
     encoder.encode(pa.array(CLEAN, pa.string()))
     with pytest.raises(TokenizerError):
         encoder.encode(pa.array(["dog Z", "dog"], pa.string()))
+    encoder = CheckedEncoder(Lying(), tokenizer(), 4)
+    for batch in (CLEAN, ["dog", "dog Z"], ["dog Z"]):
+        encoder.encode(pa.array(batch, pa.string()))  # the fifth is not compared any more
 
 
 def test_of_a_long_text_the_beginning_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
