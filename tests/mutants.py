@@ -137,6 +137,7 @@ def forked(work: Callable[[], int], log: Path, limit_s: float) -> int | None:
     child = os.fork()
     if not child:
         os.setsid()
+        signal.alarm(int(limit_s) + 5)  # ends a hanging mutant whose parent was killed
         with log.open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
