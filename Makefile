@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make check   ruff and mypy
 # make golden VERSION=v0.2   tests/data/v0.2: what this version writes, for every later one to read
+# make mutants does a test notice each small change to the numerics? A sample, a quarter of an hour
 # make soak    after make demo: a run killed a hundred times, against one that was not; ten minutes
 #
 # The environment lives in .venv; PYTHON names the interpreter that makes it (3.11 or later).
@@ -12,7 +13,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 INPUTS = pyproject.toml constraints.txt tools/environment.py
 
-.PHONY: demo test check golden soak clean
+.PHONY: demo test check mutants golden soak clean
 demo: $(VENV)/.demo
 	$(RUN) -m tools.demo
 
@@ -27,6 +28,9 @@ check: $(VENV)/.dev
 golden: $(VENV)/.dev
 	@test -n "$(VERSION)" || { echo "error: name the version, as in make golden VERSION=v0.2"; exit 2; }
 	$(RUN) tests/make_golden.py tests/data/$(VERSION)
+
+mutants: $(VENV)/.dev
+	$(RUN) tests/mutants.py
 
 soak: $(VENV)/.dev
 	$(RUN) -m tools.soak --shards demo/shards --set max_steps=3000

@@ -65,7 +65,6 @@ class Packer:
         part, record = self._origin
         origin = np.array([part], np.uint32), np.array([record], np.uint32)
         self._writer.add(self._split, row[None], *origin, masks)
-        self._tokens = self._tokens[:0]
 
 
 def _packed(targets: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:

@@ -96,6 +96,52 @@ def test_batches_hold_the_same_documents() -> None:
     assert first.texts.to_pylist() == ["0", "text 0", "1"] and len(first) == 3
 
 
+def test_a_batch_is_full_once_it_has_its_size() -> None:
+    maker = DocumentMaker(SOURCE, 0.0)
+    several = [
+        next(maker.documents(n, PART, [Records(0, pa.array([f"text {n}"]))])) for n in range(8)
+    ]
+    size = several[0].texts.nbytes
+    for batch_bytes, wanted in ((2 * size, [2, 2, 2, 2]), (2 * size + 1, [3, 3, 2])):
+        assert [len(batch) for batch in in_batches(several, batch_bytes)] == wanted
+
+
+def test_the_first_conversations_keep_their_turns() -> None:
+    pairs = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    maker = DocumentMaker(find("slimorca"), 0.0)
+    (found,) = maker.documents(0, PART, [Records(5, [pairs * 2, pairs, pairs * 3])])
+    first = found.first(2)
+    assert first.turns is not None and first.turns.tolist() == [4, 2]
+    assert (len(first.texts), first.records.tolist()) == (6, [5, 6])
+
+
+def test_lines_become_pages_once_however_they_are_given() -> None:
+    maker = DocumentMaker(find("wikitext2"), 0.0)
+    (pages,) = maker.documents(0, PART, [Records(0, pa.array([" = A = \n", "text\n"]))])
+    assert pages.texts.to_pylist() == [" = A = \ntext\n"]
+
+
+def test_a_bound_of_one_holds_out_what_hashes_to_zero() -> None:
+    texts = pa.array(["a", "b"], pa.large_string())
+    assert held_out(texts, 1).tolist() == [False, False]
+    assert held_out(texts, 1 << 16).tolist() == [True, True]
+    assert held_out(texts[:0], 1).tolist() == []
+
+
+def test_a_conversation_above_the_largest_record_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(documents, "MAX_RECORD_BYTES", 5)
+    maker = DocumentMaker(find("slimorca"), 0.0)
+    chats = [
+        [{"from": "human", "value": "é"}, {"from": "gpt", "value": answer}]
+        for answer in ("abc", "abcd")
+    ]
+    (found,) = maker.documents(0, PART, [Records(3, chats)])
+    assert found.records.tolist() == [3]
+    assert [(each["record"], each["reason"]) for each in maker.rejected] == [(4, "above 128 MiB")]
+
+
 def test_a_text_above_the_largest_record_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "MAX_RECORD_BYTES", 5)
     maker = DocumentMaker(SOURCE, 0.0)

@@ -8,8 +8,10 @@ import pytest
 
 from pipeline import encode
 from pipeline.columnar import Stream
-from pipeline.encode import CheckedEncoder, make_encoder
+from pipeline.encode import CheckedEncoder, PlainEncoder, encoder_note, make_encoder
 from pipeline.errors import TokenizerError
+from pipeline.slices import SlicedEncoder
+from pipeline.tokenizer import Tokenizer
 from pipeline_samples import TEXTS, tokenizer
 
 CLEAN = ["one dog", "", "two cats and a dog"]
@@ -51,6 +53,9 @@ def test_the_number_counts_over_batches() -> None:
     encoder.encode(pa.array(CLEAN, pa.string()))
     with pytest.raises(TokenizerError):
         encoder.encode(pa.array(["dog Z", "dog"], pa.string()))
+    encoder = CheckedEncoder(Lying(), tokenizer(), 4)
+    for batch in (CLEAN, ["dog", "dog Z"], ["dog Z"]):
+        encoder.encode(pa.array(batch, pa.string()))  # the fifth is not compared any more
 
 
 def test_of_a_long_text_the_beginning_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,3 +64,30 @@ def test_of_a_long_text_the_beginning_is_compared(monkeypatch: pytest.MonkeyPatc
     checked([long + "Z", *CLEAN], 4)  # what differs lies beyond
     with pytest.raises(TokenizerError, match="Z a dog"):
         checked([*CLEAN, "Z " + long], 4)
+
+
+def test_a_short_text_beside_a_long_one_is_compared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "CHECKED_CHARACTERS", 20)
+    with pytest.raises(TokenizerError, match="'dog Z'"):
+        checked(["a dog and a cat " * 5, "dog Z"], 4)
+    exactly = "a dog and one cat, Z"
+    assert len(exactly) == 20
+    with pytest.raises(TokenizerError, match=exactly):
+        checked([exactly], 4)
+
+
+def test_columns_serve_what_they_are_exact_on_and_sentencepiece_the_rest() -> None:
+    fit = tokenizer()
+    assert isinstance(make_encoder(fit), SlicedEncoder) and encoder_note(fit) == "in columns"
+    proto = type(fit.proto).FromString(fit.model)
+    proto.normalizer_spec.add_dummy_prefix = False
+    unfit = Tokenizer(proto.SerializeToString(), "unfit")
+    assert isinstance(make_encoder(unfit), PlainEncoder)
+    assert encoder_note(unfit).startswith("plain sentencepiece, slowly: it treats spaces")
+
+
+def test_no_text_is_an_empty_stream() -> None:
+    for encoder in (PlainEncoder(tokenizer()), make_encoder(tokenizer())):
+        stream = encoder.encode(pa.array([], pa.string()))
+        assert len(stream.tokens) == len(stream.starts) == 0
+        assert stream.tokens.dtype == np.uint16

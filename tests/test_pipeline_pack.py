@@ -12,7 +12,7 @@ from pipeline.pack import Packer
 from shards.format import Facts, TokenizerInfo
 from shards.writer import ShardWriter
 
-BOS, EOS, PAD = 1, 2, 0
+BOS, EOS, PAD = 1, 2, 98
 
 
 class Kept:

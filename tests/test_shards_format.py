@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
 from shards.format import Manifest, row_digests, token_dtype
-from shards.reader import read_manifest
+from shards.reader import read_manifest, read_receipt
 from shards_samples import make_source
 
 
@@ -45,6 +45,9 @@ def test_row_digest_is_xxh3_of_row_then_mask() -> None:
     assert row_digests(rows, masks)[1] == xxhash.xxh3_64(joined).intdigest()
 
 
+@example(65_536)
+@example(65_537)
+@example(131_072)
 @given(st.integers(1, 1 << 20))
 def test_dtype_is_the_smallest_that_holds_every_id(vocab_size: int) -> None:
     dtype = token_dtype(vocab_size)
@@ -77,6 +80,35 @@ def test_edited_manifest_is_refused(tmp_path: Path, edit: dict[str, object]) -> 
     path.write_text(json.dumps({**json.loads(path.read_text()), **edit}))
     with pytest.raises(ShardError, match=r"manifest\.json.*again"):
         read_manifest(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ({"format": None}, "the manifest is of format None"),
+        ({"shards": [3]}, "3 stands where a ShardInfo should"),
+        ({"tokenizer": {"name": "t"}}, "TokenizerInfo lacks sha256, vocab_size, bos_id"),
+        ({"val_fraction": "many"}, "Facts has val_fraction 'many'"),
+        ({"n_rows": True}, "Manifest has n_rows True"),
+        ({"n_tokens": 7}, "its counts or root do not fit"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_said(
+    tmp_path: Path, edit: dict[str, object], words: str
+) -> None:
+    value = make_source(tmp_path / "s").to_json()
+    with pytest.raises(ShardError, match=words):
+        Manifest.from_json({**value, **edit})
+
+
+def test_what_is_no_receipt_is_refused(tmp_path: Path) -> None:
+    make_source(tmp_path / "s")
+    path = tmp_path / "s" / "00000.json"
+    assert read_receipt(path).unit == "00000"
+    for content, words in (("[]", "of format None"), ("{", "it is no JSON")):
+        path.write_text(content)
+        with pytest.raises(ShardError, match=f"00000.json: .*{words}.*; delete it and prepare"):
+            read_receipt(path)
 
 
 def test_nothing_published_names_hosts_times_or_places(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What was written comes back; what was damaged does not."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from shards import writer as writer_module
 from shards.errors import ShardError
+from shards.format import Part
 from shards.reader import ShardReader, find_sources, read_manifest
 from shards.writer import ShardWriter, write_manifest
 from shards_samples import make_source, sample_facts
@@ -96,6 +98,30 @@ def test_no_more_files_are_held_open_than_stated(
     assert len(os.listdir("/proc/self/fd")) <= before + 3
 
 
+def test_the_shard_that_was_read_longest_ago_is_closed_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.reader._OPEN_SHARDS", 2)
+    make_source(tmp_path / "s", n_rows=3, n_units=3)
+    reader = ShardReader(tmp_path / "s")
+    reader.rows(np.array([0, 1, 0, 2]))
+    for path in (tmp_path / "s").glob("*.rows.npy"):
+        path.unlink()  # only what is open can still be read
+    reader.rows(np.array([0, 2]))
+    with pytest.raises(ShardError, match=r"00001-000\.rows\.npy is missing"):
+        reader.rows(np.array([1]))
+
+
+def test_a_row_that_is_none_is_an_index_error(tmp_path: Path) -> None:
+    make_source(tmp_path / "s", n_rows=4, n_val_rows=0)
+    reader = ShardReader(tmp_path / "s")
+    for index in (-1, 4, 5):
+        with pytest.raises(IndexError, match=f"row {index} of 4"):
+            reader.origin(index)
+    with pytest.raises(IndexError, match="row 0 of 0"):
+        ShardReader(tmp_path / "s", "val").origin(0)
+
+
 def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
@@ -115,6 +141,36 @@ def test_every_flipped_bit_of_the_data_is_found(tmp_path: Path, masked: bool) ->
                 all_rows(tmp_path / "s")
             flip(path, at)
     all_rows(tmp_path / "s")
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "order"])
+def test_an_array_of_the_same_bytes_in_another_form_is_refused(tmp_path: Path, change: str) -> None:
+    make_source(tmp_path / "s", n_rows=16, n_units=1)
+    path = tmp_path / "s" / "00000-000.npy"
+    rows = np.load(path)
+    changed = {"shape": rows.reshape(8, 32), "dtype": rows.view(np.int16), "order": rows.T}
+    np.save(path, changed[change])
+    with pytest.raises(ShardError, match=r"00000-000\.npy is damaged \(it holds"):
+        all_rows(tmp_path / "s")
+
+
+@pytest.mark.parametrize("change", ["dtype", "length", "pickle"])
+def test_a_sidecar_that_lists_other_rows_is_refused(tmp_path: Path, change: str) -> None:
+    """Its digest is right, as if it had been written so."""
+    folder = tmp_path / "s"
+    make_source(folder, n_rows=4, n_val_rows=0, n_units=1)
+    path, receipt = folder / "00000-000.rows.npy", folder / "00000.json"
+    records = np.load(path)
+    wider = [("xxh3", "<u8"), ("part", "<u8"), ("record", "<u8")]
+    changed = {"length": records[:-1], "dtype": records.astype(wider)}
+    np.save(path, changed.get(change, records.astype(object)), allow_pickle=True)
+    written = json.loads(receipt.read_text())
+    written["shards"][0]["rows_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    receipt.write_text(json.dumps(written))
+    write_manifest(folder, sample_facts("s"), [Part(file="a", first=0, last=1)], 1)
+    words = "Object arrays cannot be" if change == "pickle" else "does not list 4 rows"
+    with pytest.raises((ShardError, ValueError), match=words):
+        all_rows(folder)
 
 
 @pytest.mark.parametrize("name", ["00000-000.npy", "00000-000.rows.npy"])
@@ -146,6 +202,19 @@ def test_shard_that_shrinks_while_open_is_an_error_not_a_signal(tmp_path: Path) 
     os.truncate(tmp_path / "s" / "00000-000.npy", 200)
     with pytest.raises(ShardError, match="row 7 is damaged"):
         reader.rows(np.array([7]))
+
+
+@pytest.mark.parametrize("name", ["00000-000.npy", "00000-000.mask.npy"])
+def test_a_row_that_ends_early_is_damaged_whatever_the_buffer_held(
+    tmp_path: Path, name: str
+) -> None:
+    make_source(tmp_path / "s", n_rows=2, n_units=1, masked=True)
+    reader = ShardReader(tmp_path / "s")
+    tokens, mask = np.empty(16, np.uint16), np.empty(2, np.uint8)
+    reader.read(1, tokens, mask)  # what is read again is there already
+    os.truncate(tmp_path / "s" / name, (tmp_path / "s" / name).stat().st_size - 1)
+    with pytest.raises(ShardError, match="row 1 is damaged"):
+        reader.read(1, tokens, mask)
 
 
 def test_sources_are_found_and_unfinished_ones_named(tmp_path: Path) -> None:
@@ -185,3 +254,32 @@ def test_rejected_records_are_listed_and_counted(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == rejected
     manifest = write_manifest(tmp_path, facts, [], 1)
     assert manifest is not None and manifest.rejected == {"empty": 2}
+
+
+def test_shards_are_cut_where_the_next_row_would_be_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert writer_module.SHARD_BYTES == 64 * 1024**2  # a word of the format
+    for shard_bytes, wanted in ((3 * 32 + 31, [3, 3, 2]), (3 * 32, [3, 3, 2]), (1, [1] * 8)):
+        monkeypatch.setattr(writer_module, "SHARD_BYTES", shard_bytes)
+        manifest = make_source(tmp_path / f"{shard_bytes}", n_rows=8, n_val_rows=0, n_units=1)
+        assert [shard.n_rows for shard in manifest.shards] == wanted
+
+
+def test_masks_need_rows_that_fill_bytes_and_rows_that_have_them(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="seq_len 12: rows with a loss mask need a multiple of 8"):
+        ShardWriter(tmp_path, "00000", sample_facts(seq_len=12, masked=True))
+    rows, origins = np.ones((1, 16), np.uint16), np.zeros(1, np.uint32)
+    for masked in (False, True):
+        writer = ShardWriter(tmp_path, "00000", sample_facts(masked=masked))
+        masks = None if masked else np.zeros((1, 2), np.uint8)
+        with pytest.raises(ShardError, match="does not fit rows with masks"):
+            writer.add("train", rows, origins, origins, masks)
+
+
+def test_rejected_records_are_lines_of_utf_8(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "00000", sample_facts())
+    receipt = writer.finish([{"reason": "empty", "file": "ä.txt", "record": 3}], "0" * 64)
+    data = (tmp_path / "00000.rejected.jsonl").read_bytes()
+    assert data == '{"reason": "empty", "file": "ä.txt", "record": 3}\n'.encode()
+    assert receipt.rejected_sha256 == hashlib.sha256(data).hexdigest()

@@ -101,7 +101,11 @@ def test_damaged_logits_are_named() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1.0}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0}],
+    [
+        *({"temperature": value} for value in (-1.0, float("inf"), float("nan"))),
+        {"top_k": -1},
+        *({"top_p": value} for value in (-0.1, 0.0, 1.01)),
+    ],
 )
 def test_a_sampling_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(GenerationError, match=next(iter(wrong))):

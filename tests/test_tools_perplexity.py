@@ -11,14 +11,17 @@ import torch
 
 from model.kv_cache import KVCache
 from model.transformer import Transformer
+from pipeline.errors import SourceError
+from pipeline.sources import Source
 from shards.errors import SummerError
 from tools.errors import EvaluationError
 from tools.loading import max_context
-from tools.perplexity import measure, perplexity
+from tools.perplexity import measure, perplexity, refuse_context
 from tools.protocols import PLANS, Protocol, make_plan
 from tools.scoring import Scorer, score
 from tools.vocabulary import Vocabulary
 from tools.wikitext import (
+    CONFIGS,
     EvaluationText,
     detokenized,
     from_raw,
@@ -198,6 +201,7 @@ def test_a_context_beyond_training_is_allowed_and_said_up_to_the_exact_limit() -
     assert not measure(loaded, text, Protocol(context=SEQ_LEN)).beyond_training
     assert measure(loaded, text, Protocol(context=5 * SEQ_LEN)).beyond_training
     assert max_context(loaded.model.config) == 16_448
+    refuse_context(loaded, 16_448)
     with pytest.raises(EvaluationError, match=r"context 16,449: .* up to 16,448"):
         measure(loaded, text, Protocol(context=16_449))
     without_alibi = sample_loaded(alibi=False)
@@ -250,6 +254,23 @@ def test_pages_are_cut_at_titles_and_detokenized() -> None:
     assert from_raw(raw).pieces("llama.cpp")[0].text == raw[:-1]
 
 
+def test_a_title_begins_and_ends_with_a_sign() -> None:
+    page = " = A = \n = no title \n neither = \n"
+    assert pages_of(page) == [page]
+
+
+def test_each_corpus_is_asked_of_the_hub_under_its_own_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreachable(source: Source) -> Any:
+        raise SourceError(f"{source.config}: name a file with --data-files")
+
+    monkeypatch.setattr("tools.wikitext.hub_inputs", unreachable)
+    for corpus, config in CONFIGS.items():
+        with pytest.raises(EvaluationError, match=f"^{config}: name a file with --data FILE$"):
+            read_text(corpus=corpus)
+
+
 def test_the_harness_counts_of_wikitext(shared: Path) -> None:
     pieces = read_text(shared / "wikitext-2" / "wiki.test.raw").pieces("lm-eval")
     assert len(pieces) == 62
@@ -261,3 +282,28 @@ def test_a_perplexity_that_is_no_number_is_none() -> None:
     assert perplexity(2.0, 4) == pytest.approx(math.exp(0.5))
     assert perplexity(1e6, 1) is None  # one endless word
     assert perplexity(1.0, 0) is None  # no word at all
+    assert perplexity(709.0, 1) == pytest.approx(math.exp(709.0))
+    assert perplexity(709.5, 1) is None
+
+
+def test_what_has_no_figure_has_no_error_either() -> None:
+    loaded = sample_loaded()
+    text = from_raw(sample_text()[:400])
+    one = measure(loaded, text, Protocol(context=SEQ_LEN), limit=1)
+    assert one.token_perplexity is not None
+    assert one.token_perplexity_error is one.bits_per_byte_error is None  # a single window
+    with torch.no_grad():
+        loaded.model.embedding.weight.mul_(1e5)
+    endless = measure(loaded, text, Protocol(context=SEQ_LEN))
+    assert endless.token_perplexity is endless.token_perplexity_error is None
+    assert endless.bits_per_byte > 1000 and endless.bits_per_byte_error is not None
+
+
+def test_batches_are_as_large_as_asked_for_and_progress_is_told() -> None:
+    loaded, seen = sample_loaded(), []
+    text = from_raw(sample_text()[:1000])
+    result = measure(loaded, text, Protocol(context=SEQ_LEN), batch_tokens=2 * SEQ_LEN,
+                     progress=lambda *step: seen.append(step))  # fmt: skip
+    n = result.windows
+    assert seen == [(min(done, n), n) for done in range(2, n + 2, 2)]
+    assert 0 <= result.time_s < 600

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tools.errors import EvaluationError
 from tools.protocols import (
+    BOS_POLICIES,
     IGNORED,
     PLANS,
     BosPolicy,
@@ -191,18 +192,42 @@ def test_limit_takes_the_first_windows() -> None:
     assert plan.tail_dropped == 70
 
 
+def test_a_plan_of_no_windows_scores_nothing() -> None:
+    plan = make_plan(text_ids(30), Protocol(context=10))[:0]
+    assert (len(plan), plan.n_scored, plan.tail_dropped) == (0, 0, 30)
+    assert plan.scored_places().tolist() == []
+
+
+@pytest.mark.parametrize("name", ["disjoint", "stride", "llama.cpp"])
+def test_ids_of_any_width_and_a_bos_of_zero(name: ProtocolName) -> None:
+    ids = text_ids(40).astype(np.uint16)  # as shards hold them: too narrow for -100
+    for bos in (BOS_POLICIES[name][0], "never"):
+        plan = make_plan(ids, Protocol(name=name, context=8, bos=bos, bos_id=0))
+        assert targets_of(plan) == ids[plan.scored_places()].tolist()
+        assert all(w.inputs.dtype == w.targets.dtype == np.int64 for w in plan)
+    starting = make_plan(ids, Protocol(context=8, bos="start", bos_id=0))
+    assert starting[0].inputs[0] == 0
+    assert all(w.inputs.dtype == w.targets.dtype == np.int64 for w in document_windows(ids, 9))
+
+
+def test_a_single_id_has_nothing_before_it_to_be_foreseen_from() -> None:
+    with pytest.raises(EvaluationError, match="1 tokens, too few for one stride window"):
+        make_plan([7], Protocol(name="stride", context=4))
+    assert make_plan([7], Protocol(name="stride", context=4, bos="start", bos_id=1)).n_scored == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"name": "sliding"}, "protocol 'sliding'"),
         ({"bos": "always"}, "bos 'always'"),
         ({"context": 1}, "context 1"),
-        ({"bos": "start", "bos_id": None}, "has no BOS"),
+        ({"bos": "start", "bos_id": None}, "has no BOS; choose never"),
         ({"stride": 4}, "disjoint windows have none"),
         ({"name": "stride", "stride": 8}, "stride 8: choose 1 to 7"),
         ({"name": "stride", "stride": 0}, "stride 0"),
         ({"name": "lm-eval", "bos": "never"}, "bos 'never': choose one of start"),
-        ({"name": "lm-eval", "bos_id": None}, "has no BOS"),
+        ({"name": "lm-eval", "bos_id": None}, "has no BOS; choose disjoint"),
         ({"name": "llama.cpp", "context": 2}, "at least 3 ids"),
         ({"name": "llama.cpp", "stride": 4}, "llama.cpp windows have none"),
     ],
@@ -278,6 +303,17 @@ def test_the_standard_error_is_that_of_means_of_clusters() -> None:
     assert Scored(nats[0][:1], sizes[0][:1], hits[:1]).standard_error is None
 
 
+def test_standard_errors_worked_out_by_hand() -> None:
+    def error(nats: list[float], sizes: list[int]) -> float | None:
+        hits = np.zeros(len(nats), np.bool_)
+        return Scored(np.array(nats), np.array(sizes), hits).standard_error
+
+    assert error([1.0, 3.0], [1, 1]) == pytest.approx(1.0)  # sqrt(2 * 2 / 1) / 2
+    assert error([1.0, 3.0, 5.0], [1, 1, 2]) == pytest.approx(math.sqrt(3.5625) / 4)
+    assert error([1.0, 0.0], [1, 0]) == 0
+    assert error([0.0, 0.0], [0, 0]) is None
+
+
 def running_sum_model(tokens: torch.Tensor) -> torch.Tensor:
     """Logits that depend on all ids so far (and on no later one)."""
     state = torch.cumsum((tokens + 1).double() * 0.37, dim=1)
@@ -315,6 +351,35 @@ def test_batch_size_and_padding_change_nothing() -> None:
         together = score(RUNNING_SUM, windows, batch_tokens=batch_tokens)
         assert together.nats == pytest.approx(alone.nats, rel=1e-9)
         assert (together.n_targets == alone.n_targets).all()
+
+
+def test_ranks_score_every_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes after each other, the sum of whose figures is what one process finds."""
+    plan = make_plan(np.random.default_rng(6).integers(0, VOCAB, 90), Protocol(context=10))
+    alone = score(RUNNING_SUM, plan, batch_tokens=20)
+    shares: list[torch.Tensor] = []
+    monkeypatch.setattr("tools.scoring.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("tools.scoring.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr("tools.scoring.dist.all_reduce", lambda each: shares.append(each.clone()))
+    for rank in (0, 1):
+        monkeypatch.setattr("tools.scoring.dist.get_rank", lambda rank=rank: rank)
+        score(RUNNING_SUM, plan, batch_tokens=20)
+    first, second = shares
+    assert ((first[1] == 0) ^ (second[1] == 0)).all() and first[1].any() and second[1].any()
+    expected = [alone.nats, alone.n_targets, alone.greedy]
+    assert (first + second).tolist() == np.array(expected, np.float64).tolist()
+
+
+def test_a_batch_beyond_memory_is_one_clear_error() -> None:
+    def large(tokens: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no")
+
+    with pytest.raises(EvaluationError, match=r"27 ids at a time .*a smaller --batch-tokens"):
+        score(Scorer.of_logits(large), make_plan(text_ids(100), Protocol(context=10))[:3])
+
+
+def test_windows_of_one_id_fill_a_batch() -> None:
+    assert list(batches([1] * 6, 4)) == [[0, 1, 2, 3], [4, 5]]
 
 
 @given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 300))

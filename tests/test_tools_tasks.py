@@ -146,6 +146,12 @@ def test_windows_end_with_the_continuation_and_lose_ids_on_the_left() -> None:
     (alone,), _ = compile_pairs(vocabulary, [("", "a word")], 100)
     assert alone.inputs[0] == vocabulary.bos_id
     assert IGNORED not in alone.targets
+    for context, lost in ((len(ids) - 1, 0), (len(ids) - 2, 1)):  # its last id is not fed
+        assert compile_pairs(vocabulary, [pair, pair], context)[1] == 2 * lost
+    with pytest.raises(EvaluationError, match="nothing is left to score of '' behind 'a word'"):
+        compile_pairs(vocabulary, [("a word", "")], 100)
+    without_bos = dataclasses.replace(vocabulary, bos_id=None)
+    assert compile_pairs(without_bos, [("", "a word")], 100)[0][0].inputs[0] == vocabulary.eos_id
     headless = dataclasses.replace(vocabulary, bos_id=None, eos_id=None)
     with pytest.raises(EvaluationError, match="neither BOS nor EOS"):
         compile_pairs(headless, [("", "a word")], 100)
@@ -169,6 +175,18 @@ def test_metrics_are_those_worked_out_by_hand() -> None:
     assert METRICS["perplexity"](written).value == pytest.approx(math.exp(2))
     assert METRICS["acc"](written).value == 0.5
     assert METRICS["acc"](written[:1]).error is None
+    assert METRICS["acc"](written).error == pytest.approx(0.5)
+    assert METRICS["perplexity"](written).error == pytest.approx(math.exp(2))  # by the derivative
+    assert METRICS["perplexity"](written[:1]).error is None
+    letters = Question(contexts=("c",), choices=("x", "yz"), gold=1)
+    assert Answer(letters, np.array([-3.0, -4.0]), no).chosen_by_length == 1
+
+
+@pytest.mark.parametrize(("nats", "beyond"), [(700.0, False), (700.5, True)])
+def test_a_perplexity_beyond_measure_is_none(nats: float, beyond: bool) -> None:
+    word = Question(contexts=("c",), choices=(" w",), gold=0)
+    figure = METRICS["perplexity"]([Answer(word, np.array([-nats]), np.array([False]))] * 2)
+    assert (figure.value is None) == (figure.error is None) == beyond
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +247,10 @@ def test_examples_come_from_their_own_file_and_subject(tmp_path: Path) -> None:
     setting = Setting(data=asked, examples=shown, num_fewshot=1)
     result, answers = evaluate_task(loaded, TASKS["mmlu"], setting)
     assert result.examples_from == "dev.jsonl"
-    assert set(result.subjects) == {"art", "law"}
+    assert result.subjects == {
+        answer.question.subject: float(answer.is_right) for answer in answers
+    }
+    assert [answer.to_json()["subject"] for answer in answers] == ["law", "art"]
     for answer, example in zip(answers, ("q3", "q4"), strict=True):
         question = read_questions(TASKS["mmlu"], read_records(shown, TASKS["mmlu"].table))
         (fitting,) = [q for q in question if q.contexts[0].startswith(example)]
@@ -239,6 +260,43 @@ def test_examples_come_from_their_own_file_and_subject(tmp_path: Path) -> None:
         )
     with pytest.raises(EvaluationError, match="only 1 examples about law"):
         evaluate_task(loaded, TASKS["mmlu"], Setting(data=asked, examples=shown, num_fewshot=2))
+
+
+def test_examples_of_the_same_split_never_show_the_question_itself(
+    arc_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = dataclasses.replace(TASKS["arc_easy"], examples=TASKS["arc_easy"].table.split)
+    records = read_records(arc_file, task.table)
+    monkeypatch.setattr("tools.questions.read_records", lambda data, table: records)
+    loaded = sample_loaded(seq_len=256)
+    result, answers = evaluate_task(loaded, task, Setting(num_fewshot=1, limit=2))
+    assert result.examples_from == "the first other questions of the same file"
+    every = read_questions(task, records)
+    for answer, example in zip(answers, (every[1], every[0]), strict=True):
+        before, after = pairs_of(task, answer.question, [example])[0]
+        expected = direct_log_likelihood(loaded, before, after)
+        assert answer.log_likelihoods[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_a_model_cannot_do_is_refused_before_it_is_asked(arc_file: Path) -> None:
+    loaded = sample_loaded()
+    with pytest.raises(EvaluationError, match="context 16,449"):
+        evaluate_task(loaded, TASKS["arc_easy"], Setting(data=arc_file, context=16_449))
+    bare = dataclasses.replace(
+        loaded, vocabulary=dataclasses.replace(loaded.vocabulary, bos_id=None)
+    )
+    with pytest.raises(EvaluationError, match="this tokenizer has no BOS"):
+        evaluate_task(bare, TASKS["arc_easy"], Setting(data=arc_file, with_bos=True))
+
+
+def test_pairs_are_scored_in_batches_of_the_size_asked_for(arc_file: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    result, _ = evaluate_task(
+        sample_loaded(), TASKS["arc_easy"], Setting(data=arc_file, limit=2), batch_tokens=1,
+        progress=lambda *step: seen.append(step),
+    )  # fmt: skip
+    assert seen == [(done, 6) for done in range(1, 7)]
+    assert 0 <= result.time_s < 600
 
 
 @pytest.mark.parametrize(
