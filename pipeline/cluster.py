@@ -19,8 +19,7 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from pipeline.errors import PrepareError
-from pipeline.executors import Submit
-from pipeline.work import Job, Limit, Report, Step, run_unit
+from pipeline.work import Job, Limit, Report, Step, Submit, run_unit
 from shards.format import Receipt
 
 STEP_INTERVAL_S: Final = 1.0

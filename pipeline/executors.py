@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,10 +23,8 @@ from typing import Any, Literal
 
 from pipeline.errors import PrepareError
 from pipeline.inputs import LocalInputs
-from pipeline.work import Job, Limit, Report, Step, run_unit
+from pipeline.work import Job, Limit, Report, Step, Submit, run_unit
 from shards.format import Receipt
-
-Submit = Callable[[int, Limit], "Future[Receipt]"]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
-from pipeline.executors import Submit
 from pipeline.units import Unit
-from pipeline.work import NO_LIMIT, Amount, Limit
+from pipeline.work import NO_LIMIT, Amount, Limit, Submit
 from shards.files import fsync_folder
 from shards.format import Receipt, ShardInfo
 

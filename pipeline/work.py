@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -84,6 +85,7 @@ BATCH_BYTES: Final = 8 << 20
 
 Report = Callable[[Step], None]
 NO_LIMIT = Limit()
+Submit = Callable[[int, Limit], "Future[Receipt]"]
 
 
 def run_unit(job: Job, position: int, limit: Limit, report: Report) -> Receipt:

@@ -35,6 +35,8 @@ from trainer.retention import abandon_after, mirror_of
 from trainer.runs import CONFIG, EVENTS, commits, newest_commit
 from trainer.screen import Screen
 from trainer.state import Found, State, find, fresh, state_from
+from trainer.text_bytes import read_text_bytes
+from trainer.validation import HeldOut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,32 @@ def open_loader(session: Session, state: State, faults: Faults) -> Iterator[Load
     loader = Loader(batches, plan.config.loader, session.world.device, plan.pad_id, tell)
     with contextlib.closing(loader):
         yield loader
+
+
+def open_held_out(plan: Plan, world: World) -> HeldOut | None:
+    """What the run scores while it trains; None if it scores nothing."""
+    if not plan.config.validation.interval:
+        return None
+    opened: list[HeldOut] = []
+
+    def read() -> None:
+        opened.append(_read_held_out(plan, world))
+
+    world.on_all(read)  # a damaged row stops all ranks: alone, one would leave the others waiting
+    return opened[0] if opened[0].sources else None
+
+
+def _read_held_out(plan: Plan, world: World) -> HeldOut:
+    shards = Path(plan.config.shards)
+    tokenizer = shards / next(iter(plan.sources)) / TOKENIZER
+    return HeldOut(
+        {name: shards / name for name in (*plan.sources, *plan.evaluated)},
+        rows=plan.config.validation.rows,
+        batch_size=plan.shape.micro_batch_size,
+        pad_id=plan.pad_id,
+        text_bytes=read_text_bytes(tokenizer, plan.tokenizer_sha256),
+        world=world,
+    )
 
 
 def _start_from(source: Path, model: Transformer) -> None:

@@ -47,11 +47,10 @@ from trainer.profiling import StepProfiler, parse_steps
 from trainer.runs import newest_commit
 from trainer.schedule import lr_at
 from trainer.screen import Screen, Silent
-from trainer.session import Session, begin, claim, open_loader
+from trainer.session import Session, begin, claim, open_held_out, open_loader
 from trainer.signals import listen_for_stop
 from trainer.state import State
 from trainer.tally import Late, Tally, Wishes, refusal_wished
-from trainer.validation import open_held_out
 
 STOPPED: Final = "stopped"
 """The event of a run that was asked to stop and has committed."""

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +21,11 @@ from torch import Tensor
 
 from model.loss import IGNORED
 from model.transformer import Transformer
-from shards.format import TOKENIZER
 from shards.reader import ShardReader
 from trainer.batches import HostBatch, targets_in, to_device
 from trainer.distributed import World
 from trainer.errors import at_least
-from trainer.text_bytes import TextBytes, read_text_bytes
-
-if TYPE_CHECKING:
-    from trainer.plan import Plan
+from trainer.text_bytes import TextBytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,32 +37,6 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         at_least("validation.", self, interval=0, rows=1)
-
-
-def open_held_out(plan: Plan, world: World) -> HeldOut | None:
-    """What the run scores while it trains; None if it scores nothing."""
-    if not plan.config.validation.interval:
-        return None
-    opened: list[HeldOut] = []
-
-    def read() -> None:
-        opened.append(_read_held_out(plan, world))
-
-    world.on_all(read)  # a damaged row stops all ranks: alone, one would leave the others waiting
-    return opened[0] if opened[0].sources else None
-
-
-def _read_held_out(plan: Plan, world: World) -> HeldOut:
-    shards = Path(plan.config.shards)
-    tokenizer = shards / next(iter(plan.sources)) / TOKENIZER
-    return HeldOut(
-        {name: shards / name for name in (*plan.sources, *plan.evaluated)},
-        rows=plan.config.validation.rows,
-        batch_size=plan.shape.micro_batch_size,
-        pad_id=plan.pad_id,
-        text_bytes=read_text_bytes(tokenizer, plan.tokenizer_sha256),
-        world=world,
-    )
 
 
 class Score(NamedTuple):
