@@ -33,7 +33,7 @@ mutants: $(VENV)/.dev
 	$(RUN) tests/mutants.py
 
 soak: $(VENV)/.dev
-	$(RUN) -m tools.soak --shards demo/shards --set max_steps=3000
+	$(RUN) -m tools.rehearsal.soak --shards demo/shards --set max_steps=3000
 
 clean:
 	rm -rf $(VENV) demo

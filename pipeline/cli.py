@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.sources import SOURCES, Choice, find
+from pipeline.inputs.sources import SOURCES, Choice, find
 from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
-    from pipeline.tokenizer import Tokenizer
+    from pipeline.text.tokenizer import Tokenizer
     from shards.format import Manifest, Split
 
 
@@ -127,11 +127,11 @@ def tokenize(source: str, **options: Any) -> None:
     summer-prep tokenize --source arxiv --data-files 'my/copy/*.jsonl.zst'
     summer-prep tokenize --source mine --dataset ORG/NAME --text-column text
     """
-    from pipeline.executors import Executor, default_workers
     from pipeline.prepare import prepare
     from pipeline.progress import Screen
-    from pipeline.recipe import Request
-    from pipeline.work import Limit
+    from pipeline.units.executors import Executor, default_workers
+    from pipeline.units.recipe import Request
+    from pipeline.units.work import Limit
 
     request = Request(
         source=find(source, _choice(options)),
@@ -174,8 +174,8 @@ def inspect(folder: Path, rows: tuple[int, ...], split: Split, as_json: bool) ->
     \b
     summer-prep inspect shards/fineweb --row 0 --row 17
     """
-    from pipeline import inspection
-    from pipeline.tokenizer import Tokenizer
+    from pipeline.checks import inspection
+    from pipeline.text.tokenizer import Tokenizer
     from shards.files import json_bytes
     from shards.format import TOKENIZER
 
@@ -200,7 +200,7 @@ def verify(folder: Path) -> None:
     \b
     summer-prep verify shards/
     """
-    from pipeline.verify import damages, source_folders
+    from pipeline.checks.verify import damages, source_folders
 
     bad = 0
     for source in source_folders(folder):
@@ -226,8 +226,8 @@ def repair(folder: Path, data_files: tuple[str, ...], workers: int | None) -> No
     \b
     summer-prep repair shards/fineweb
     """
-    from pipeline.executors import Executor, default_workers
-    from pipeline.repair import repair as mend
+    from pipeline.checks.repair import repair as mend
+    from pipeline.units.executors import Executor, default_workers
 
     mended = mend(folder, data_files, Executor(workers=workers or default_workers()))
     for damage in mended:
@@ -307,7 +307,7 @@ def _choice(options: dict[str, Any]) -> Choice:
 
 
 def _tokenizer(path: Path | None) -> Tokenizer:
-    from pipeline.tokenizer import Tokenizer
+    from pipeline.text.tokenizer import Tokenizer
 
     return Tokenizer.default() if path is None else Tokenizer.load(path)
 

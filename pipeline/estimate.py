@@ -17,15 +17,15 @@ from typing import Final
 import numpy as np
 import pyarrow.compute as pc
 
-from pipeline.chat import Template
-from pipeline.documents import DocumentMaker, Documents, in_batches
-from pipeline.encode import Encoder, encode_documents
 from pipeline.errors import PrepareError, SourceError
-from pipeline.inputs import Inputs
-from pipeline.reading import MISSING, PartReader
-from pipeline.sources import Source
-from pipeline.units import Plan
-from pipeline.work import Limit
+from pipeline.inputs.inputs import Inputs
+from pipeline.inputs.reading import MISSING, PartReader
+from pipeline.inputs.sources import Source
+from pipeline.text.chat import Template
+from pipeline.text.documents import DocumentMaker, Documents, in_batches
+from pipeline.text.encode import Encoder, encode_documents
+from pipeline.units.units import Plan
+from pipeline.units.work import Limit
 
 SAMPLE_BYTES: Final = 1 << 20
 SAMPLE_BATCHES: Final = 4

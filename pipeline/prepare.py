@@ -24,19 +24,19 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Final
 
-from pipeline.chat import Template
-from pipeline.encode import encoder_note, make_encoder
 from pipeline.errors import PrepareError
 from pipeline.estimate import Estimate, estimate, refuse_without_room, take_sample
-from pipeline.executors import Executor
-from pipeline.hub import HubInputs, hub_inputs
-from pipeline.inputs import Inputs, embedded_inputs, local_inputs
-from pipeline.recipe import Request, facts_of, recipe_of, refuse_contradictions, refuse_other
-from pipeline.schedule import LimitedRun, amount_of, run_all
-from pipeline.sources import Source, refuse_unavailable
-from pipeline.tokenizer import Tokenizer
-from pipeline.units import Plan, make_plan, read_plan
-from pipeline.work import NO_LIMIT, Amount, Job, Limit, Step
+from pipeline.inputs.hub import HubInputs, hub_inputs
+from pipeline.inputs.inputs import Inputs, embedded_inputs, local_inputs
+from pipeline.inputs.sources import Source, refuse_unavailable
+from pipeline.text.chat import Template
+from pipeline.text.encode import encoder_note, make_encoder
+from pipeline.text.tokenizer import Tokenizer
+from pipeline.units.executors import Executor
+from pipeline.units.recipe import Request, facts_of, recipe_of, refuse_contradictions, refuse_other
+from pipeline.units.schedule import LimitedRun, amount_of, run_all
+from pipeline.units.units import Plan, make_plan, read_plan
+from pipeline.units.work import NO_LIMIT, Amount, Job, Limit, Step
 from shards.errors import ShardError
 from shards.files import (
     create_exclusively,

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from pipeline.estimate import Estimate
 from pipeline.prepare import Watch
-from pipeline.work import NO_LIMIT, Job, Step
+from pipeline.units.work import NO_LIMIT, Job, Step
 
 PLAIN_INTERVAL_S: Final = 30.0
 """How often a line is written where nothing can move: files, pipes, CI."""

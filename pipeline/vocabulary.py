@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.documents import DocumentMaker, Documents
-from pipeline.encode import encoder_note
 from pipeline.errors import TokenizerError
-from pipeline.inputs import Inputs
+from pipeline.inputs.inputs import Inputs
+from pipeline.inputs.reading import PartReader
+from pipeline.inputs.sources import Choice, Source, find
 from pipeline.prepare import open_inputs
-from pipeline.reading import PartReader
-from pipeline.sources import Choice, Source, find
-from pipeline.tokenizer import Tokenizer, default_model, extend, train
-from pipeline.units import cut_into_parts
+from pipeline.text.documents import DocumentMaker, Documents
+from pipeline.text.encode import encoder_note
+from pipeline.text.tokenizer import Tokenizer, default_model, extend, train
+from pipeline.units.units import cut_into_parts
 from shards.files import publish_bytes
 
 

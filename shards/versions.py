@@ -2,10 +2,10 @@
 
 A run's config.json, a checkpoint's record and an exported config.json say who wrote them,
 `summerlm_version`; those of 0.1.0 do not. A key may be added to them: files that lack it mean its
-default (or what trainer/config.py says they mean), and a version that does not know it refuses the
-file, naming the version that does. Shards depend on their content alone, so they name no version:
-keys that a reader does not know are left alone there, and what older code would misread is another
-`format`, whose number is here.
+default (or what trainer/config/config.py says they mean), and a version that does not know it
+refuses the file, naming the version that does. Shards depend on their content alone, so they name
+no version: keys that a reader does not know are left alone there, and what older code would misread
+is another `format`, whose number is here.
 """
 
 from __future__ import annotations

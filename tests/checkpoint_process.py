@@ -24,9 +24,9 @@ import safetensors.torch  # noqa: F401  these two are imported late; here it is 
 import torch
 import torch._dynamo
 
-from trainer.config import configure
-from trainer.plan import make_plan
-from trainer.state import State
+from trainer.config.config import configure
+from trainer.config.plan import make_plan
+from trainer.session.state import State
 from trainer.train import train
 from trainer_samples import become
 

@@ -28,7 +28,8 @@ import numpy as np
 
 import shards.files
 import shards.writer
-from pipeline import cli, recipe
+from pipeline import cli
+from pipeline.units import recipe
 
 UNIT_BYTES = 1 << 11
 SHARD_BYTES = 1 << 11

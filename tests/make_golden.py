@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import golden
 from pipeline.cli import main as prepare
-from tools.loading import Choice, load
+from tools.models.loading import Choice, load
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SEQ_LEN, VOCAB_SIZE, VAL_FRACTION = 64, 512, 0.2

@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.documents import DocumentMaker
-from pipeline.executors import Executor
-from pipeline.inputs import local_inputs
+from pipeline.inputs.inputs import local_inputs
+from pipeline.inputs.reading import PartReader
+from pipeline.inputs.sources import Choice, Source, find
 from pipeline.prepare import Watch, prepare
-from pipeline.reading import PartReader
-from pipeline.recipe import Request
-from pipeline.sources import Choice, Source, find
-from pipeline.tokenizer import Tokenizer, train
-from pipeline.units import cut_into_parts
+from pipeline.text.documents import DocumentMaker
+from pipeline.text.tokenizer import Tokenizer, train
+from pipeline.units.executors import Executor
+from pipeline.units.recipe import Request
+from pipeline.units.units import cut_into_parts
 from shards.format import Manifest
 
 WORDS = "the cat sat on a mat and then it rained all day long in London while 42 dogs barked"

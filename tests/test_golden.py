@@ -22,7 +22,7 @@ import golden
 from conftest import REPOSITORY
 from golden import EXPECTED, LOGITS, MAX_STEPS, RESUMED, RUNS
 from pipeline.cli import main as prepare
-from tools.loading import Choice, load
+from tools.models.loading import Choice, load
 
 FOLDERS = sorted(path.parent for path in (REPOSITORY / "tests" / "data").glob(f"*/{EXPECTED}"))
 NEAR = 1e-5  # relative, of figures on any machine

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.dropout import CounterDropout, keep_mask, row_state
-from trainer.mixture import dropout_keys
+from trainer.data.mixture import dropout_keys
 
 B, T, C, RATE = 32, 256, 256, 0.1
 

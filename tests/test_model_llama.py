@@ -8,7 +8,12 @@ import torch
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tools.llama import config_from_llama, config_to_llama, weights_from_llama, weights_to_llama
+from tools.conversion.llama import (
+    config_from_llama,
+    config_to_llama,
+    weights_from_llama,
+    weights_to_llama,
+)
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.chat import BadConversationError, Template, render
-from pipeline.documents import DocumentMaker
-from pipeline.encode import encode_documents, make_encoder
-from pipeline.reading import Records
-from pipeline.sources import find
-from pipeline.tokenizer import Tokenizer
+from pipeline.inputs.reading import Records
+from pipeline.inputs.sources import find
+from pipeline.text.chat import BadConversationError, Template, render
+from pipeline.text.documents import DocumentMaker
+from pipeline.text.encode import encode_documents, make_encoder
+from pipeline.text.tokenizer import Tokenizer
 from pipeline_samples import tokenizer
 from shards.format import Part
 

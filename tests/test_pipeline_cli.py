@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from pipeline.sources import SOURCES, Choice, find
-from pipeline.tokenizer import Tokenizer
+from pipeline.inputs.sources import SOURCES, Choice, find
+from pipeline.text.tokenizer import Tokenizer
 from pipeline_samples import TEXTS, tokenizer, write_jsonl
-from trainer.shares import SUBSTITUTES
+from trainer.config.shares import SUBSTITUTES
 
 COMMANDS = ("tokenize", "inspect", "verify", "repair", "sources", "tokenizer")
 

@@ -17,8 +17,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.columnar import ColumnarEncoder, unfit_reason
-from pipeline.tokenizer import Tokenizer, extend, train
+from pipeline.text.columnar import ColumnarEncoder, unfit_reason
+from pipeline.text.tokenizer import Tokenizer, extend, train
 
 SPELLINGS = [
     "<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<0x0A>", "[REFERENCE_DOC_1]", "[control_9]",
@@ -116,8 +116,8 @@ def test_no_spelling_becomes_a_special_id() -> None:
 
 
 def test_words_are_forgotten_without_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.columnar._CACHED_WORDS", 50)
-    monkeypatch.setattr("pipeline.columnar._BATCHES", 0)
+    monkeypatch.setattr("pipeline.text.columnar._CACHED_WORDS", 50)
+    monkeypatch.setattr("pipeline.text.columnar._BATCHES", 0)
     tokenizer = Tokenizer.default()
     encoder = ColumnarEncoder(tokenizer)
     generator = random.Random(0)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.damage import Damage
+from pipeline.checks.damage import Damage
+from pipeline.checks.repair import repair
+from pipeline.checks.verify import damages, unit_of
 from pipeline.errors import PrepareError
-from pipeline.executors import Executor
-from pipeline.repair import repair
-from pipeline.verify import damages, unit_of
+from pipeline.units.executors import Executor
 from pipeline_samples import TEXTS, contents, prepared, request, write_jsonl
 from shards import writer
 from shards.files import json_bytes

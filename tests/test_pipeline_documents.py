@@ -12,12 +12,12 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import documents
-from pipeline.documents import DocumentMaker, Documents, held_out, in_batches
-from pipeline.inputs import local_inputs
-from pipeline.reading import PartReader, Records
-from pipeline.sources import Source, find
-from pipeline.units import cut_into_parts
+from pipeline.inputs.inputs import local_inputs
+from pipeline.inputs.reading import PartReader, Records
+from pipeline.inputs.sources import Source, find
+from pipeline.text import documents
+from pipeline.text.documents import DocumentMaker, Documents, held_out, in_batches
+from pipeline.units.units import cut_into_parts
 from shards.format import Part
 
 PART = Part(file="a", first=0, last=1)

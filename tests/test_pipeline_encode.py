@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import encode
-from pipeline.columnar import Stream
-from pipeline.encode import CheckedEncoder, PlainEncoder, encoder_note, make_encoder
 from pipeline.errors import TokenizerError
-from pipeline.slices import SlicedEncoder
-from pipeline.tokenizer import Tokenizer
+from pipeline.text import encode
+from pipeline.text.columnar import Stream
+from pipeline.text.encode import CheckedEncoder, PlainEncoder, encoder_note, make_encoder
+from pipeline.text.slices import SlicedEncoder
+from pipeline.text.tokenizer import Tokenizer
 from pipeline_samples import TEXTS, tokenizer
 
 CLEAN = ["one dog", "", "two cats and a dog"]

@@ -26,7 +26,8 @@ import os, signal, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 if "SPAWNED" in os.environ:  # beside a thread no process is forked
     threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
-from pipeline import cluster, recipe
+from pipeline.units import cluster
+from pipeline.units import recipe
 recipe.UNIT_BYTES = recipe.LEAST_UNIT_BYTES = 1 << 19
 cluster.GONE_AFTER_S = 2.0
 from pipeline.cli import main

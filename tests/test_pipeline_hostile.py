@@ -14,12 +14,13 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import reading, units
-from pipeline.chat import spell
-from pipeline.documents import DocumentMaker
 from pipeline.errors import SourceError
-from pipeline.inputs import ENDINGS
-from pipeline.sources import Source, find
+from pipeline.inputs import reading
+from pipeline.inputs.inputs import ENDINGS
+from pipeline.inputs.sources import Source, find
+from pipeline.text.chat import spell
+from pipeline.text.documents import DocumentMaker
+from pipeline.units import units
 from pipeline_samples import read, write_jsonl, write_parquet
 from shards.format import Part
 

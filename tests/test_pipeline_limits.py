@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.executors import Executor
-from pipeline.inputs import local_inputs
+from pipeline.inputs.inputs import local_inputs
 from pipeline.prepare import Watch, prepare
 from pipeline.progress import Screen
-from pipeline.recipe import recipe_of
-from pipeline.work import Limit
+from pipeline.units.executors import Executor
+from pipeline.units.recipe import recipe_of
+from pipeline.units.work import Limit
 from pipeline_samples import (
     WORDS,
     contents,

@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.encode import Encoded
-from pipeline.pack import Packer
+from pipeline.text.encode import Encoded
+from pipeline.text.pack import Packer
 from shards.format import Facts, TokenizerInfo
 from shards.writer import ShardWriter
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.executors import Executor
+from pipeline.inputs.sources import find
 from pipeline.prepare import Watch, prepare
-from pipeline.recipe import Request
-from pipeline.sources import find
-from pipeline.tokenizer import Tokenizer, base_model, extend, processor
-from pipeline.work import Limit
+from pipeline.text.tokenizer import Tokenizer, base_model, extend, processor
+from pipeline.units.executors import Executor
+from pipeline.units.recipe import Request
+from pipeline.units.work import Limit
 from pipeline_samples import (
     TEXTS,
     contents,
@@ -179,7 +179,7 @@ def _wait_until_gone(group: int) -> None:
 RUN_ON_RAY = """
 import sys
 from pathlib import Path
-from pipeline.executors import Executor
+from pipeline.units.executors import Executor
 from pipeline.prepare import Watch, prepare
 from pipeline_samples import request
 prepare(request(Path(sys.argv[1]), sys.argv[2]), Executor("ray"), Watch())

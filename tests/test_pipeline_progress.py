@@ -11,10 +11,10 @@ import pytest
 
 from pipeline import progress
 from pipeline.estimate import Estimate
-from pipeline.executors import Executor
 from pipeline.prepare import prepare
 from pipeline.progress import Course, Screen, duration
-from pipeline.work import NO_LIMIT, Amount, Limit, Step
+from pipeline.units.executors import Executor
+from pipeline.units.work import NO_LIMIT, Amount, Limit, Step
 from pipeline_samples import corpus, request
 
 MB = 1_000_000

@@ -17,10 +17,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pipeline_samples
-from pipeline import reading
 from pipeline.errors import SourceError
-from pipeline.reading import line_blocks
-from pipeline.sources import Source
+from pipeline.inputs import reading
+from pipeline.inputs.reading import line_blocks
+from pipeline.inputs.sources import Source
 from pipeline_samples import write_jsonl, write_parquet
 
 SOURCE = Source(name="mine", about="", licence="")

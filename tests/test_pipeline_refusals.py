@@ -12,10 +12,10 @@ import pytest
 
 from pipeline.errors import PrepareError, SourceError, TokenizerError
 from pipeline.estimate import refuse_without_room
-from pipeline.executors import Executor
 from pipeline.prepare import Watch, prepare
-from pipeline.tokenizer import Tokenizer
-from pipeline.work import Limit
+from pipeline.text.tokenizer import Tokenizer
+from pipeline.units.executors import Executor
+from pipeline.units.work import Limit
 from pipeline_samples import (
     TEXTS,
     contents,

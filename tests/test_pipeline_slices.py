@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import slices
-from pipeline.columnar import ColumnarEncoder
-from pipeline.encode import PlainEncoder
-from pipeline.slices import SlicedEncoder
-from pipeline.tokenizer import Tokenizer
+from pipeline.text import slices
+from pipeline.text.columnar import ColumnarEncoder
+from pipeline.text.encode import PlainEncoder
+from pipeline.text.slices import SlicedEncoder
+from pipeline.text.tokenizer import Tokenizer
 from pipeline_samples import TEXTS, tokenizer
 
 DEFAULT = Tokenizer.default()

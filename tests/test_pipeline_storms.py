@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY
 from hub_server import COMMIT, HubServer, Repo
 from pipeline.errors import SourceError
-from pipeline.hub import PatientFile
+from pipeline.inputs.hub import PatientFile
 from pipeline_samples import TEXTS, contents, write_jsonl, write_parquet
 
 FAULTS = ["429", "500", "503", "stall", "cut", "close"]
@@ -25,9 +25,9 @@ import sys, time, types
 from dataclasses import replace
 from pathlib import Path
 from huggingface_hub import constants
-from pipeline import hub
+from pipeline.inputs import hub
 from pipeline.errors import SourceError
-from pipeline.sources import Choice, find
+from pipeline.inputs.sources import Choice, find
 from pipeline_samples import prepared, request
 longest_pause_s = 0.01
 sleep, time.sleep = time.sleep, lambda seconds: sleep(min(seconds, 0.01))  # of huggingface_hub
@@ -141,7 +141,7 @@ def test_reading_goes_on_from_the_byte_where_it_failed(monkeypatch: pytest.Monke
 def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept))
-    monkeypatch.setattr("pipeline.hub.time", clock)
+    monkeypatch.setattr("pipeline.inputs.hub.time", clock)
     with (
         Unsteady(b"data", [ConnectionError("reset by peer")] * 999, patience_s=100.0) as file,
         pytest.raises(SourceError, match=r"reset by peer \(tried for 100 s\): start the same"),

@@ -7,9 +7,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.columnar import unfit_reason
 from pipeline.errors import TokenizerError
-from pipeline.tokenizer import EXTENSION, Tokenizer, base_model, extend, processor, train
+from pipeline.text.columnar import unfit_reason
+from pipeline.text.tokenizer import EXTENSION, Tokenizer, base_model, extend, processor, train
 from pipeline_samples import TEXTS, tokenizer
 
 DEFAULT = Tokenizer.default()

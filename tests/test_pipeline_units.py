@@ -8,11 +8,11 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import units
 from pipeline.errors import PrepareError, SourceError
-from pipeline.inputs import local_inputs
-from pipeline.sources import Source
-from pipeline.units import Plan, WeighedPart, cut_into_parts, fill_units, make_plan, read_plan
+from pipeline.inputs.inputs import local_inputs
+from pipeline.inputs.sources import Source
+from pipeline.units import units
+from pipeline.units.units import Plan, WeighedPart, cut_into_parts, fill_units, make_plan, read_plan
 from pipeline_samples import write_jsonl, write_parquet
 from shards.format import PLAN, Part
 

@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline import cli
+from pipeline.checks.inspection import report, report_lines, row_lines, show_row
+from pipeline.checks.repair import repair
+from pipeline.checks.verify import damages
 from pipeline.errors import PrepareError
-from pipeline.executors import Executor
-from pipeline.inspection import report, report_lines, row_lines, show_row
-from pipeline.repair import repair
-from pipeline.tokenizer import Tokenizer
-from pipeline.verify import damages
-from pipeline.work import Limit
+from pipeline.text.tokenizer import Tokenizer
+from pipeline.units.executors import Executor
+from pipeline.units.work import Limit
 from pipeline_samples import TEXTS, contents, prepared, request, write_jsonl
 
 FILES = 5

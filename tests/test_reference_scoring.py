@@ -17,12 +17,12 @@ import pytest
 import sentencepiece
 import torch
 
-from tools.loading import LoadedModel
-from tools.perplexity import Perplexity, measure
-from tools.protocols import Protocol
-from tools.questions import Setting, evaluate_task
-from tools.tasks import TASKS
-from tools.wikitext import from_raw
+from tools.evaluation.multiple_choice import Setting, evaluate_task
+from tools.evaluation.perplexity import Perplexity, measure
+from tools.evaluation.protocols import Protocol
+from tools.evaluation.tasks import TASKS
+from tools.evaluation.wikitext import from_raw
+from tools.models.loading import LoadedModel
 from tools_samples import sample_loaded, sample_tokenizer
 
 BOS, CONTEXT = 1, 12

@@ -26,12 +26,12 @@ from shards.format import Part
 from shards.reader import ShardReader
 from shards.writer import ShardWriter, write_manifest
 from shards_samples import TOKENIZER, sample_facts
-from trainer.metrics import read_lines
-from trainer.mixture import DataOrder, Phase
-from trainer.optimizer import update
-from trainer.parallel import reseed_attention_dropout
-from trainer.plan import Plan
-from trainer.runs import newest_commit
+from trainer.checkpoint.runs import newest_commit
+from trainer.config.plan import Plan
+from trainer.data.mixture import DataOrder, Phase
+from trainer.metrics.metrics import read_lines
+from trainer.optimizer.optimizer import update
+from trainer.session.parallel import reseed_attention_dropout
 from trainer.train import train
 from trainer_samples import become, free_ports, on_ranks, small_plan, tensors_in
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.reader import ShardReader, read_manifest
-from tools.contamination import Contamination, contamination
 from tools.evaluate import main
-from tools.ngrams import BARRIER, N_WORDS, Wanted, grams_of, normalised
+from tools.evaluation.contamination import Contamination, contamination
+from tools.evaluation.ngrams import BARRIER, N_WORDS, Wanted, grams_of, normalised
 from tools_samples import (
     SEQ_LEN,
     sample_config,
@@ -24,10 +24,10 @@ from tools_samples import (
     sample_tokenizer,
     write_shards,
 )
-from trainer.checkpoint import save, tensors_of
-from trainer.config import RunConfig, save_config
-from trainer.distributed import World
-from trainer.mixture import DataOrder, Phase
+from trainer.checkpoint.checkpoint import save, tensors_of
+from trainer.config.config import RunConfig, save_config
+from trainer.data.mixture import DataOrder, Phase
+from trainer.distributed.distributed import World
 
 texts = st.text("abcXY1 .,-é\n", max_size=300)
 
@@ -140,7 +140,7 @@ def expected_items(shards: Path, task_file: Path, rows: list[int] | None) -> lis
 def test_items_are_found_across_rows_and_blocks_but_not_across_documents(
     shards: Path, task_file: Path, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.contamination._ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr("tools.evaluation.contamination._ROWS_AT_ONCE", rows_at_once)
     result = contamination("lambada", shards, data=task_file)
     assert expected_items(shards, task_file, None) == [0, 1, 2, 3, 4, 5]
     assert (result.in_shards.items, result.items, result.too_short) == (6, 9, 1)

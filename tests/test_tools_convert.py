@@ -10,24 +10,24 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
-from pipeline.tokenizer import Tokenizer, base_model
-from pipeline.tokenizer import train as train_tokenizer
+from pipeline.text.tokenizer import Tokenizer, base_model
+from pipeline.text.tokenizer import train as train_tokenizer
 from shards.format import TOKENIZER
 from shards.reader import ShardReader
-from tools import hugging_face
-from tools.convert import main
-from tools.errors import ConversionError
-from tools.generation import Generation, generate
-from tools.hugging_face import read_folder, read_vocabulary, write_folder
-from tools.llama import (
+from tools.conversion import hf_folder as hugging_face
+from tools.conversion.hf_folder import read_folder, read_vocabulary, write_folder
+from tools.conversion.llama import (
     config_from_llama,
     config_to_llama,
     weights_from_llama,
     weights_to_llama,
 )
-from tools.loading import Choice, load
-from tools.sampling import Sampling
-from tools.tokenizer_json import piece_bytes, tokenizer_json
+from tools.conversion.tokenizer_json import piece_bytes, tokenizer_json
+from tools.convert import main
+from tools.errors import ConversionError
+from tools.generation.generation import Generation, generate
+from tools.generation.sampling import Sampling
+from tools.models.loading import Choice, load
 from tools_samples import (
     sample_config,
     sample_model,
@@ -36,10 +36,10 @@ from tools_samples import (
     trained_run,
     write_shards,
 )
-from trainer.config import configure
-from trainer.metrics import read_lines
-from trainer.plan import make_plan
-from trainer.runs import METRICS
+from trainer.checkpoint.runs import METRICS
+from trainer.config.config import configure
+from trainer.config.plan import make_plan
+from trainer.metrics.metrics import read_lines
 from trainer.train import train
 
 transformers = pytest.importorskip("transformers")

@@ -19,15 +19,17 @@ import torch
 from click.testing import CliRunner
 
 from model.config import ModelError, count_params
-from tools import checks, expectation, host, rates, speed, variables
-from tools.checks import examine
-from tools.collective import ExchangeError, measure_exchange
+from tools.diagnosis import checks, host, rates, speed
+from tools.diagnosis import environment_variables as variables
+from tools.diagnosis import expected_rate as expectation
+from tools.diagnosis.checks import examine
+from tools.diagnosis.collective import ExchangeError, measure_exchange
+from tools.diagnosis.findings import Finding, Subject
+from tools.diagnosis.shards import shards
 from tools.doctor import main
-from tools.findings import Finding, Subject
-from tools.shard_checks import shards
 from tools_samples import sample_config, write_shards
-from trainer.config import configure
-from trainer.devices import ACCELERATORS
+from trainer.config.config import configure
+from trainer.distributed.devices import ACCELERATORS
 
 
 @pytest.fixture

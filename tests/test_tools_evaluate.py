@@ -15,9 +15,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from hub_server import HubServer, Repo
-from pipeline.tokenizer import train
+from pipeline.text.tokenizer import train
 from tools.evaluate import main
-from tools.perplexity import Perplexity
+from tools.evaluation.perplexity import Perplexity
 from tools_samples import (
     sample_text,
     write_run,

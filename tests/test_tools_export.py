@@ -14,19 +14,19 @@ from click.testing import CliRunner, Result
 from jinja2.exceptions import TemplateError
 
 from conftest import REPOSITORY
-from pipeline.chat import ROLES, Template, render
-from pipeline.tokenizer import Tokenizer
+from pipeline.text.chat import ROLES, Template, render
+from pipeline.text.tokenizer import Tokenizer
 from test_house import imports
-from tools import hugging_face
+from tools.conversion import hf_folder as hugging_face
+from tools.conversion.hf_folder import write_folder
+from tools.conversion.model_card import model_card
 from tools.convert import main
-from tools.follow import EVALUATIONS
-from tools.generation import Generation, generate
-from tools.hugging_face import write_folder
-from tools.loading import Choice, load
-from tools.model_card import model_card
-from tools.sampling import Sampling
+from tools.generation.generation import Generation, generate
+from tools.generation.sampling import Sampling
+from tools.models.loading import Choice, load
 from tools_samples import sample_model, sample_tokenizer, trained_run
-from trainer.config import load_config
+from trainer.checkpoint.runs import EVALUATIONS
+from trainer.config.config import load_config
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,12 +9,12 @@ import torch
 from click.testing import CliRunner
 
 from tools.evaluate import main
-from tools.follow import card_of, follow
-from tools.scoring import Scorer
-from tools.selftest import run_checks
-from tools.suite import Outcome
+from tools.evaluation.follow import card_of, follow
+from tools.evaluation.scoring import Scorer
+from tools.evaluation.selftest import run_checks
+from tools.evaluation.suite import Outcome
 from tools_samples import sample_text, write_run
-from trainer.config import RunConfig, load_config, save_config
+from trainer.config.config import RunConfig, load_config, save_config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,7 +113,7 @@ def test_the_own_test_notices_a_wrong_scorer(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Scorer, "judge", one_too_late)
     monkeypatch.setattr(
-        "tools.selftest._CHECKS",
+        "tools.evaluation.selftest._CHECKS",
         {name: check for name, check in _checks().items() if "bigrams" in name or "later" in name},
     )
     result = CliRunner().invoke(main, ["selftest"])
@@ -122,6 +122,6 @@ def test_the_own_test_notices_a_wrong_scorer(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def _checks() -> dict[str, object]:
-    from tools import selftest
+    from tools.evaluation import selftest
 
     return dict(selftest._CHECKS)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from tools.errors import GenerationError
 from tools.generate import main
-from tools.generation import Conversation, Generation, TextStream, complete, generate
-from tools.loading import LoadedModel
-from tools.sampling import Sampling, draw
-from tools.vocabulary import Vocabulary
+from tools.generation.generation import Conversation, Generation, TextStream, complete, generate
+from tools.generation.sampling import Sampling, draw
+from tools.models.loading import LoadedModel
+from tools.models.vocabulary import Vocabulary
 from tools_samples import SEQ_LEN, sample_loaded, sample_tokenizer, write_run
 
 VOCABULARY = Vocabulary.of_sentencepiece(sample_tokenizer())
@@ -171,7 +171,7 @@ def test_eos_ends_the_text(loaded: LoadedModel) -> None:
 def test_the_exact_limit_ends_the_text_or_refuses(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.generation.max_context", lambda _: 40)
+    monkeypatch.setattr("tools.generation.generation.max_context", lambda _: 40)
     options = Generation(max_tokens=100, sampling=EVERYTHING)
     assert len(generate(loaded, [1] * 30, options)) == 10
     with pytest.raises(GenerationError, match="40 tokens and this model is exact up to 40"):
@@ -235,7 +235,7 @@ def test_a_conversation_is_the_chat_template(
             on_id(i)
         return reply
 
-    monkeypatch.setattr("tools.generation.generate", recorded)
+    monkeypatch.setattr("tools.generation.generation.generate", recorded)
     talk = Conversation(loaded, Generation(), system="Be brief.")
     assert talk.ask("Is it?") == "Yes."
     assert talk.ask("[INST] really?") == "Yes."

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from tools.hugging_face import write_folder
-from tools.loading import Choice, LoadedModel, load
-from tools.perplexity import measure
-from tools.protocols import Protocol
-from tools.questions import Answer, Setting, TaskScore, evaluate_task
-from tools.records import read_records
-from tools.tasks import TASKS
-from tools.wikitext import detokenized, from_raw, pages_of
+from tools.conversion.hf_folder import write_folder
+from tools.evaluation.multiple_choice import Answer, Setting, TaskScore, evaluate_task
+from tools.evaluation.perplexity import measure
+from tools.evaluation.protocols import Protocol
+from tools.evaluation.records import read_records
+from tools.evaluation.tasks import TASKS
+from tools.evaluation.wikitext import detokenized, from_raw, pages_of
+from tools.models.loading import Choice, LoadedModel, load
 from tools_samples import sample_model, sample_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -49,7 +49,7 @@ def harness() -> Iterator[Any]:
         for needed in ("transformers", "accelerate"):  # as lm_eval[hf] has
             pytest.importorskip(needed)
         importlib.import_module("lm_eval.models.huggingface")
-        import tools.harness  # noqa: F401
+        import tools.evaluation.lm_eval_model  # noqa: F401
 
         yield lm_eval
 

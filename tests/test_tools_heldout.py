@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.tokenizer import Tokenizer, train
+from pipeline.text.tokenizer import Tokenizer, train
 from shards.reader import read_manifest
-from tools.baselines import Unigram, compressed_sizes, count_training_ids
-from tools.cards import heldout_card
 from tools.errors import EvaluationError
-from tools.heldout import evaluate_heldout, held_out_documents
-from tools.vocabulary import Vocabulary
+from tools.evaluation.baselines import Unigram, compressed_sizes, count_training_ids
+from tools.evaluation.cards import heldout_card
+from tools.evaluation.heldout import evaluate_heldout, held_out_documents
+from tools.models.vocabulary import Vocabulary
 from tools_samples import (
     SEQ_LEN,
     sample_loaded,
@@ -47,7 +47,7 @@ def test_documents_come_back_whole_across_rows_and_chunks(
     tokenizer = sample_tokenizer()
     expected = [sample_text()[begin : begin + 300] for begin in range(12_000, 13_800, 300)]
     for rows_at_once in (1, 2, 256):
-        monkeypatch.setattr("tools.heldout._ROWS_AT_ONCE", rows_at_once)
+        monkeypatch.setattr("tools.evaluation.heldout._ROWS_AT_ONCE", rows_at_once)
         documents = list(held_out_documents(shards / "code", manifest))
         assert [tokenizer.decode(ids) for ids in documents] == [*expected, "ü" * 9, "x"]
         assert all((ids[0], ids[-1]) == (1, 2) for ids in documents)

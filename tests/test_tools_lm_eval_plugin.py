@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from conftest import REPOSITORY
-from tools.loading import Choice, load
-from tools.questions import Setting, evaluate_task
-from tools.tasks import TASKS
+from tools.evaluation.multiple_choice import Setting, evaluate_task
+from tools.evaluation.tasks import TASKS
+from tools.models.loading import Choice, load
 from tools_samples import write_run
 
 PLUGIN = REPOSITORY / "tools" / "lm_eval_plugin"
@@ -90,7 +90,7 @@ print(*sorted(lm_eval.models.model_registry.items()), "torch" in sys.modules)
 print([type(finder).__name__ for finder in sys.meta_path].count("TableFinder"))
 """
     said = say(environment, pretended_harness(tmp_path), code)
-    ours = ("summerlm", "tools.harness:SummerLM")
+    ours = ("summerlm", "tools.evaluation.lm_eval_model:SummerLM")
     theirs = ("hf", "lm_eval.models.huggingface:HFLM")
     assert said.stdout.splitlines() == [f"{theirs} {ours} False", "1"]
     assert said.stderr == ""

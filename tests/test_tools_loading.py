@@ -6,16 +6,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline.tokenizer import Tokenizer
+from pipeline.text.tokenizer import Tokenizer
 from shards.errors import SummerError
 from shards.format import TOKENIZER
+from tools.conversion.hf_folder import write_folder
 from tools.errors import LoadingError
 from tools.evaluate import main
-from tools.hugging_face import write_folder
-from tools.loading import Choice, load, max_context, sha256_of_weights
-from tools.perplexity import measure
-from tools.protocols import Protocol
-from tools.wikitext import from_raw
+from tools.evaluation.perplexity import measure
+from tools.evaluation.protocols import Protocol
+from tools.evaluation.wikitext import from_raw
+from tools.models.loading import Choice, load, max_context, sha256_of_weights
 from tools_samples import (
     SEQ_LEN,
     sample_loaded,

@@ -12,15 +12,13 @@ import torch
 from model.kv_cache import KVCache
 from model.transformer import Transformer
 from pipeline.errors import SourceError
-from pipeline.sources import Source
+from pipeline.inputs.sources import Source
 from shards.errors import SummerError
 from tools.errors import EvaluationError
-from tools.loading import max_context
-from tools.perplexity import measure, perplexity, refuse_context
-from tools.protocols import PLANS, Protocol, make_plan
-from tools.scoring import Scorer, score
-from tools.vocabulary import Vocabulary
-from tools.wikitext import (
+from tools.evaluation.perplexity import measure, perplexity, refuse_context
+from tools.evaluation.protocols import PLANS, Protocol, make_plan
+from tools.evaluation.scoring import Scorer, score
+from tools.evaluation.wikitext import (
     CONFIGS,
     EvaluationText,
     detokenized,
@@ -29,6 +27,8 @@ from tools.wikitext import (
     pages_of,
     read_text,
 )
+from tools.models.loading import max_context
+from tools.models.vocabulary import Vocabulary
 from tools_samples import (
     SEQ_LEN,
     sample_loaded,
@@ -224,7 +224,7 @@ def test_logits_and_transformer_scorers_agree() -> None:
     loaded = sample_loaded(tie_embeddings=False)
     plan = make_plan(sample_tokenizer().encode(sample_text()[:1500]), Protocol(context=SEQ_LEN))
     by_logits = score(Scorer.of_logits(loaded.model.logits), plan)
-    assert score(loaded.scorer, plan).nats == pytest.approx(by_logits.nats, rel=1e-6)
+    assert score(Scorer.of(loaded), plan).nats == pytest.approx(by_logits.nats, rel=1e-6)
 
 
 def test_the_score_does_not_depend_on_the_cache() -> None:
@@ -239,7 +239,7 @@ def test_the_score_does_not_depend_on_the_cache() -> None:
         chunks = torch.split(tokens, at_once, dim=1)
         return torch.cat([loaded.model.logits(chunk, cache) for chunk in chunks], dim=1)
 
-    whole = score(loaded.scorer, plan).nats
+    whole = score(Scorer.of(loaded), plan).nats
     for at_once in (1, 3):
         by_cache = Scorer.of_logits(lambda tokens, n=at_once: cached(tokens, n))  # type: ignore[misc]
         assert score(by_cache, plan).nats == pytest.approx(whole, rel=1e-5)
@@ -265,7 +265,7 @@ def test_each_corpus_is_asked_of_the_hub_under_its_own_name(
     def unreachable(source: Source) -> Any:
         raise SourceError(f"{source.config}: name a file with --data-files")
 
-    monkeypatch.setattr("tools.wikitext.hub_inputs", unreachable)
+    monkeypatch.setattr("tools.evaluation.wikitext.hub_inputs", unreachable)
     for corpus, config in CONFIGS.items():
         with pytest.raises(EvaluationError, match=f"^{config}: name a file with --data FILE$"):
             read_text(corpus=corpus)

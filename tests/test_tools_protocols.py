@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tools.errors import EvaluationError
-from tools.protocols import (
+from tools.evaluation.protocols import (
     BOS_POLICIES,
     IGNORED,
     PLANS,
@@ -24,7 +24,7 @@ from tools.protocols import (
     make_plan,
     plan_texts,
 )
-from tools.scoring import Scored, Scorer, batches, score
+from tools.evaluation.scoring import Scored, Scorer, batches, score
 
 BOS = 1
 VOCAB = 50
@@ -358,11 +358,13 @@ def test_ranks_score_every_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(np.random.default_rng(6).integers(0, VOCAB, 90), Protocol(context=10))
     alone = score(RUNNING_SUM, plan, batch_tokens=20)
     shares: list[torch.Tensor] = []
-    monkeypatch.setattr("tools.scoring.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("tools.scoring.dist.get_world_size", lambda: 2)
-    monkeypatch.setattr("tools.scoring.dist.all_reduce", lambda each: shares.append(each.clone()))
+    monkeypatch.setattr("tools.evaluation.scoring.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("tools.evaluation.scoring.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        "tools.evaluation.scoring.dist.all_reduce", lambda each: shares.append(each.clone())
+    )
     for rank in (0, 1):
-        monkeypatch.setattr("tools.scoring.dist.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("tools.evaluation.scoring.dist.get_rank", lambda rank=rank: rank)
         score(RUNNING_SUM, plan, batch_tokens=20)
     first, second = shares
     assert ((first[1] == 0) ^ (second[1] == 0)).all() and first[1].any() and second[1].any()
@@ -399,7 +401,7 @@ def test_long_rows_go_through_the_vocabulary_in_chunks(monkeypatch: pytest.Monke
     targets[0, :5] = targets[1, 17] = IGNORED
     scorer = Scorer.of_logits(lambda _: logits)
     whole = scorer.judge(targets, targets)[0]
-    monkeypatch.setattr("tools.scoring._LOGITS_AT_ONCE", VOCAB * 7)
+    monkeypatch.setattr("tools.evaluation.scoring._LOGITS_AT_ONCE", VOCAB * 7)
     assert torch.equal(scorer.judge(targets, targets)[0], whole)
     assert (whole[0, :5] == 0).all()
     expected = torch.nn.functional.cross_entropy(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tools.certificate import MEANINGS, Certificate, Row, publish, table
 from tools.errors import RehearsalError
-from tools.interruption import compare_commits, last_step, train
-from tools.rehearsal import INTERVAL, STRETCHES, Rehearsal, prepare, rehearse
-from trainer.inject import KINDS
+from tools.rehearsal.certificate import MEANINGS, Certificate, Row, publish, table
+from tools.rehearsal.rehearsal import INTERVAL, STRETCHES, Rehearsal, prepare, rehearse
+from tools.rehearsal.runs import compare_commits, last_step, train
+from trainer.faults.inject import KINDS
 
 
 def make_commit(run: Path, step: int, digests: dict[str, str]) -> None:
@@ -87,7 +87,7 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
 
 
 def test_every_fault_on_order_is_rehearsed() -> None:
-    source = (Path(__file__).parents[1] / "tools" / "rehearsal.py").read_text()
+    source = (Path(__file__).parents[1] / "tools" / "rehearsal" / "rehearsal.py").read_text()
     assert not [kind for kind in KINDS if f"{kind}:" not in source]
 
 
@@ -116,7 +116,7 @@ def test_what_is_rehearsed_is_a_copy_in_an_empty_folder(
     taken = Rehearsal(shards=None, preset="tiny", sets=(), out=tmp_path / "out", seed=0)
     with pytest.raises(RehearsalError, match="not empty"):
         rehearse(taken, lambda _: None)
-    monkeypatch.setattr("tools.rehearsal._MOST_BYTES", 3)
+    monkeypatch.setattr("tools.rehearsal.rehearsal._MOST_BYTES", 3)
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "big").write_bytes(b"four")
     large = replace(taken, shards=tmp_path / "shards", out=tmp_path / "new")

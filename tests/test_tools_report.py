@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from tools.errors import ReportError
-from tools.figures import smoothed, write_loss_curve
 from tools.report import main
-from tools.report_page import report_page
-from tools.runlog import read_run
+from tools.reporting.figures import smoothed, write_loss_curve
+from tools.reporting.page import report_page
+from tools.reporting.run_log import read_run
 
 pytest.importorskip("matplotlib")
 

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from tools.errors import EvaluationError
 from tools.evaluate import NAMES, PROTOCOLS, main
-from tools.protocols import IGNORED, PLANS
-from tools.questions import (
+from tools.evaluation.multiple_choice import (
     METRICS,
     Answer,
     Setting,
@@ -28,10 +27,11 @@ from tools.questions import (
     evaluate_task,
     pairs_of,
 )
-from tools.records import Records, read_records
-from tools.tasks import TASKS, Question, find_task, read_questions
-from tools.vocabulary import Vocabulary
-from tools.wikitext import CONFIGS
+from tools.evaluation.protocols import IGNORED, PLANS
+from tools.evaluation.records import Records, read_records
+from tools.evaluation.tasks import TASKS, Question, find_task, read_questions
+from tools.evaluation.wikitext import CONFIGS
+from tools.models.vocabulary import Vocabulary
 from tools_samples import SEQ_LEN, sample_loaded, sample_tokenizer, write_run
 
 LOCAL = {
@@ -267,7 +267,9 @@ def test_examples_of_the_same_split_never_show_the_question_itself(
 ) -> None:
     task = dataclasses.replace(TASKS["arc_easy"], examples=TASKS["arc_easy"].table.split)
     records = read_records(arc_file, task.table)
-    monkeypatch.setattr("tools.questions.read_records", lambda data, table: records)
+    monkeypatch.setattr(
+        "tools.evaluation.multiple_choice.read_records", lambda data, table: records
+    )
     loaded = sample_loaded(seq_len=256)
     result, answers = evaluate_task(loaded, task, Setting(num_fewshot=1, limit=2))
     assert result.examples_from == "the first other questions of the same file"

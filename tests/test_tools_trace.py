@@ -17,12 +17,12 @@ import pipeline_samples
 from model.transformer import Transformer
 from shards.reader import ShardReader
 from tools.errors import TraceError
-from tools.provenance import rows_of_document
 from tools.trace import main
-from tools.tracing import RunTrace
-from trainer.metrics import read_lines
-from trainer.mixture import BatchShape, micro_batch_indices
-from trainer.state import State
+from tools.tracing.provenance import rows_of_document
+from tools.tracing.run_trace import RunTrace
+from trainer.data.mixture import BatchShape, micro_batch_indices
+from trainer.metrics.metrics import read_lines
+from trainer.session.state import State
 from trainer.train import train
 from trainer_samples import small_plan
 

@@ -8,7 +8,7 @@ import pytest
 COUNT = """
 import resource, sys
 import torch
-from trainer.allocator import keep_freed_memory
+from trainer.distributed.allocator import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

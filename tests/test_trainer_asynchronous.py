@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import checkpoint, commits
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.runs import commits as committed
 from trainer.errors import CheckpointError
-from trainer.metrics import read_lines
-from trainer.runs import commits as committed
+from trainer.metrics.metrics import read_lines
+from trainer.session import commits
 from trainer.train import train
 from trainer_samples import Said, events_of, make_shards, small_plan, tensor_files
 

@@ -22,14 +22,14 @@ from torch import nn
 from conftest import REPOSITORY
 from shards.errors import VersionError
 from test_house import FLOORS, imports
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointConfig, load_weights, prove, restore, save
-from trainer.commits import share_of
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.checkpoint import CheckpointConfig, load_weights, prove, restore, save
+from trainer.checkpoint.retention import newest_proven, purge
+from trainer.checkpoint.runs import COMMIT, commit_path, commits, newest_commit, newest_run
 from trainer.errors import CheckpointError, ConfigError
-from trainer.optimizer import make_optimizer
-from trainer.retention import newest_proven, purge
-from trainer.runs import COMMIT, commit_path, commits, newest_commit, newest_run
-from trainer.schedule import OptimConfig
+from trainer.optimizer.optimizer import make_optimizer
+from trainer.optimizer.schedule import OptimConfig
+from trainer.session.commits import share_of
 from trainer_samples import ALONE
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from trainer import checkpoint
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.runs import commits
 from trainer.errors import CheckpointError
-from trainer.runs import commits
 from trainer.train import train
 from trainer_samples import Said, events_of, make_shards, small_plan
 
@@ -49,8 +49,8 @@ def test_a_last_commit_that_fails_is_an_error(
 
     plan = small_plan(shards, max_steps=2)
     train(plan, tmp_path)
-    monkeypatch.setattr("trainer.checkpoint.os.fsync", full)
-    monkeypatch.setattr("trainer.session._introduce", lambda plan, run: None)
+    monkeypatch.setattr("trainer.checkpoint.checkpoint.os.fsync", full)
+    monkeypatch.setattr("trainer.session.session._introduce", lambda plan, run: None)
     with pytest.raises(CheckpointError, match="No space left on device"):
         train(small_plan(shards, max_steps=4), tmp_path)
     assert [commit.name for commit in commits(tmp_path)] == ["step-2"]

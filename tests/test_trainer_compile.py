@@ -18,9 +18,9 @@ from torch._dynamo.utils import counters
 import trainer.train
 from model.dropout import CounterDropout, keep_mask, row_state
 from model.kernel import attend
-from trainer import parallel
-from trainer.config import configure
-from trainer.parallel import build_network
+from trainer.config.config import configure
+from trainer.session import parallel
+from trainer.session.parallel import build_network
 from trainer_samples import ALONE, log_of, make_shards, set_texts, small_plan
 
 pytestmark = [

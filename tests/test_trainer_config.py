@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.config import count_params
-from trainer.config import (
+from trainer.config.config import (
     RunConfig,
     configure,
     differences,
@@ -15,8 +15,8 @@ from trainer.config import (
     presets,
     save_config,
 )
+from trainer.config.shares import REFERENCE_SHARES
 from trainer.errors import ConfigError
-from trainer.shares import REFERENCE_SHARES
 
 
 def test_without_a_preset_it_is_the_reference_run() -> None:

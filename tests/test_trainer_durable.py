@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from test_trainer_checkpoint import tensors
-from trainer.checkpoint import remove, save
-from trainer.retention import copy_commit
-from trainer.runs import COMMIT, commit_path
+from trainer.checkpoint.checkpoint import remove, save
+from trainer.checkpoint.retention import copy_commit
+from trainer.checkpoint.runs import COMMIT, commit_path
 from trainer_samples import ALONE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for a handle's file")

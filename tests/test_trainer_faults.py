@@ -14,10 +14,10 @@ import pytest
 
 from shards.errors import ShardError
 from shards.reader import ShardReader
+from trainer.checkpoint.runs import commits, newest_commit
 from trainer.errors import ConfigError
-from trainer.inject import KINDS, Fault, flip_a_bit, ordered_faults
-from trainer.metrics import read_lines
-from trainer.runs import commits, newest_commit
+from trainer.faults.inject import KINDS, Fault, flip_a_bit, ordered_faults
+from trainer.metrics.metrics import read_lines
 from trainer.train import train
 from trainer_samples import make_shards, set_texts, small_plan
 

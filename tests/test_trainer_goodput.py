@@ -11,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import goodput
-from trainer.budget import END, annealing_steps, heed
-from trainer.checkpoint import load_weights
+from trainer.checkpoint.checkpoint import load_weights
+from trainer.checkpoint.runs import commits, newest_commit
 from trainer.errors import ConfigError
-from trainer.goodput import Stopwatch, count_start, parts, total
-from trainer.metrics import read_lines
-from trainer.runs import commits, newest_commit
-from trainer.schedule import Anneal, OptimConfig, lr_at
-from trainer.state import State, fresh
+from trainer.metrics import goodput
+from trainer.metrics.goodput import Stopwatch, count_start, parts, total
+from trainer.metrics.metrics import read_lines
+from trainer.optimizer.schedule import Anneal, OptimConfig, lr_at
+from trainer.session.budget import END, annealing_steps, heed
+from trainer.session.state import State, fresh
 from trainer.train import train
 from trainer_samples import make_shards, small_plan
 
@@ -143,7 +143,7 @@ def metered(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, *, step_s: float, commit_s: float, slows: bool
 ) -> None:
     """Let each step and each commit take so long; `slows`: each step four times, once committed."""
-    from trainer.commits import Committer
+    from trainer.session.commits import Committer
 
     advance, commit = Stopwatch.lap, Committer.commit
 

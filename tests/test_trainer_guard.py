@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.batches import Stretch
+from trainer.checkpoint.runs import commits, newest_commit
+from trainer.data.batches import Stretch
+from trainer.data.mixture import BatchShape, leave_out
 from trainer.errors import ConfigError, TrainingError
-from trainer.guard import NOTHING_RECORDED, Guard, GuardConfig, add_skipped, recorded
-from trainer.metrics import read_lines
-from trainer.mixture import BatchShape, leave_out
-from trainer.optimizer import finish_gradients, update
-from trainer.runs import commits, newest_commit
+from trainer.faults.guard import NOTHING_RECORDED, Guard, GuardConfig, add_skipped, recorded
+from trainer.metrics.metrics import read_lines
+from trainer.optimizer.optimizer import finish_gradients, update
 from trainer.train import train
 from trainer_samples import make_shards, small_plan
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.heartbeat import RANKS, STACKS, Beat, Heart
-from trainer.metrics import read_lines
+from trainer.faults.heartbeat import RANKS, STACKS, Beat, Heart
+from trainer.metrics.metrics import read_lines
 from trainer_samples import ALONE
 
 TIMEOUT_S = 80.0  # a beat each five seconds
@@ -27,10 +27,12 @@ class Watched:
     def __init__(self, run: Path, patch: pytest.MonkeyPatch, world_size: int = 3) -> None:
         (run / RANKS).mkdir()
         self.now, self.run, self.killed = 100.0, run, list[int]()
-        patch.setattr("trainer.heartbeat.time.monotonic", lambda: self.now)
-        patch.setattr("trainer.heartbeat.time.sleep", lambda seconds: None)
-        patch.setattr("trainer.heartbeat.os._exit", self._leave)
-        patch.setattr("trainer.heartbeat.os.kill", lambda pid, number: self.killed.append(pid))
+        patch.setattr("trainer.faults.heartbeat.time.monotonic", lambda: self.now)
+        patch.setattr("trainer.faults.heartbeat.time.sleep", lambda seconds: None)
+        patch.setattr("trainer.faults.heartbeat.os._exit", self._leave)
+        patch.setattr(
+            "trainer.faults.heartbeat.os.kill", lambda pid, number: self.killed.append(pid)
+        )
         self.heart = Heart(run, replace(ALONE, world_size=world_size), TIMEOUT_S)
 
     def _leave(self, code: int) -> None:
@@ -60,7 +62,7 @@ def test_a_rank_whose_line_stops_is_named_within_the_timeout(
     watched.heart.mark(7, "gradient")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         watched.hear(2, 5, pid=other.pid)
-        monkeypatch.setattr("trainer.heartbeat.os.getppid", os.getpid)
+        monkeypatch.setattr("trainer.faults.heartbeat.os.getppid", os.getpid)
         with pytest.raises(LeftError):
             watched.pass_time(400, lambda n: watched.hear(1, n, doing="commit"))
         watched.heart.mark(8, "data")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from trainer.retention import mirror_of
-from trainer.runs import commits
+from trainer.checkpoint.retention import mirror_of
+from trainer.checkpoint.runs import commits
 from trainer.train import train
 from trainer_samples import (
     Said,

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from trainer.checkpoint.runs import newest_commit
 from trainer.errors import ConfigError
-from trainer.ledger import at_end, refuse_repeats, standing
-from trainer.metrics import read_lines
-from trainer.runs import newest_commit
+from trainer.metrics.metrics import read_lines
+from trainer.session.ledger import at_end, refuse_repeats, standing
+from trainer.session.state import fresh
 from trainer.start import Request, start
-from trainer.state import fresh
 from trainer.train import train
 from trainer_samples import make_shards, set_texts, small_plan
 

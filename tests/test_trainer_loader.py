@@ -14,10 +14,10 @@ from model.loss import IGNORED
 from shards.errors import ShardError
 from shards.reader import ShardReader
 from shards_samples import make_source
-from trainer.batches import HostBatch, MicroBatches, Stretch, to_device
+from trainer.data.batches import HostBatch, MicroBatches, Stretch, to_device
+from trainer.data.loader import Loader, LoaderConfig
+from trainer.data.mixture import BatchShape, DataOrder, Keys, Phase, dropout_keys
 from trainer.errors import TrainingError
-from trainer.loader import Loader, LoaderConfig
-from trainer.mixture import BatchShape, DataOrder, Keys, Phase, dropout_keys
 from trainer_samples import make_shards
 
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def test_a_loader_leaves_no_thread_behind_that_waits_for_the_dead(tmp_path: Path
 def test_workers_that_always_die_are_an_error_with_a_mend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.loader._LIVES", 1)  # torch takes five seconds to notice each
+    monkeypatch.setattr("trainer.data.loader._LIVES", 1)  # torch takes five seconds to notice each
 
     loader = deadly_loader(tmp_path)
     message = r"1 times a loader worker died .* the last commit stands"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from trainer.checkpoint import prove
+from trainer.checkpoint.checkpoint import prove
+from trainer.checkpoint.retention import newest_proven
+from trainer.checkpoint.runs import COMMIT, commits, newest_commit
 from trainer.errors import CheckpointError
-from trainer.retention import newest_proven
-from trainer.runs import COMMIT, commits, newest_commit
 from trainer.train import train
 from trainer_samples import (
     ALONE,

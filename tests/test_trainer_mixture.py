@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from shards.reader import ShardReader
 from shards_samples import make_source
-from trainer import mixture
-from trainer.batches import HostBatch, MicroBatches, Stretch
-from trainer.mixture import (
+from trainer.data import mixture
+from trainer.data.batches import HostBatch, MicroBatches, Stretch
+from trainer.data.mixture import (
     BatchShape,
     DataOrder,
     Permutation,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.guard import Guard, GuardConfig
-from trainer.optimizer import finish_gradients, make_optimizer, set_lr, update
-from trainer.schedule import OptimConfig
+from trainer.faults.guard import Guard, GuardConfig
+from trainer.optimizer.optimizer import finish_gradients, make_optimizer, set_lr, update
+from trainer.optimizer.schedule import OptimConfig
 
 
 class Toy(nn.Module):

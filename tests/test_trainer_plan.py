@@ -12,13 +12,13 @@ from shards.errors import ShardError
 from shards.format import Manifest
 from shards.reader import find_sources
 from shards_samples import make_source
-from trainer import plan as plan_module
-from trainer.config import configure
-from trainer.devices import find_accelerator
+from trainer.config import plan as plan_module
+from trainer.config.config import configure
+from trainer.config.memory import fits, largest_micro_batch, memory_by_part
+from trainer.config.plan import describe, make_plan
+from trainer.data.mixture import BatchShape
+from trainer.distributed.devices import find_accelerator
 from trainer.errors import ConfigError
-from trainer.memory import fits, largest_micro_batch, memory_by_part
-from trainer.mixture import BatchShape
-from trainer.plan import describe, make_plan
 from trainer_samples import make_shards, small_plan
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from trainer import checkpoint
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.runs import commits, newest_commit
 from trainer.cli import main
-from trainer.metrics import read_lines
-from trainer.runs import commits, newest_commit
+from trainer.metrics.metrics import read_lines
 from trainer_samples import make_shards, set_texts
 
 LIMIT_S = 240

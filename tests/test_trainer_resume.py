@@ -12,12 +12,13 @@ import torch
 
 from model.transformer import Transformer
 from shards_samples import make_source
-from trainer import checkpoint, parallel
-from trainer.config import load_config
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.runs import commits, newest_commit
+from trainer.config.config import load_config
 from trainer.errors import CheckpointError, ConfigError
-from trainer.metrics import read_lines
-from trainer.optimizer import make_optimizer
-from trainer.runs import commits, newest_commit
+from trainer.metrics.metrics import read_lines
+from trainer.optimizer.optimizer import make_optimizer
+from trainer.session import parallel
 from trainer.train import Outcome, train
 from trainer_samples import (
     ALONE,

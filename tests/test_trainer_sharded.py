@@ -12,17 +12,17 @@ import torch
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from trainer import checkpoint
-from trainer.commits import share_of
-from trainer.config import RunConfig, configure
-from trainer.distributed import World, holders, join_world, own_part
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.runs import commits, newest_commit
+from trainer.config.config import RunConfig, configure
+from trainer.config.memory import memory_by_part
+from trainer.distributed.distributed import World, holders, join_world, own_part
 from trainer.errors import ConfigError
-from trainer.memory import memory_by_part
-from trainer.metrics import read_lines
-from trainer.optimizer import finish_gradients, make_optimizer, update
-from trainer.parallel import Network, build_network, filled_whole, no_sync_unless_last
-from trainer.runs import commits, newest_commit
-from trainer.schedule import OptimConfig
+from trainer.metrics.metrics import read_lines
+from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
+from trainer.optimizer.schedule import OptimConfig
+from trainer.session.commits import share_of
+from trainer.session.parallel import Network, build_network, filled_whole, no_sync_unless_last
 from trainer.train import train
 from trainer_samples import (
     ALONE,

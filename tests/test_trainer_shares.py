@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.config.shares import REFERENCE_SHARES, choose, integer_weights
 from trainer.errors import ConfigError
-from trainer.shares import REFERENCE_SHARES, choose, integer_weights
 
 ALL = dict.fromkeys(REFERENCE_SHARES, 1000)
 

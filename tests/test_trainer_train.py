@@ -18,11 +18,11 @@ from shards.errors import ShardError
 from shards.format import Part
 from shards.writer import ShardWriter, write_manifest
 from shards_samples import make_source, sample_facts
-from trainer.checkpoint import load_weights
-from trainer.config import load_config
+from trainer.checkpoint.checkpoint import load_weights
+from trainer.checkpoint.runs import commits, newest_commit
+from trainer.config.config import load_config
 from trainer.errors import ConfigError, TrainingError
-from trainer.metrics import read_lines
-from trainer.runs import commits, newest_commit
+from trainer.metrics.metrics import read_lines
 from trainer.train import Outcome, train
 from trainer_samples import Said, events_of, log_of, make_shards, same_weights, small_plan
 

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 
 import pipeline_samples
 from model.transformer import Transformer
-from pipeline.tokenizer import Tokenizer
+from pipeline.text.tokenizer import Tokenizer
 from shards.reader import ShardReader
-from trainer.checkpoint import load_weights
+from trainer.checkpoint.checkpoint import load_weights
+from trainer.checkpoint.runs import newest_commit
 from trainer.errors import ConfigError
-from trainer.metrics import read_lines
-from trainer.profiling import parse_steps
-from trainer.runs import newest_commit
-from trainer.text_bytes import TextBytes, read_text_bytes
+from trainer.metrics.metrics import read_lines
+from trainer.metrics.profiling import parse_steps
 from trainer.train import train
+from trainer.validation.text_bytes import TextBytes, read_text_bytes
 from trainer_samples import small_plan
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {

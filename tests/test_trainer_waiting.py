@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer import parallel
-from trainer.commits import Committer
-from trainer.guard import Guard
-from trainer.tally import Late, Reading
+from trainer.faults.guard import Guard
+from trainer.metrics.tally import Late, Reading
+from trainer.session import parallel
+from trainer.session.commits import Committer
 from trainer.train import train
 from trainer_samples import make_shards, small_plan
 

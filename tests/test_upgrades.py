@@ -26,18 +26,18 @@ from shards.files import json_bytes
 from shards.format import Facts, Manifest
 from shards.versions import VERSION, WRITER_KEY
 from test_golden import near
-from tools import hugging_face
+from tools.conversion import hf_folder as hugging_face
 from tools.convert import main as convert
 from tools.evaluate import main as evaluate
-from tools.loading import Choice, load
+from tools.models.loading import Choice, load
 from tools.trace import main as trace
-from trainer import config as config_module
-from trainer.checkpoint import read_record
+from trainer.checkpoint.checkpoint import read_record
 from trainer.cli import main as train
-from trainer.config import RunConfig, configure, load_config
+from trainer.config import config as config_module
+from trainer.config.config import RunConfig, configure, load_config
+from trainer.config.plan import Plan, make_plan
 from trainer.errors import ConfigError
-from trainer.plan import Plan, make_plan
-from trainer.state import state_from
+from trainer.session.state import state_from
 
 GOLDEN = REPOSITORY / "tests" / "data" / "v0.1"
 RUN, EXPORT = Path("runs", "alibi"), Path("exports", "alibi")

@@ -10,14 +10,14 @@ import torch
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from pipeline.tokenizer import Tokenizer, train
+from pipeline.text.tokenizer import Tokenizer, train
 from shards.format import TOKENIZER, Facts, Manifest, Part, token_dtype
 from shards.writer import ShardWriter, write_manifest
-from tools.conversion import ALONE
-from tools.loading import LoadedModel, sha256_of_weights
-from tools.vocabulary import Vocabulary
-from trainer.checkpoint import save, tensors_of
-from trainer.config import RunConfig, save_config
+from tools.conversion.convert import ALONE
+from tools.models.loading import LoadedModel, sha256_of_weights
+from tools.models.vocabulary import Vocabulary
+from trainer.checkpoint.checkpoint import save, tensors_of
+from trainer.config.config import RunConfig, save_config
 
 SEQ_LEN = 32
 

@@ -12,12 +12,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from shards_samples import make_source
-from trainer.checkpoint import _read_tensors, load_weights
-from trainer.config import configure
-from trainer.distributed import World
-from trainer.metrics import read_lines
-from trainer.plan import Plan, make_plan
-from trainer.runs import newest_commit
+from trainer.checkpoint.checkpoint import _read_tensors, load_weights
+from trainer.checkpoint.runs import newest_commit
+from trainer.config.config import configure
+from trainer.config.plan import Plan, make_plan
+from trainer.distributed.distributed import World
+from trainer.metrics.metrics import read_lines
 
 ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 

@@ -17,7 +17,7 @@ import click
 from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
-    from tools.conversion import Format
+    from tools.conversion.convert import Format
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -34,7 +34,7 @@ _FOLDER = click.Path(path_type=Path)
 @one_line_failures()
 def main(source: Path, target: Path, wanted: Format | None) -> None:
     """Convert a model, and compare its logits with transformers before saying so."""
-    from tools.conversion import convert
+    from tools.conversion.convert import convert
 
     done = convert(source, target, wanted)
     checked = done.checked

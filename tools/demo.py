@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from shards.errors import one_line_failures
-from tools.interruption import (
+from tools.rehearsal.runs import (
     Comparison,
     commit_of,
     compare_commits,
@@ -34,7 +34,7 @@ from tools.interruption import (
 )
 
 if TYPE_CHECKING:
-    from tools.heldout import HeldOut
+    from tools.evaluation.heldout import HeldOut
 
 DEMO: Final = Path("demo")
 SHARDS: Final = DEMO / "shards"
@@ -172,9 +172,9 @@ def compare_with_twin(killed_at: int | None) -> Comparison:
 
 def evaluate() -> HeldOut:
     """The held-out score of the finished run, as a table."""
-    from tools.cards import heldout_card
-    from tools.heldout import evaluate_heldout
-    from tools.loading import Choice, load
+    from tools.evaluation.cards import heldout_card
+    from tools.evaluation.heldout import evaluate_heldout
+    from tools.models.loading import Choice, load
 
     score = evaluate_heldout(load(Choice(run=RUN)), SHARDS)
     print("\n".join(heldout_card(score)))
@@ -183,9 +183,9 @@ def evaluate() -> HeldOut:
 
 def show_samples() -> None:
     """Continuations of one prompt by the first, a middle and the last commit."""
-    from tools.generation import Generation, complete
-    from tools.loading import Choice, load
-    from tools.sampling import Sampling
+    from tools.generation.generation import Generation, complete
+    from tools.generation.sampling import Sampling
+    from tools.models.loading import Choice, load
 
     for step in (COMMIT_EVERY, STEPS // 2, STEPS):
         loaded = load(Choice(checkpoint=commit_of(RUN, step).parent))
@@ -198,8 +198,8 @@ def show_samples() -> None:
 def close(comparison: Comparison, score: HeldOut, time_s: float) -> None:
     """The picture, the paths, and the way on; exit code 1 if a promise was not kept."""
     from shards.files import publish_json
-    from tools.figures import write_loss_curve
-    from tools.runlog import read_run
+    from tools.reporting.figures import write_loss_curve
+    from tools.reporting.run_log import read_run
 
     picture = write_loss_curve([read_run(RUN)], DEMO / "loss.png")
     kept = comparison.identical and score.below_unigram >= 0.25

@@ -18,7 +18,7 @@ import click
 from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
-    from tools.findings import Finding
+    from tools.diagnosis.findings import Finding
 
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 _COLOURS = {"ok": "green", "note": "blue", "warn": "yellow", "fail": "red"}
@@ -36,7 +36,7 @@ _INDENT = " " * 18
 @one_line_failures()
 def main(sources: bool, as_json: bool, **subject: Any) -> None:
     """Look at the machine: devices, kernels, speed, disk, data. Exit code 1 on no-go."""
-    from tools.checks import examine, make_subject
+    from tools.diagnosis.checks import examine, make_subject
 
     examined = make_subject(**subject)
     findings = []

@@ -28,8 +28,8 @@ from shards.errors import one_line_failures
 from tools.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from tools.scoring import Progress
-    from tools.suite import Outcome
+    from tools.evaluation.scoring import Progress
+    from tools.evaluation.suite import Outcome
 
 NAMES: Final = (
     "wikitext2", "wikitext103", "heldout", "lambada", "arc_easy", "arc_challenge", "mmlu",
@@ -102,10 +102,10 @@ def main(
     if tasks == ("selftest",):
         sys.exit(_selftest())
     if nproc > 1 and "RANK" not in os.environ:
-        from tools.sharing import run_shared
+        from tools.evaluation.sharing import run_shared
 
         sys.exit(run_shared("tools.evaluate", sys.argv[1:], nproc))
-    from trainer.distributed import join_world
+    from trainer.distributed.distributed import join_world
 
     with join_world(options["device"]) as world:
         outcomes = []
@@ -124,7 +124,7 @@ def main(
 
 def _selftest() -> int:
     """The exit code: 0 if every check passed. Each is a line."""
-    from tools.selftest import run_checks
+    from tools.evaluation.selftest import run_checks
 
     failed = 0
     for check in run_checks():
@@ -136,7 +136,7 @@ def _selftest() -> int:
 
 def _follow(run: Path, tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
     """The outcomes of each commit of a run, oldest first, until its last step."""
-    from tools.follow import follow
+    from tools.evaluation.follow import follow
 
     def evaluate(commit: Path, missing: Sequence[str]) -> Iterator[Outcome]:
         return _score(missing, {**options, "run": None, "checkpoint": commit})
@@ -149,8 +149,8 @@ def _follow(run: Path, tasks: Sequence[str], options: dict[str, Any]) -> Iterato
 
 def _score(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
     """Each task's outcome for the model that the options choose."""
-    from tools.loading import Choice, load
-    from tools.suite import Options, run_task
+    from tools.evaluation.suite import Options, run_task
+    from tools.models.loading import Choice, load
 
     named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
     choice = Choice(**named)
@@ -163,9 +163,9 @@ def _score(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
 
 def _search(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
     """The contamination of each task; with a run, also by what that has seen."""
-    from tools.cards import contamination_card
-    from tools.loading import Choice
-    from tools.suite import Options, Outcome, search_contamination
+    from tools.evaluation.cards import contamination_card
+    from tools.evaluation.suite import Options, Outcome, search_contamination
+    from tools.models.loading import Choice
 
     if not tasks:
         raise click.UsageError("contamination needs a --task (as often as you like)")
@@ -180,7 +180,7 @@ def _search(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
 
 def _write(outcomes: Sequence[Outcome], card: Path | None, log_items: Path | None) -> None:
     from shards.files import publish_bytes
-    from tools.suite import write_card
+    from tools.evaluation.suite import write_card
 
     if card is not None:
         write_card(card, outcomes)

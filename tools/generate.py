@@ -19,7 +19,7 @@ from model.config import ModelError
 from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
-    from tools.generation import Conversation
+    from tools.generation.generation import Conversation
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -44,9 +44,9 @@ _FOLDER = click.Path(path_type=Path)
 @one_line_failures(ModelError)
 def main(prompt: str, chat: bool, system: str, **options: Any) -> None:
     """Write on from a prompt, or answer in a conversation."""
-    from tools.generation import Conversation, Generation, complete
-    from tools.loading import Choice, load
-    from tools.sampling import Sampling
+    from tools.generation.generation import Conversation, Generation, complete
+    from tools.generation.sampling import Sampling
+    from tools.models.loading import Choice, load
 
     names = ("temperature", "top_k", "top_p", "seed")
     sampling = Sampling(**{name: options[name] for name in names})

@@ -13,9 +13,9 @@ from typing import Final
 from model.config import count_params, flops_per_token
 from shards.format import ROW_RECORD, token_dtype
 from tools.errors import PlanError
-from trainer.config import RunConfig, configure
-from trainer.devices import ACCELERATORS, Accelerator, find_accelerator
-from trainer.memory import fits, largest_micro_batch, memory_by_part
+from trainer.config.config import RunConfig, configure
+from trainer.config.memory import fits, largest_micro_batch, memory_by_part
+from trainer.distributed.devices import ACCELERATORS, Accelerator, find_accelerator
 
 ASSUMED_MFU: Final = 0.32
 """The share of the peak that the reference run's budget was made with."""

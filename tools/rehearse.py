@@ -27,8 +27,8 @@ def main(shards: Path | None, preset: str, sets: tuple[str, ...], out: Path, see
     cores. OUT/certificate.md and .json say what was promised and what was found. Exit code 1 if
     anything is not as promised.
     """
-    from tools.certificate import table
-    from tools.rehearsal import Rehearsal, rehearse
+    from tools.rehearsal.certificate import table
+    from tools.rehearsal.rehearsal import Rehearsal, rehearse
 
     rehearsal = Rehearsal(shards=shards, preset=preset, sets=sets, out=out, seed=seed)
     certificate = rehearse(rehearsal, report=lambda text: click.echo(text))

@@ -23,11 +23,11 @@ from shards.errors import one_line_failures
 @one_line_failures()
 def main(runs: tuple[Path, ...], out: Path | None) -> None:
     """Write one HTML page about RUNs (the newest under runs/ if none is named)."""
-    from tools.report_page import write_report
-    from tools.runlog import read_run
+    from tools.reporting.page import write_report
+    from tools.reporting.run_log import read_run
 
     if not runs:
-        from trainer.runs import newest_run
+        from trainer.checkpoint.runs import newest_run
 
         runs = (newest_run(),)
     logs = [read_run(run) for run in runs]

@@ -17,7 +17,7 @@ import click
 from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
-    from tools.tracing import Sighting
+    from tools.tracing.run_trace import Sighting
 
 
 @click.command(epilog="Example: summer-trace runs/tiny --step 12 --rank 0")
@@ -32,7 +32,7 @@ def main(
     run: Path, step: int | None, rank: int | None, document: str | None, chars: int, as_json: bool
 ) -> None:
     """What RUN saw at a step, or the steps at which it sees a document."""
-    from tools.tracing import RunTrace
+    from tools.tracing.run_trace import RunTrace
 
     if (step is None) == (document is None):
         raise click.UsageError("give --step or --document, one of them")

@@ -12,17 +12,24 @@ from typing import TextIO
 import torch
 
 from model.config import count_params
-from trainer.config import Configured, configure
-from trainer.devices import pick_device
-from trainer.distributed import launched_by_torchrun
+from trainer.checkpoint.runs import METRICS, commits
+from trainer.config.config import Configured, configure
+from trainer.config.plan import Plan, describe, make_plan
+from trainer.distributed.devices import pick_device
+from trainer.distributed.distributed import launched_by_torchrun
+from trainer.distributed.launch import (
+    ASKED_TO_STOP,
+    OUTCOME,
+    Launch,
+    launch_line,
+    leave_word,
+    run_on_all,
+)
 from trainer.errors import ConfigError
-from trainer.inject import ordered_faults
-from trainer.launch import ASKED_TO_STOP, OUTCOME, Launch, launch_line, leave_word, run_on_all
-from trainer.ledger import describe_ledger, refuse_repeats, standing
-from trainer.metrics import read_lines
-from trainer.plan import Plan, describe, make_plan
-from trainer.runs import METRICS, commits
-from trainer.screen import Screen, Silent, open_screen
+from trainer.faults.inject import ordered_faults
+from trainer.metrics.metrics import read_lines
+from trainer.metrics.screen import Screen, Silent, open_screen
+from trainer.session.ledger import describe_ledger, refuse_repeats, standing
 from trainer.train import train
 
 

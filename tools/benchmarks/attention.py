@@ -35,8 +35,8 @@ from model.attention import GROUP_ROWS
 from model.config import ModelConfig, ModelError
 from model.kernel import fold
 from model.positions import PositionTables
-from trainer.config import configure
-from trainer.devices import device_name, pick_device
+from trainer.config.config import configure
+from trainer.distributed.devices import device_name, pick_device
 
 WIDTHS, RATES = (96, 104, 128), (0.0, 1 / 16, 0.1)
 

@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 
 from measure import spread
-from tools.interruption import train
-from trainer.metrics import read_lines
-from trainer.runs import EVENTS
+from tools.rehearsal.runs import train
+from trainer.checkpoint.runs import EVENTS
+from trainer.metrics.metrics import read_lines
 
 WARM = 5  # below the first commit, whose pause is in the sum of pauses
 KINDS = {

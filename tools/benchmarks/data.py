@@ -21,10 +21,10 @@ from measure import machine, spread
 from shards.format import Facts, Part, TokenizerInfo
 from shards.reader import ShardReader
 from shards.writer import ShardWriter, write_manifest
-from trainer.batches import MicroBatches, Stretch
-from trainer.loader import Loader, LoaderConfig
-from trainer.mixture import BatchShape, DataOrder, Phase
-from trainer.shares import REFERENCE_SHARES
+from trainer.config.shares import REFERENCE_SHARES
+from trainer.data.batches import MicroBatches, Stretch
+from trainer.data.loader import Loader, LoaderConfig
+from trainer.data.mixture import BatchShape, DataOrder, Phase
 
 _SEQ_LEN = 4096
 _TIMES = 7

@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 import zstandard
 
 from measure import machine, spread
-from pipeline.columnar import ColumnarEncoder
-from pipeline.tokenizer import Tokenizer
-from tools.tokenizer_json import tokenizer_json
+from pipeline.text.columnar import ColumnarEncoder
+from pipeline.text.tokenizer import Tokenizer
+from tools.conversion.tokenizer_json import tokenizer_json
 
 COLD_BYTES = 8 << 20
 Side = Callable[[Sequence[str]], Any]

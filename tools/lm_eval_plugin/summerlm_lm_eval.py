@@ -5,8 +5,8 @@
 The harness (0.4.13) has a table of its own models, and neither entry points nor an option for more.
 So the .pth file beside this module lets every start of this environment's Python listen for the
 import of that table: 0.3 ms, and nothing else happens until somebody asks the harness for
-`summerlm`; then tools.harness is imported. That is why it is a package of its own, put in by those
-who want it, and why it imports nothing at its start.
+`summerlm`; then tools.evaluation.lm_eval_model is imported. That is why it is a package of its
+own, put in by those who want it, and why it imports nothing at its start.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TABLE = "lm_eval.models"
 NAME = "summerlm"
-TARGET = "tools.harness:SummerLM"
+TARGET = "tools.evaluation.lm_eval_model:SummerLM"
 
 
 class TableFinder:
@@ -48,7 +48,7 @@ class TableFinder:
 
 
 def register() -> None:
-    """Name our model in the harness' registry, unless tools.harness has done so itself.
+    """Name our model in the harness' registry, unless our module has done so itself.
 
     A registry of another kind costs a warning, not the harness.
     """

@@ -1,0 +1,1 @@
+"""Looking at prepared shards: verify, repair, inspect."""

@@ -1,0 +1,1 @@
+"""Where text comes from: the table of sources, the Hub, local files, and their records."""

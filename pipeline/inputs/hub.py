@@ -1,0 +1,243 @@
+"""The Hugging Face Hub: a listing pinned to a commit, and files read over it with patience.
+
+`datasets` resolves name, config and patterns to a list of files; it never loads anything, and no
+code of a data set is ever run. Bytes come through `HfFileSystem` in ranges.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import time
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Final, cast
+
+from pipeline.errors import SourceError
+from pipeline.inputs.inputs import InputFile, layout_of, listed
+from pipeline.inputs.sources import Source
+
+CONNECT_S: Final = 10
+"""How long the first question to the Hub may take: without a network the answer comes at once."""
+PATIENCE_S: Final = 300.0
+"""How long reading goes on trying without a byte."""
+LONGEST_PAUSE_S: Final = 30.0
+BLOCK_BYTES: Final = 16 << 20
+PATHS_AT_ONCE: Final = 500
+BUILDERS: Final = {"parquet": "parquet", "jsonl": "json", "text": "text"}
+
+
+@dataclass(frozen=True)
+class HubInputs:
+    """Files of a data set on the Hub, at one commit."""
+
+    dataset: str
+    revision: str
+    files: tuple[InputFile, ...]
+    licence: str = ""
+    patience_s: float = PATIENCE_S
+
+    def open(self, path: str) -> BinaryIO:
+        """The bytes of one file of the listing."""
+        url = f"hf://datasets/{self.dataset}@{self.revision}/{path}"
+        file = PatientFile(url, self._sizes[path], self.patience_s)
+        return cast(BinaryIO, io.BufferedReader(file, 1 << 20))
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {file.path: file.bytes for file in self.files}
+
+
+def hub_inputs(source: Source) -> HubInputs:
+    """The source's files at the commit its revision names now; SourceError says what is amiss."""
+    from huggingface_hub import HfApi, HfFileSystem
+
+    try:
+        info = HfApi().dataset_info(
+            source.dataset, revision=source.revision or None, timeout=CONNECT_S
+        )
+        sha = str(info.sha)
+        files = _listing(source, sha)
+        url = f"hf://datasets/{source.dataset}@{sha}/{files[0].path}"
+        with HfFileSystem().open(url, cache_type="none", size=files[0].bytes) as first:
+            first.read(1)  # a gated data set lists its files for everybody
+    except Exception as error:
+        raise _explained(error, source) from error
+    return HubInputs(source.dataset, sha, files, _licence(info))
+
+
+def _listing(source: Source, sha: str) -> tuple[InputFile, ...]:
+    from datasets import load_dataset_builder
+    from huggingface_hub import HfApi
+
+    prefix = f"hf://datasets/{source.dataset}@{sha}/"
+    if source.patterns:
+        layout = layout_of(source.patterns[0])
+        builder = load_dataset_builder(
+            BUILDERS[layout.kind if layout else "jsonl"],
+            data_files={source.split: [prefix + pattern for pattern in source.patterns]},
+        )
+    else:
+        builder = load_dataset_builder(source.dataset, source.config or None, revision=sha)
+    splits = builder.config.data_files or {}
+    if source.split not in splits:
+        raise SourceError(
+            f"{source.dataset} has no split {source.split!r} (it has {', '.join(splits)}): "
+            "choose one with --split"
+        )
+    paths = sorted({url.removeprefix(prefix) for url in splits[source.split]}, key=str.encode)
+    files: list[InputFile] = []
+    for first in range(0, len(paths), PATHS_AT_ONCE):
+        some = paths[first : first + PATHS_AT_ONCE]
+        found = HfApi().get_paths_info(source.dataset, some, revision=sha, repo_type="dataset")
+        sizes = {entry.path: entry.size for entry in found if hasattr(entry, "size")}
+        files += [listed(path, sizes[path]) for path in some]
+    return tuple(files)
+
+
+class PatientFile(io.RawIOBase):
+    """A file on the Hub whose reader never notices that the network failed for a while.
+
+    A failed read is tried again from the same byte, with growing pauses, until nothing has come
+    for `patience_s`; then SourceError. A short answer counts as a failed one.
+    """
+
+    def __init__(self, url: str, size: int, patience_s: float) -> None:
+        super().__init__()
+        self._url, self._size, self._patience_s = url, size, patience_s
+        self._at = 0
+        self._file: Any = None
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """The next byte to be read."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte."""
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer, as far as the file goes."""
+        wanted = max(0, min(len(buffer), self._size - self._at))
+        data = self._insist(wanted) if wanted else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._let_go()
+        super().close()
+
+    def _insist(self, wanted: int) -> bytes:
+        began, pause = time.monotonic(), 1.0
+        while True:
+            try:
+                return self._read(wanted)
+            except Exception as error:
+                self._let_go()
+                waited = time.monotonic() - began
+                if not is_passing(error) or waited >= self._patience_s:
+                    raise SourceError(
+                        f"{self._url}: {one_line(error)} (tried for {waited:.0f} s): start the "
+                        "same command again when the Hub is well, it goes on where it stopped"
+                    ) from error
+                time.sleep(min(pause, self._patience_s - waited))
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _read(self, wanted: int) -> bytes:
+        from huggingface_hub import HfFileSystem
+
+        if self._file is None:
+            self._file = HfFileSystem().open(
+                self._url, block_size=BLOCK_BYTES, cache_type="readahead", size=self._size
+            )
+        self._file.seek(self._at)
+        data = bytes(self._file.read(wanted))
+        if len(data) != wanted:
+            raise OSError(f"{len(data)} bytes came where {wanted} were asked for")
+        return data
+
+    def _let_go(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether a failure may be gone at the next try."""
+    from huggingface_hub import errors
+
+    final = (
+        errors.GatedRepoError,
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.EntryNotFoundError,
+    )
+    return _is_network(error) and not isinstance(error, final)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in a line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _explained(error: Exception, source: Source) -> SourceError:
+    """The failure in the user's words, with the mend."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, SourceError):
+        chained = error.__cause__
+        if not isinstance(chained, errors.GatedRepoError):
+            return error
+        error = chained
+    name, copies = source.dataset, "or give a local copy with --data-files"
+    causes = _chain(error)
+    if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
+        return SourceError(
+            f"{name} is gated: accept its terms at {constants.ENDPOINT}/datasets/{name}, then "
+            f"log in with `hf auth login` or set HF_TOKEN; {copies}"
+        )
+    if any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
+        return SourceError(f"{name} has no revision {source.revision!r}: leave --revision out")
+    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):
+        return SourceError(
+            f"{name} is not on the Hub, or is private and needs a token (HF_TOKEN): check the "
+            f"name, {copies}"
+        )
+    if any(_is_network(cause) for cause in causes):
+        return SourceError(
+            f"the Hub ({constants.ENDPOINT}) cannot be reached for {name} ({one_line(error)}): "
+            f"check the network or HF_ENDPOINT, {copies}"
+        )
+    return SourceError(f"{name}: {one_line(error)}: check --config and --revision, {copies}")
+
+
+def _is_network(error: BaseException) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # its bases are OSError and the root of the HTTP library that this release stands on
+    return isinstance(error, HfHubHTTPError.__bases__) and not isinstance(error, FileNotFoundError)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _licence(info: Any) -> str:
+    """What the data set's card says."""
+    card = info.card_data or {}
+    licence = card.get("license") or ""
+    return ", ".join(licence) if isinstance(licence, list) else str(licence)

@@ -1,0 +1,343 @@
+"""Files -> records, a few megabytes at a time, with every refused record named.
+
+A part is read from start to end into `Records`: an Arrow array (or a list, for conversations)
+of consecutive records. A record that is not what it should be becomes None and gets a
+reason; its number is its ordinal in its part, refused ones included. Lines end at `\\n` only, and a
+blank line is no record.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Final
+
+import pyarrow as pa
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from pipeline.errors import SourceError
+from pipeline.inputs.inputs import InputFile, Inputs
+from pipeline.inputs.sources import Source
+from shards.format import Part
+
+BLOCK_BYTES: Final = 8 << 20
+MAX_RECORD_BYTES: Final = 128 << 20
+MAX_BATCH_ROWS: Final = 16_384
+
+NOT_JSON: Final = "not JSON"
+NO_OBJECT: Final = "not a JSON object"
+MISSING: Final = "field missing"
+WRONG_TYPE: Final = "wrong type"
+BAD_UTF8: Final = "invalid UTF-8"
+TOO_LARGE: Final = "above 128 MiB"
+
+TURN: Final = pa.struct([("from", pa.string()), ("value", pa.string())])
+_TEXT_TYPES: Final = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Consecutive records of a part, the first of them number `first`.
+
+    `values` is an Arrow array of strings or bytes, or a list of conversations; None where a record
+    was refused. `reasons` has the reason by place in `values`; a None without one is MISSING.
+    """
+
+    first: int
+    values: Any
+    reasons: dict[int, str] = field(default_factory=dict)
+
+
+class PartReader:
+    """Reads parts of one source; keeps the last parquet file open for the parts that follow."""
+
+    def __init__(self, inputs: Inputs, source: Source) -> None:
+        self._inputs, self._source = inputs, source
+        self._files = {file.path: file for file in inputs.files}
+        self._parquet: tuple[str, BinaryIO, pq.ParquetFile] | None = None
+
+    def read(self, part: Part) -> Iterator[Records]:
+        """The part's records in order; SourceError names a file that is damaged or gone."""
+        file = self._files.get(part.file)
+        if file is None:
+            raise SourceError(f"{part.file} is not among the files given: give the same ones again")
+        try:
+            if file.layout.kind == "parquet":
+                yield from self._read_parquet(part)
+            else:
+                with self._inputs.open(part.file) as raw:
+                    stream = decompressed(raw, file)
+                    if file.layout.kind == "jsonl":
+                        yield from _read_jsonl(stream, part, file, self._source)
+                    elif self._source.shape == "lines":
+                        yield from _read_lines(stream)
+                    else:
+                        yield from _read_whole(stream)
+        except (OSError, pa.ArrowException) as error:
+            raise SourceError(_damaged(part.file, error)) from error
+
+    def close(self) -> None:
+        """Close the file that was kept open."""
+        if self._parquet is not None:
+            self._parquet[1].close()
+            self._parquet = None
+
+    def _read_parquet(self, part: Part) -> Iterator[Records]:
+        parquet = self._open_parquet(part.file)
+        column, metadata = self._source.text_column, parquet.metadata
+        groups = range(part.first, part.last)
+        weight = sum(column_bytes(metadata, group, column)[0] for group in groups)
+        rows = sum(metadata.row_group(group).num_rows for group in groups)
+        batch_rows = max(1, min(MAX_BATCH_ROWS, rows * BLOCK_BYTES // max(1, weight)))
+        first = 0
+        for batch in parquet.iter_batches(
+            batch_size=batch_rows, row_groups=list(groups), columns=[column], use_threads=False
+        ):
+            yield Records(first, batch.column(0))
+            first += batch.num_rows
+
+    def _open_parquet(self, path: str) -> pq.ParquetFile:
+        if self._parquet is None or self._parquet[0] != path:
+            self.close()
+            raw = self._inputs.open(path)
+            parquet = open_parquet(raw)
+            check_column(parquet.schema_arrow, path, self._source)
+            self._parquet = (path, raw, parquet)
+        return self._parquet[2]
+
+
+def open_parquet(raw: BinaryIO) -> pq.ParquetFile:
+    """The file's footer, read; pages are fetched as they are needed, and checked."""
+    return pq.ParquetFile(raw, pre_buffer=False, page_checksum_verification=True)
+
+
+def column_bytes(metadata: pq.FileMetaData, group: int, column: str) -> tuple[int, int]:
+    """Uncompressed and compressed bytes of a top-level column in a row group."""
+    plain = packed = 0
+    row_group = metadata.row_group(group)
+    for number in range(row_group.num_columns):
+        chunk = row_group.column(number)
+        if chunk.path_in_schema.split(".")[0] == column:
+            plain += chunk.total_uncompressed_size
+            packed += chunk.total_compressed_size
+    return plain, packed
+
+
+def check_column(schema: pa.Schema, path: str, source: Source) -> None:
+    """SourceError unless the file has the source's column, of a type that can hold it."""
+    column = source.text_column
+    if column not in schema.names:
+        raise SourceError(
+            f"{path} has no column {column!r}; it has {', '.join(schema.names)}: "
+            "choose one with --text-column"
+        )
+    found = schema.field(column).type
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    fits = any(is_type(found) for is_type in _TEXT_TYPES)
+    if source.shape == "chat":
+        fits = pa.types.is_list(found) or pa.types.is_large_list(found)
+    if not fits:
+        wanted = "a list of turns" if source.shape == "chat" else "text"
+        raise SourceError(
+            f"{path}: column {column!r} is {found}, not {wanted}: choose another with --text-column"
+        )
+
+
+def decompressed(raw: BinaryIO, file: InputFile) -> BinaryIO:
+    """The file's content; a compressed stream that ends inside a frame raises OSError."""
+    if not file.layout.compression:
+        return raw
+    packed = pa.PythonFile(raw, mode="r")
+    stream: BinaryIO = pa.CompressedInputStream(packed, file.layout.compression)
+    return stream
+
+
+def _read_jsonl(stream: BinaryIO, part: Part, file: InputFile, source: Source) -> Iterator[Records]:
+    last = None if file.layout.compression else part.last
+    first = 0
+    for block in line_blocks(stream, part.first, last):
+        if block is None:
+            yield Records(first, pa.nulls(1, pa.binary()), {0: TOO_LARGE})
+            first += 1
+            continue
+        records = [parse_lines(block, first, source)]
+        del block
+        first += len(records[0].values)
+        yield records.pop()
+
+
+def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[bytes | None]:
+    """Whole lines, about 8 MiB at a time; None stands for one line above the largest record.
+
+    The lines are those that begin in [first, last), so that neighbouring ranges share none. With
+    first = 3, last = 6 the text `ab\\ncd\\nef` gives `cd\\n` and then `ef`: byte 6 begins `ef`, so
+    that line is left to the next range.
+    """
+    end = last if last is not None else sys.maxsize
+    at, tail = _skip_line(stream, first - 1, end) if first else (0, bytearray())
+    searched = 0  # so many bytes of the tail hold no line end
+    while (begun := at - len(tail)) < end:  # the tail begins with a line, and it is one of ours
+        cut = tail.find(b"\n", max(searched, end - 1 - begun)) + 1 if at >= end else 0
+        cut = cut or tail.rfind(b"\n", searched) + 1
+        if cut:
+            whole = [bytes(tail[:cut])]
+            del tail[:cut]
+            searched = len(tail)
+            yield whole.pop()  # not kept here: a line may be of many megabytes
+        elif len(tail) > MAX_RECORD_BYTES:
+            yield None
+            at, tail = _skip_line(stream, at, end)
+            searched = 0
+        elif data := stream.read(min(BLOCK_BYTES, max(end - at, 1 << 20))):
+            searched = len(tail)
+            at += len(data)
+            tail += data
+        else:
+            if tail:
+                yield bytes(tail)
+            return
+
+
+def _skip_line(stream: BinaryIO, at: int, end: int) -> tuple[int, bytearray]:
+    """Position reached and what was read behind the first line end in [at, end)."""
+    if stream.seekable():
+        stream.seek(at)
+    while at < end and (data := stream.read(min(1 << 16, end - at))):
+        at += len(data)
+        if stop := data.find(b"\n") + 1:
+            return at, bytearray(data[stop:])
+    return at, bytearray()
+
+
+def parse_lines(block: bytes, first: int, source: Source) -> Records:
+    """The records of whole lines: one for each that is not blank."""
+    lines = block if block.endswith(b"\n") else block + b"\n"
+    values = _parse_fast(lines, source) if _one_object_a_line(lines) else None
+    if values is not None:
+        return Records(first, values)
+    return _parse_slowly(lines, first, source)
+
+
+def _one_object_a_line(lines: bytes) -> bool:
+    """Whether each line, taken by its first and last byte, can be one JSON object, in UTF-8.
+
+    pyarrow reads objects, not lines: it takes two on a line or one over two lines, and a line
+    `null` ends the process (pyarrow 26: a segmentation fault). A line that begins with `{` and one
+    before it that ends with `}` cannot be of the same object.
+    """
+    count = lines.count(b"\n")
+    if not lines.startswith(b"{") or lines.count(b"\n{") != count - 1:
+        return False
+    if lines.count(b"}\n") + lines.count(b"}\r\n") != count:
+        return False
+    try:
+        lines.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _parse_fast(lines: bytes, source: Source) -> pa.Array | list[Any] | None:
+    """The column, read by pyarrow; None where a line is odd, so that all are read one by one."""
+    chat = source.shape == "chat"
+    schema = pa.schema([(source.text_column, pa.list_(TURN) if chat else pa.string())])
+    try:
+        table = pyarrow.json.read_json(
+            io.BytesIO(lines),
+            read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(lines) + 1),
+            parse_options=pyarrow.json.ParseOptions(
+                explicit_schema=schema, unexpected_field_behavior="ignore"
+            ),
+        )
+    except pa.ArrowException:
+        return None
+    if table.num_rows != lines.count(b"\n"):
+        return None
+    column = table.column(0).combine_chunks()
+    return column.to_pylist() if chat else column
+
+
+def _parse_slowly(lines: bytes, first: int, source: Source) -> Records:
+    values: list[Any] = []
+    reasons: dict[int, str] = {}
+    for line in lines.split(b"\n"):
+        if not line.strip():
+            continue
+        value, reason = _parse_line(line, source)
+        if reason:
+            reasons[len(values)] = reason
+        values.append(value)
+    if source.shape == "chat":
+        return Records(first, values, reasons)
+    return Records(first, pa.array(values, pa.large_binary()), reasons)
+
+
+def _parse_line(line: bytes, source: Source) -> tuple[Any, str]:
+    """The field's value and an empty reason, or None and the reason."""
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return None, BAD_UTF8
+    except (ValueError, RecursionError):
+        return None, NOT_JSON
+    if not isinstance(value, dict):
+        return None, NO_OBJECT
+    found = value.get(source.text_column)
+    if found is None:
+        return None, MISSING
+    if source.shape == "chat":
+        return found, ""
+    if not isinstance(found, str):
+        return None, WRONG_TYPE
+    try:
+        return found.encode(), ""
+    except UnicodeEncodeError:  # half of a surrogate pair, spelled as an escape
+        return None, BAD_UTF8
+
+
+def _read_lines(stream: BinaryIO) -> Iterator[Records]:
+    """Each line with its line end, blank ones included, as a record."""
+    first = 0
+    for block in line_blocks(stream, 0, None):
+        if block is None:
+            yield Records(first, pa.nulls(1, pa.large_binary()), {0: TOO_LARGE})
+            first += 1
+            continue
+        lines = _with_ends(block)
+        yield Records(first, pa.array(lines, pa.large_binary()))
+        first += len(lines)
+
+
+def _with_ends(block: bytes) -> list[bytes]:
+    lines = [line + b"\n" for line in block.split(b"\n")]
+    lines[-1] = lines[-1][:-1]
+    return lines if lines[-1] else lines[:-1]
+
+
+def _read_whole(stream: BinaryIO) -> Iterator[Records]:
+    """The whole file as one record."""
+    chunks, size = [], 0
+    while size <= MAX_RECORD_BYTES and (data := stream.read(BLOCK_BYTES)):
+        chunks.append(data)
+        size += len(data)
+    if size > MAX_RECORD_BYTES:
+        yield Records(0, pa.nulls(1, pa.large_binary()), {0: TOO_LARGE})
+    else:
+        yield Records(0, pa.array([b"".join(chunks)], pa.large_binary()))
+
+
+def _damaged(path: str, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{path}: {error.strerror}"
+    return f"{path} is damaged ({error}): fetch the file again"

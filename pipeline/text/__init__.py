@@ -1,0 +1,1 @@
+"""Records to rows: the tokenizer, chat templates, the columnar encoder, packing."""

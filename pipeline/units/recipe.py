@@ -1,0 +1,150 @@
+"""What is asked for, and the recipe: all that the output's bytes depend on besides the listing.
+
+The recipe stands in `units.json`. It is how a second call finds out that it means the same thing,
+and how `repair` knows what to do years later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.errors import PrepareError
+from pipeline.inputs.hub import HubInputs
+from pipeline.inputs.inputs import INTERPRETER, Inputs
+from pipeline.inputs.sources import Source
+from pipeline.text.chat import Template
+from pipeline.text.tokenizer import Tokenizer
+from pipeline.units.units import LEAST_UNIT_BYTES, UNIT_BYTES, UNITS_WANTED, Plan
+from pipeline.units.work import NO_LIMIT, Limit
+from shards.format import Facts, TokenizerInfo, token_dtype
+
+CHECKED_DOCUMENTS: Final = 8
+"""Documents of each unit that are compared with sentencepiece, unless told otherwise."""
+
+TYPICAL_DOCUMENT_BYTES: Final = 2500
+TYPICAL_TOKEN_BYTES: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to prepare. Without `data_files`, which are local, the source's own place is read."""
+
+    source: Source
+    tokenizer: Tokenizer
+    out: Path
+    data_files: tuple[str, ...] = ()
+    seq_len: int = 4096
+    val_fraction: float | None = None
+    loss_mask: bool = False
+    limit: Limit = NO_LIMIT
+    check_encoding: int = CHECKED_DOCUMENTS
+    part: tuple[int, int] = (1, 1)
+    unit_bytes: int | None = None
+    """Text in a unit at most; by default 256 MiB, less if a limit is to take from many places."""
+
+
+def refuse_contradictions(request: Request) -> None:
+    """PrepareError if options exclude one another or the source."""
+    number, of = request.part
+    if not 1 <= number <= of:
+        raise PrepareError(
+            f"--part {number}/{of}: parts are numbered 1/{of} to {of}/{of}; for an array that "
+            "counts from 0, add one"
+        )
+    if of > 1 and request.limit != NO_LIMIT:
+        raise PrepareError(
+            "--part does not go with --max-tokens or --max-documents: where a limit falls is only "
+            "known when all units before it are done"
+        )
+    if request.loss_mask and request.source.shape != "chat":
+        raise PrepareError(
+            f"--loss-mask marks the answers of conversations, and {request.source.name} has none: "
+            "leave it out"
+        )
+    if request.loss_mask and request.seq_len % 8:
+        raise PrepareError(f"--seq-len {request.seq_len}: with --loss-mask a multiple of 8")
+    if request.source.shape == "chat":
+        Template.of(request.tokenizer)  # says so if the vocabulary has no chat markers
+    if request.seq_len < 2:
+        raise PrepareError(f"--seq-len {request.seq_len}: at least 2")
+
+
+def recipe_of(request: Request, inputs: Inputs) -> dict[str, Any]:
+    """All that the output's bytes depend on besides the listing; the first keys are the Facts."""
+    source, info = request.source, request.tokenizer.info
+    licence = source.licence
+    if isinstance(inputs, HubInputs) and licence == "unknown":
+        licence = inputs.licence or licence
+    val_fraction = source.val_fraction if request.val_fraction is None else request.val_fraction
+    return {
+        "source": source.name,
+        "dataset": inputs.dataset,
+        "revision": inputs.revision,
+        "licence": licence,
+        "seq_len": request.seq_len,
+        "dtype": token_dtype(info.vocab_size).name,
+        "packing": "concat+mask" if request.loss_mask else "concat",
+        "val_fraction": val_fraction,
+        "tokenizer": asdict(info),
+        "config": "" if request.data_files else source.config,
+        "split": "" if request.data_files else source.split,
+        "text_column": source.text_column,
+        "shape": source.shape,
+        "max_documents": request.limit.documents,
+        "max_tokens": request.limit.tokens,
+        "unit_bytes": _unit_bytes(request),
+    }
+
+
+def _unit_bytes(request: Request) -> int:
+    """256 MiB; under a limit about a 64th of it, so that a small sample is not of one place."""
+    if request.unit_bytes is not None:
+        return request.unit_bytes
+    documents, tokens = request.limit.documents, request.limit.tokens
+    expected = [UNIT_BYTES * UNITS_WANTED]
+    expected += [] if documents is None else [documents * TYPICAL_DOCUMENT_BYTES]
+    expected += [] if tokens is None else [tokens * TYPICAL_TOKEN_BYTES]
+    return max(LEAST_UNIT_BYTES, min(expected) // UNITS_WANTED)
+
+
+def facts_of(recipe: Mapping[str, Any]) -> Facts:
+    """What the manifest and every shard need to know of a plan's recipe."""
+    values = {field.name: recipe[field.name] for field in fields(Facts)}
+    return Facts(**{**values, "tokenizer": TokenizerInfo(**recipe["tokenizer"])})
+
+
+def source_of(recipe: Mapping[str, Any]) -> Source:
+    """The source that a plan was made for."""
+    return Source(
+        name=recipe["source"],
+        about="",
+        licence=recipe["licence"],
+        dataset=recipe["dataset"],
+        revision=recipe["revision"],
+        config=recipe["config"],
+        split=recipe["split"],
+        text_column=recipe["text_column"],
+        shape=recipe["shape"],
+        embedded=recipe["dataset"] == INTERPRETER,
+    )
+
+
+def refuse_other(existing: Plan, recipe: Mapping[str, Any], inputs: Inputs, folder: Path) -> None:
+    """PrepareError if the folder was begun with another recipe or other files."""
+    mend = "choose another --out, or delete the folder to begin anew"
+    for key, value in recipe.items():
+        if existing.recipe.get(key) != value:
+            was = existing.recipe.get(key)
+            raise PrepareError(f"{folder} was begun with {key} {was!r}, not {value!r}: {mend}")
+    before = {file.path: file.bytes for file in existing.files}
+    now = {file.path: file.bytes for file in inputs.files}
+    for path in sorted(before.keys() | now.keys()):
+        if before.get(path) != now.get(path):
+            sizes = [f"{size} bytes" if size is not None else "absent"
+                     for size in (before.get(path), now.get(path))]  # fmt: skip
+            raise PrepareError(
+                f"{folder} was begun with other files: {path} was {sizes[0]}, is {sizes[1]}: {mend}"
+            )

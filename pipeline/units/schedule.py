@@ -1,0 +1,117 @@
+"""Which unit next: every missing one, or the shortest prefix of them that meets a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+
+from pipeline.units.units import Unit
+from pipeline.units.work import NO_LIMIT, Amount, Limit, Submit
+from shards.files import fsync_folder
+from shards.format import Receipt, ShardInfo
+
+
+def run_all(
+    positions: Iterable[int], submit: Submit, at_once: int, unit_done: Callable[[int], None]
+) -> None:
+    """Run the units, at most `at_once` of them handed out at a time."""
+    running: dict[Future[Receipt], int] = {}
+    for position in positions:
+        if len(running) >= at_once:
+            _collect(running, unit_done)
+        running[submit(position, NO_LIMIT)] = position
+    while running:
+        _collect(running, unit_done)
+
+
+def _collect(running: dict[Future[Receipt], int], unit_done: Callable[[int], None]) -> None:
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        future.result()
+        unit_done(running.pop(future))
+
+
+class LimitedRun:
+    """The shortest prefix of the units that meets a limit, the last unit cut at a document.
+
+    Where the prefix ends is only known when all units before are done, so with several workers
+    units are begun ahead, by what the finished ones yielded, and uncut. One that turns out to hold
+    the end is done once more with the exact limit, and those behind it are taken back: the result
+    is that of one worker.
+    """
+
+    def __init__(
+        self, folder: Path, units: Sequence[Unit], limit: Limit, submit: Submit, at_once: int
+    ) -> None:
+        self._folder, self._units, self._limit = folder, units, limit
+        self._submit, self._at_once = submit, at_once
+        self._running: dict[int, Future[Receipt]] = {}
+        self._limits: dict[int, Limit] = {}
+        self._total, self._text_bytes = Amount(), 0
+
+    def run(self, receipts: Mapping[int, Receipt], unit_done: Callable[[int], None]) -> int:
+        """The number of units in the prefix. `receipts`: of units done in an earlier try."""
+        n_units = 0
+        for position, unit in enumerate(self._units):
+            if self._limit.is_met_by(self._total):
+                break
+            left = self._limit.after(self._total)
+            if position not in receipts:
+                self._begin(position, left)
+                self._begin_ahead(position, receipts)
+                receipt = self._running.pop(position).result()
+            else:
+                receipt = receipts[position]
+            if left.is_met_by(amount_of(receipt.shards)) and self._limits.get(position) != left:
+                self._begin(position, left)
+                receipt = self._running.pop(position).result()
+            self._total += amount_of(receipt.shards)
+            self._text_bytes += unit.text_bytes
+            n_units += 1
+            unit_done(position)
+        for future in self._running.values():
+            future.result()
+        remove_units(self._folder, lambda number: number >= n_units)
+        return n_units
+
+    def _begin(self, position: int, limit: Limit) -> None:
+        if position in self._running:
+            return
+        # an earlier try may have gone further
+        remove_units(self._folder, lambda number: number == position)
+        self._limits[position] = limit
+        self._running[position] = self._submit(position, limit)
+
+    def _begin_ahead(self, position: int, receipts: Mapping[int, Receipt]) -> None:
+        """Begin later units, as far as the limit is likely to reach."""
+        if not self._text_bytes:
+            return
+        expected = self._total
+        for ahead in range(position, len(self._units)):
+            if len(self._running) >= self._at_once or self._limit.is_met_by(expected):
+                return
+            if ahead not in receipts:
+                self._begin(ahead, self._limit)
+            share = self._units[ahead].text_bytes / self._text_bytes
+            expected += Amount(
+                round(self._total.documents * share), round(self._total.tokens * share)
+            )
+
+
+def amount_of(shards: Iterable[ShardInfo]) -> Amount:
+    """Documents and tokens in some shards."""
+    shards = tuple(shards)
+    return Amount(sum(s.n_documents for s in shards), sum(s.n_tokens for s in shards))
+
+
+def remove_units(folder: Path, chosen: Callable[[int], bool]) -> None:
+    """Take back what was published of the units whose numbers are chosen, receipts first."""
+    files = ((path, path.name.split(".")[0].split("-")[0]) for path in folder.iterdir())
+    found = [path for path, unit in files if unit.isdigit() and chosen(int(unit))]
+    receipts = [path for path in found if path.suffix == ".json"]
+    for path in receipts:
+        path.unlink()
+    if receipts:
+        fsync_folder(folder)  # or a loss of power could bring back a receipt without its shards
+    for path in found:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,199 @@
+"""The plan: the input cut into parts, parts filled into units, units put in a fair order.
+
+    part    a parquet row group; 64 MiB of lines; a whole file of any other kind
+    unit    consecutive parts of the listing, about 256 MiB: what one worker does in one go, and
+            what is done again after a crash (some seconds of work). Of a small listing a 64th,
+            8 MiB at least: in units of 256 MiB, 100 MB would keep one of many workers busy
+    order   by XXH3-64 of the unit's first `<path>:<first>`, so that any prefix of the units is a
+            fair sample of the whole and not the alphabet's first files
+
+The plan depends on the listing and the recipe alone. It is written into `units.json` once; whoever
+comes later, from whichever machine, reads it there.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import xxhash
+
+from pipeline.errors import PrepareError, SourceError
+from pipeline.inputs.inputs import InputFile, Inputs, listed
+from pipeline.inputs.sources import Source
+from shards.errors import SummerError
+from shards.files import json_bytes
+from shards.format import PLAN, Part, parse_json
+from shards.versions import FORMAT_KEY, UNITS, check_format
+
+UNIT_BYTES: Final = 256 << 20
+LEAST_UNIT_BYTES: Final = 8 << 20
+UNITS_WANTED: Final = 64
+LINES_BYTES: Final = 64 << 20
+EXPANSION: Final = 4
+"""Text bytes expected of one byte of a compressed file."""
+FOOTERS_AT_ONCE: Final = 16
+
+
+@dataclass(frozen=True)
+class WeighedPart:
+    """A part with its bytes of text (a guess if it is compressed) and the bytes read for them."""
+
+    part: Part
+    text_bytes: int
+    read_bytes: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The parts [first, last) of the plan's list, their text and what must be read for it."""
+
+    first: int
+    last: int
+    text_bytes: int
+    read_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who does what. `recipe` holds all else that the output's bytes depend on."""
+
+    recipe: Mapping[str, Any]
+    files: tuple[InputFile, ...]
+    parts: tuple[Part, ...]
+    units: tuple[Unit, ...]
+
+    def to_bytes(self) -> bytes:
+        """The plan as it stands in units.json."""
+        files = [{"path": file.path, "bytes": file.bytes} for file in self.files]
+        return json_bytes(
+            {
+                FORMAT_KEY: UNITS,
+                **self.recipe,
+                "files": files,
+                "parts": [asdict(part) for part in self.parts],
+                "units": [asdict(unit) for unit in self.units],
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Plan:
+        """The plan that these bytes spell."""
+        value = parse_json(data)
+        check_format(value, UNITS, PLAN)
+        del value[FORMAT_KEY]
+        files = tuple(listed(file["path"], file["bytes"]) for file in value.pop("files"))
+        parts = tuple(Part(**part) for part in value.pop("parts"))
+        units = tuple(Unit(**unit) for unit in value.pop("units"))
+        return cls(value, files, parts, units)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """What receipts name the plan by."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """The plan that a folder holds, or None."""
+    try:
+        data = (folder / PLAN).read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        return Plan.from_bytes(data)
+    except (KeyError, TypeError, AttributeError, SummerError) as error:
+        raise PrepareError(
+            f"{folder / PLAN} is no plan of this version ({error}): delete {folder} and prepare "
+            "the source anew"
+        ) from error
+
+
+def make_plan(recipe: Mapping[str, Any], inputs: Inputs, source: Source, unit_bytes: int) -> Plan:
+    """The plan for a listing. Reads the footers of parquet files; SourceError if one is damaged."""
+    weighed = cut_into_parts(inputs, source)
+    if not sum(part.text_bytes for part in weighed):
+        names = ", ".join(file.path for file in inputs.files[:3]) or "the listing"
+        raise SourceError(f"{source.name}: there is nothing to read in {names} (0 bytes of text)")
+    units = fill_units(weighed, min(unit_bytes, _share(sum(part.text_bytes for part in weighed))))
+    return Plan(recipe, inputs.files, tuple(w.part for w in weighed), tuple(units))
+
+
+def cut_into_parts(inputs: Inputs, source: Source) -> list[WeighedPart]:
+    """Every file of the listing in parts, in order."""
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        cut = pool.map(lambda file: _parts_of(inputs, source, file), inputs.files)
+        return [part for parts in cut for part in parts]
+
+
+def fill_units(weighed: Sequence[WeighedPart], unit_bytes: int) -> list[Unit]:
+    """Consecutive parts together until a unit holds `unit_bytes` of text; units in fair order."""
+    units: list[tuple[int, Unit]] = []
+    begun = text_bytes = read_bytes = 0
+    for end, part in enumerate(weighed, start=1):
+        text_bytes += part.text_bytes
+        read_bytes += part.read_bytes
+        if text_bytes >= unit_bytes or end == len(weighed):
+            first = weighed[begun].part
+            key = xxhash.xxh3_64_intdigest(f"{first.file}:{first.first}".encode())
+            units.append((key, Unit(begun, end, text_bytes, read_bytes)))
+            begun, text_bytes, read_bytes = end, 0, 0
+    return [unit for _, unit in sorted(units, key=lambda entry: (entry[0], entry[1].first))]
+
+
+def _parts_of(inputs: Inputs, source: Source, file: InputFile) -> list[WeighedPart]:
+    if file.layout.kind == "parquet":
+        return _row_groups(inputs, source, file)
+    if file.layout.compression:
+        _refuse_empty(file)
+        return [WeighedPart(Part(file=file.path, first=0, last=file.bytes),
+                            file.bytes * EXPANSION, file.bytes)]  # fmt: skip
+    step = file.bytes
+    if file.layout.kind == "jsonl" and source.shape != "lines":
+        step = min(LINES_BYTES, _share(file.bytes))
+    cuts = [*range(0, file.bytes, max(1, step)), file.bytes] if file.bytes else [0, 0]
+    return [
+        WeighedPart(Part(file=file.path, first=first, last=last), last - first, last - first)
+        for first, last in itertools.pairwise(cuts)
+    ]
+
+
+def _row_groups(inputs: Inputs, source: Source, file: InputFile) -> list[WeighedPart]:
+    import pyarrow as pa
+
+    from pipeline.inputs.reading import check_column, column_bytes, open_parquet
+
+    _refuse_empty(file)
+    try:
+        with inputs.open(file.path) as raw:
+            parquet = open_parquet(raw)
+            schema, metadata = parquet.schema_arrow, parquet.metadata
+    except (OSError, pa.ArrowException) as error:
+        raise SourceError(f"{file.path} is damaged ({error}): fetch the file again") from error
+    check_column(schema, file.path, source)
+    sizes = [
+        column_bytes(metadata, group, source.text_column)
+        for group in range(metadata.num_row_groups)
+    ]
+    if source.shape == "lines":  # a page may run on from one row group into the next
+        whole = Part(file=file.path, first=0, last=len(sizes))
+        return [WeighedPart(whole, sum(s[0] for s in sizes), sum(s[1] for s in sizes))]
+    return [
+        WeighedPart(Part(file=file.path, first=group, last=group + 1), text, packed)
+        for group, (text, packed) in enumerate(sizes)
+    ]
+
+
+def _share(n_bytes: int) -> int:
+    """A 64th of something, but no less than the smallest unit."""
+    return max(LEAST_UNIT_BYTES, n_bytes // UNITS_WANTED)
+
+
+def _refuse_empty(file: InputFile) -> None:
+    if not file.bytes:
+        raise SourceError(f"{file.path} is empty (0 bytes): fetch it again, or leave it out")

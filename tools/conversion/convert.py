@@ -1,0 +1,199 @@
+"""A run of ours -> a Hugging Face folder, and back; nothing counts until ids and logits agree.
+
+What is written goes into a folder beside the target, is read back from there by the other side,
+and gets its name when both have read the same ids and computed the same logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+
+from model.config import count_params
+from pipeline.inputs.inputs import embedded_inputs
+from pipeline.inputs.sources import find
+from pipeline.text.tokenizer import Tokenizer
+from shards.files import fsync_folder, publish_bytes
+from shards.format import TOKENIZER
+from tools.conversion.hf_folder import (
+    TOKENIZER_JSON,
+    is_hub_folder,
+    is_own_architecture,
+    read_model,
+    read_sentencepiece,
+    write_folder,
+)
+from tools.conversion.model_card import model_card
+from tools.errors import ConversionError
+from tools.models.loading import Choice, LoadedModel, load, refuse_misfit
+from tools.models.vocabulary import Vocabulary
+from trainer.checkpoint.checkpoint import save
+from trainer.checkpoint.runs import COMMIT, newest_commit
+from trainer.config.config import RunConfig, save_config
+from trainer.distributed.distributed import World
+
+Format = Literal["hf", "summer"]
+ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+_REAL_TEXT_BYTES: Final = 1_000_000
+_PROBES: Final = (
+    "The quick brown fox, 3.14 times.\n\n  def f(x):\n\treturn x  # twice\n",
+    " a leading space, a trailing one ",
+    "naïve façade, 東京, Ελλάδα, 😀, \u2028 and \x00",
+)
+
+
+class _Checked(NamedTuple):
+    """A model whose logits were compared, and how far they are from the original's."""
+
+    source: str
+    parameters: int
+    largest_difference: float
+    limit: float
+
+
+class Converted(NamedTuple):
+    """What was made."""
+
+    target: Path
+    format: Format
+    checked: _Checked
+
+
+def convert(source: Path, target: Path, wanted: Format | None = None) -> Converted:
+    """Convert a run (or one of its commits) or a Hugging Face folder into the other kind.
+
+    ConversionError where the model has no equal on the other side, or where the logits differ.
+    """
+    have: Format = "hf" if is_hub_folder(source) else "summer"
+    made: Format = "summer" if have == "hf" else "hf"
+    if wanted not in (None, made):
+        raise ConversionError(
+            f"{source} is of format {have!r} already: leave --format out, or name another folder"
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConversionError(f"{target} exists: give --to a new folder")
+    _transformers()  # before work starts, not after it
+    with _beside(target) as folder:
+        checked = (_to_summer if made == "summer" else _to_hugging_face)(source, folder)
+        if not checked.largest_difference <= checked.limit:  # so that NaN fails too
+            raise ConversionError(
+                f"{source}: the converted model's logits differ by"
+                f" {checked.largest_difference:.2g} (limit {checked.limit:.2g}), so nothing was"
+                " kept: this is a bug of ours, please report it with the folder's config.json"
+            )
+    return Converted(target, made, checked)
+
+
+def _to_summer(source: Path, folder: Path) -> _Checked:
+    """A run with one commit, at step 0: `--run` reads it and `init_from` trains on from it."""
+    config, weights = read_model(source)
+    tokenizer = read_sentencepiece(source)
+    refuse_misfit(str(source), config, weights, Vocabulary.of_sentencepiece(tokenizer))
+    if (source / TOKENIZER_JSON).is_file():
+        _compare_ids(source, tokenizer)
+    save_config(folder, RunConfig(preset="converted", model=config))
+    publish_bytes(folder / TOKENIZER, tokenizer.model)
+    record = {"step": 0, "next_index": 0, "converted_from": source.name}
+    save(folder, {f"model.{name}": weight for name, weight in weights.items()}, record, ALONE)
+    made = load(Choice(checkpoint=newest_commit(folder), device="cpu", dtype="fp32"))
+    theirs = _transformers().AutoModelForCausalLM
+    if is_own_architecture(source):  # its code is ours: the folder's copy might be anybody's
+        from tools.conversion.modeling_summerlm import SummerLMForCausalLM as theirs  # noqa: N813
+    return _compare_logits(str(source), made, theirs.from_pretrained, source, {})
+
+
+def _to_hugging_face(source: Path, folder: Path) -> _Checked:
+    if not source.is_dir():
+        raise ConversionError(f"{source}: no such folder: name a run or a Hugging Face folder")
+    commit = source if (source / COMMIT).is_file() else newest_commit(source)
+    loaded = load(Choice(checkpoint=commit, device="cpu", dtype="fp32"))
+    tokenizer = Tokenizer.load(commit.resolve().parents[1] / TOKENIZER)
+    write_folder(folder, loaded.model.config, loaded.model.state_dict(), tokenizer)
+    publish_bytes(folder / "README.md", model_card(commit, loaded).encode())
+    _compare_ids(folder, tokenizer)
+    theirs = _transformers().AutoModelForCausalLM.from_pretrained
+    code = {"trust_remote_code": True} if is_own_architecture(folder) else {}  # just written
+    return _compare_logits(loaded.name, loaded, theirs, folder, code)
+
+
+def _compare_ids(folder: Path, tokenizer: Tokenizer) -> None:
+    """ConversionError unless transformers gives our ids for texts of every kind."""
+    theirs = _transformers().AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    for text in (*_PROBES, *_real_texts()):
+        ids = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        if ids != tokenizer.encode(text):
+            raise ConversionError(
+                f"{folder}: transformers reads other ids from its {TOKENIZER_JSON} than"
+                f" SentencePiece from its {TOKENIZER}, for {text[:60]!r}, so nothing was kept: put"
+                " the two files back that belong together"
+            )
+
+
+def _real_texts() -> Iterator[str]:
+    """About a megabyte of this interpreter's library, code and prose."""
+    room = _REAL_TEXT_BYTES
+    for source in ("python-docs", "python-code"):
+        inputs = embedded_inputs(find(source))
+        for file in inputs.files:
+            with inputs.open(file.path) as opened:
+                text = opened.read(_REAL_TEXT_BYTES // 20).decode(errors="ignore")
+            yield text
+            room -= len(text)
+            if room <= 0:
+                return
+
+
+def _compare_logits(
+    name: str, ours: LoadedModel, theirs: Callable[..., Any], folder: Path, code: dict[str, bool]
+) -> _Checked:
+    """How far our logits are from those that transformers computes from the folder.
+
+    On random ids and on real text, as long as the model's context up to 512 ids. The limit is 1e-4,
+    or 1e-4 of the largest logit where that is above 1.
+    """
+    length = min(512, ours.trained_context)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, ours.model.config.vocab_size, (length,), generator=generator)
+    read = torch.tensor(list(ours.vocabulary.encode(next(_real_texts())))[:length])
+    tokens = torch.stack([drawn, read])
+    model = theirs(folder, dtype=torch.float32, local_files_only=True, **code)
+    with torch.inference_mode():
+        expected = model.eval()(tokens).logits
+        difference = (ours.model.logits(tokens) - expected).abs().max().item()
+    limit = 1e-4 * max(1.0, expected.abs().max().item())
+    return _Checked(name, count_params(ours.model.config), difference, limit)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConversionError(
+            "nothing is converted unchecked, and comparing the logits needs transformers:"
+            " pip install 'summerlm[hf]'"
+        ) from error
+    hub: Any = transformers
+    hub.utils.logging.set_verbosity_error()
+    hub.utils.logging.disable_progress_bar()
+    return hub
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder that becomes `target` if all goes well, and vanishes if not."""
+    folder = target.parent / f".{target.name}.converting-{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        folder.rename(target)
+        fsync_folder(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

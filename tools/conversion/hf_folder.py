@@ -1,0 +1,278 @@
+"""A model's folder as Hugging Face lays it out: config.json, safetensors, a tokenizer.
+
+The model is one of the Llama family, or with ALiBi one of our own architecture, whose code
+(tools/conversion/modeling_summerlm.py) lies beside its weights; that copy is never run from here.
+Weights are read from safetensors alone: a pickle can run code. The tokenizer is the SentencePiece
+file where there is one, else tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from model.config import ModelConfig
+from pipeline.errors import TokenizerError
+from pipeline.text.tokenizer import Tokenizer, extend
+from shards.files import publish_bytes, publish_json
+from shards.format import TOKENIZER
+from shards.versions import VERSION, WRITER_KEY, writer_of
+from tools.conversion.llama import (
+    config_from_llama,
+    config_to_llama,
+    is_llama,
+    weights_from_llama,
+    weights_to_llama,
+)
+from tools.conversion.tokenizer_json import piece_bytes, tokenizer_config, tokenizer_json
+from tools.errors import ConversionError
+from tools.models.vocabulary import Vocabulary
+from trainer.config.config import from_stored
+from trainer.errors import ConfigError
+
+CONFIG: Final = "config.json"
+MODELING: Final = "modeling_summerlm.py"
+OWN: Final = "summerlm"
+"""Our architecture's `model_type`."""
+TOKENIZER_JSON: Final = "tokenizer.json"
+_THEIRS: Final = frozenset((
+    "architectures", "auto_map", "model_type", "bos_token_id", "eos_token_id", "pad_token_id",
+    "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings", "head_dim", "use_cache",
+    "id2label", "label2id", "problem_type", "return_dict", "is_encoder_decoder",
+    "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
+))  # fmt: skip
+"""Keys of a config.json that are the library's, or are for it: none changes what is computed."""
+_WHOLE: Final = "model.safetensors"
+_INDEX: Final = "model.safetensors.index.json"
+_FILE_BYTES: Final = 5_000_000_000
+_MOST_FILLED_UP: Final = 1024
+"""Weights are padded to a round number of entries, never by more; else they are another's."""
+
+
+def is_hub_folder(folder: Path) -> bool:
+    """Whether a config.json is there that names a Hugging Face architecture."""
+    return (folder / CONFIG).is_file() and "model_type" in _read_json(folder / CONFIG)
+
+
+def is_own_architecture(folder: Path) -> bool:
+    """Whether the folder's model is one that only our own code computes."""
+    return _read_json(folder / CONFIG).get("model_type") == OWN
+
+
+def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], Vocabulary]:
+    """Shape, weights by our names in fp32, and vocabulary; ConversionError where it is no Llama."""
+    config, weights = read_model(folder)
+    vocabulary = read_vocabulary(folder, config.vocab_size)
+    return config, weights, vocabulary
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Shape and weights by our names, fp32."""
+    try:
+        described = _read_json(folder / CONFIG)
+        is_own = described.get("model_type") == OWN
+        config = _config_from_own(described, folder) if is_own else config_from_llama(described)
+        theirs: dict[str, Tensor] = {}
+        for path in _weight_files(folder):
+            theirs |= load_file(path)
+        weights = (
+            {name: tensor.float() for name, tensor in theirs.items()}
+            if is_own
+            else weights_from_llama(config, theirs)
+        )
+    except ConversionError as error:
+        raise ConversionError(f"{folder}: {error}") from error
+    except SafetensorError as error:
+        raise ConversionError(f"{folder}: damaged weights ({error}): fetch it again") from error
+    return config, weights
+
+
+def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+    """The folder's tokenizer, filled up with ids that stand for nothing where the model has more.
+
+    ConversionError if there is none.
+    """
+    if (folder / TOKENIZER).is_file():
+        vocabulary = Vocabulary.of_sentencepiece(read_sentencepiece(folder))
+    elif (folder / TOKENIZER_JSON).is_file():
+        vocabulary = _of_tokenizer_json(folder)
+    else:
+        raise ConversionError(
+            f"{folder}: neither {TOKENIZER} nor {TOKENIZER_JSON} is there: add the tokenizer"
+        )
+    missing = vocab_size - len(vocabulary)
+    if not 0 < missing < _MOST_FILLED_UP:
+        return vocabulary  # which fits, or is refused
+    return replace(vocabulary, pieces=vocabulary.pieces + missing * (b"",))
+
+
+def read_sentencepiece(folder: Path) -> Tokenizer:
+    """The folder's tokenizer.model, its user-defined symbols made control pieces if it has any."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise ConversionError(
+            f"{folder}: no {TOKENIZER} there, and shards are made with a SentencePiece model alone,"
+            " so no run could train on from it; evaluate it as it is: summer-eval TASK --hf"
+            f" {folder}"
+        )
+    model = path.read_bytes()
+    try:
+        with contextlib.suppress(TokenizerError):
+            return Tokenizer(model, folder.name)
+        return Tokenizer(extend(model, ()), folder.name)
+    except TokenizerError as error:
+        raise ConversionError(f"{path}: {error}") from error
+
+
+def write_folder(
+    folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Write a folder that transformers loads, fp32: a LlamaForCausalLM, or with our own code."""
+    ends = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    if is_llama(config):
+        described, theirs = config_to_llama(config), weights_to_llama(config, weights)
+    else:
+        described, theirs = _own_config(config), dict(weights)
+        publish_bytes(folder / MODELING, Path(__file__).with_name(MODELING).read_bytes())
+    publish_json(folder / CONFIG, {**described, **ends, "dtype": "float32", WRITER_KEY: VERSION})
+    no_text = [i for i in range(config.vocab_size) if not _is_text(tokenizer, i)]
+    publish_json(folder / "generation_config.json", {**ends, "suppress_tokens": no_text})
+    publish_bytes(folder / TOKENIZER, tokenizer.model)
+    publish_json(folder / TOKENIZER_JSON, tokenizer_json(tokenizer))
+    publish_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config.seq_len))
+    _write_weights(folder, theirs)
+
+
+def _own_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of our own architecture: our names, and where its code is."""
+    module = MODELING.removesuffix(".py")
+    return {
+        "architectures": ["SummerLMForCausalLM"],
+        "model_type": OWN,
+        "auto_map": {
+            "AutoConfig": f"{module}.SummerLMConfig",
+            "AutoModelForCausalLM": f"{module}.SummerLMForCausalLM",
+        },
+        **asdict(config),
+    }
+
+
+def _config_from_own(described: Mapping[str, Any], folder: Path) -> ModelConfig:
+    ours = {key: v for key, v in described.items() if key not in _THEIRS and key[:1] != "_"}
+    ours.pop(WRITER_KEY, None)
+    try:
+        return from_stored(ModelConfig, ours, folder / CONFIG, writer_of(described), "model.")
+    except ConfigError as error:
+        raise ConversionError(
+            f"config.json describes no model of summer-convert ({error}): fetch it again"
+        ) from error
+
+
+def _is_text(tokenizer: Tokenizer, number: int) -> bool:
+    """Whether generation may draw an id: text, or the end of it."""
+    within = number < tokenizer.vocab_size
+    return number == tokenizer.eos_id or (within and bool(tokenizer.token_bytes[number]))
+
+
+def _write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    groups = list(_in_files(weights))
+    names = [_WHOLE] if len(groups) == 1 else _numbered(len(groups))
+    for name, group in zip(names, groups, strict=True):
+        publish_bytes(folder / name, save(group, metadata={"format": "pt"}))
+    if len(groups) > 1:
+        total = sum(tensor.nbytes for group in groups for tensor in group.values())
+        places = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        publish_json(folder / _INDEX, index)
+
+
+def _in_files(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The weights in groups below 5 GB, as they follow one another."""
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in weights.items():
+        if group and size + tensor.nbytes > _FILE_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
+        size += tensor.nbytes
+    yield group
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
+    if not (folder / _INDEX).is_file():
+        raise ConversionError(
+            f"no {_WHOLE} and no {_INDEX} there: only safetensors are read (a pickle can run code)"
+        )
+    names = sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise ConversionError(f"{absent[0]} is missing: the folder is incomplete, fetch it again")
+    return [folder / name for name in names]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        described = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConversionError(
+            f"no {path.name} there: name a folder with config.json, safetensors and a tokenizer"
+        ) from None
+    except ValueError as error:
+        raise ConversionError(f"{path.name} is no JSON ({error}): fetch it again") from error
+    if not isinstance(described, dict):
+        raise ConversionError(f"{path.name} holds no JSON object: fetch it again")
+    return described
+
+
+def _of_tokenizer_json(folder: Path) -> Vocabulary:
+    """A vocabulary that transformers encodes with; special tokens in a text stay text."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ConversionError(
+            f"{folder}: reading {TOKENIZER_JSON} needs transformers: pip install 'summerlm[hf]'"
+        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    raw = (folder / TOKENIZER_JSON).read_bytes()
+    spelled = piece_bytes(json.loads(raw))
+    pieces = tuple(spelled.get(number, b"") for number in range(max(spelled) + 1))
+
+    def encode(text: str) -> list[int]:
+        ids = tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        ).input_ids
+        return list(ids)
+
+    first = encode("a")
+    return Vocabulary(
+        name=folder.name,
+        encode=encode,
+        decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        pieces=pieces,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+        sha256=hashlib.sha256(raw).hexdigest(),
+        space_first=pieces[first[0]].startswith(b" "),
+        chat=None,
+    )

@@ -1,0 +1,1 @@
+"""What `summer-doctor` examines."""

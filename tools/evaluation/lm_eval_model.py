@@ -1,0 +1,137 @@
+"""Our models inside lm-evaluation-harness, under the name `summerlm` (needs the extra `eval`).
+
+pip install tools/lm_eval_plugin
+lm_eval --model summerlm --model_args run=runs/tiny --tasks lambada_openai
+lm_eval --model summerlm --model_args hf=SmolLM2-135M,add_bos_token=False ...
+
+The small package lets the harness find the name; summerlm_lm_eval.py there says how, and why it has
+to. Without it, and from Python, `import tools.evaluation.lm_eval_model` registers the model for
+`lm_eval.simple_evaluate(model="summerlm", ...)`. An exported folder (summer-convert) needs neither:
+
+lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True,add_bos_token=False ...
+
+Model arguments: run, checkpoint or hf; dtype, context, batch_tokens, add_bos_token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.models  # noqa: F401 - a registry that holds ours alone would not fetch the others
+import numpy as np
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+
+from model.config import ModelError
+from shards.errors import one_line_uncaught
+from tools.errors import EvaluationError
+from tools.evaluation.multiple_choice import pair_window
+from tools.evaluation.perplexity import refuse_context
+from tools.evaluation.protocols import Protocol, plan_texts
+from tools.evaluation.scoring import Scorer, score
+from tools.generation.generation import Generation, write
+from tools.generation.sampling import Sampling
+from tools.models.loading import Choice, Precision, load
+
+Pair = tuple[tuple[str, str], list[int], list[int]]
+"""Texts of context and continuation, and the ids of each."""
+
+UNSAID = "cuda:0"  # the device that the harness names where its user names none
+
+one_line_uncaught(ModelError)  # the harness' own command line catches nothing
+
+
+@register_model("summerlm")
+class SummerLM(TemplateLM):  # type: ignore[misc]
+    """A model of ours as the harness asks it: our scorer, its requests."""
+
+    def __init__(
+        self,
+        *,
+        run: str | None = None,
+        checkpoint: str | None = None,
+        hf: str | None = None,
+        device: str | None = None,
+        dtype: Precision = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        named = (None if path is None else Path(path) for path in (run, checkpoint, hf))
+        where = dict(zip(("run", "checkpoint", "hf"), named, strict=True))
+        if device == UNSAID and not torch.cuda.is_available():
+            device = None
+        self.loaded = load(Choice(**where, device=device or "auto", dtype=dtype))
+        self.max_length = int(options.pop("context", None) or self.loaded.trained_context)
+        refuse_context(self.loaded, self.max_length)
+        self.batch_tokens = int(options.pop("batch_tokens", 8192))
+        self.add_bos_token = str(options.pop("add_bos_token", False)).lower() == "true"
+        if left := options.keys() - {"batch_size", "max_batch_size"}:
+            raise EvaluationError(f"model_args {', '.join(sorted(left))}: summerlm has none such")
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness' cache calls the tokenizer."""
+        return self.loaded.vocabulary.sha256
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The id that ends a text."""
+        return self.loaded.vocabulary.eos_id
+
+    @property
+    def prefix_token_id(self) -> int | None:
+        """The id in front of a text without a context: BOS, or EOS where there is none."""
+        bos_id = self.loaded.vocabulary.bos_id
+        return self.eot_token_id if bos_id is None else bos_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """The ids of a text; BOS in front where `add_bos_token` or the caller says so."""
+        ids = list(self.loaded.vocabulary.encode(string))
+        with_bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        bos_id = self.loaded.vocabulary.bos_id
+        return [bos_id, *ids] if with_bos and bos_id is not None else ids
+
+    def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[tuple[float, bool]]:
+        windows = [
+            pair_window(before + after, len(after), self.max_length)
+            for _, before, after in requests
+        ]
+        scored = score(Scorer.of(self.loaded), windows, batch_tokens=self.batch_tokens)
+        return list(zip((-scored.nats).tolist(), scored.greedy.tolist(), strict=True))
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """The log-likelihood of each whole text, from its BOS, in windows side by side."""
+        protocol = Protocol(name="lm-eval", context=self.max_length, bos_id=self.prefix_token_id)
+        texts = [np.asarray(self.tok_encode(r.args[0], False), np.int64) for r in requests]
+        plans = [plan_texts([ids], protocol) for ids in texts]
+        windows = [window for plan in plans for window in plan]
+        nats = score(Scorer.of(self.loaded), windows, batch_tokens=self.batch_tokens).nats
+        ends = np.cumsum([len(plan) for plan in plans])[:-1]
+        return [-float(part.sum()) for part in np.split(nats, ends)]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, greedily, up to a stop text."""
+        return [self._complete(*request.args) for request in requests]
+
+    def _complete(self, context: str, settings: Mapping[str, Any]) -> str:
+        warm = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
+        room = min(int(settings.get("max_gen_toks", 256)), self.max_length - 1)
+        ids = self.tok_encode(context)[room - self.max_length :] or [self._first_id()]
+        how = Generation(max_tokens=room, sampling=Sampling(temperature=warm))
+        text = write(self.loaded, ids, how, opens_text=False).text
+        stops = settings.get("until") or ()
+        for stop in [stops] if isinstance(stops, str) else stops:
+            text = text.partition(stop)[0] if stop else text
+        return text
+
+    def _first_id(self) -> int:
+        if self.prefix_token_id is None:
+            raise EvaluationError("this tokenizer has no BOS to start an empty context with")
+        return self.prefix_token_id

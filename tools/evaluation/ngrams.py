@@ -1,0 +1,135 @@
+"""Sequences of 13 words as 64-bit hashes, in numpy: how one text is found in gigabytes of others.
+
+A word is a run of ASCII letters and digits, lower-cased, and of bytes beyond ASCII as they are:
+punctuation and spacing, which tokenizers and data sets treat differently, do not count. The hash
+of a word is a polynomial in its bytes modulo 2^64, taken from one running sum over the text
+(Karp & Rabin 1987); that of a sequence is a polynomial in its words' hashes, in the same way.
+Measured on one core: about 200 MB of English a second, 40 MB with reading and decoding shards.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.mixture import splitmix64
+
+Hashes = npt.NDArray[np.uint64]
+Places = npt.NDArray[np.int64]
+
+N_WORDS: Final = 13
+"""The length that GPT-3's authors took (Brown et al. 2020, appendix C)."""
+
+BARRIER: Final = b" \xff "
+"""Stands between documents: a byte that no UTF-8 holds is a word that no text has."""
+
+_BASE: Final = 0x9E3779B97F4A7C15  # odd, so that its powers have inverses modulo 2^64
+_FILTER_BITS: Final = 24
+
+
+_TABLE: Final = bytes(
+    ord(chr(byte).lower())
+    if byte < 0x80 and chr(byte).isalnum()
+    else byte
+    if byte >= 0x80
+    else 0x20
+    for byte in range(256)
+)
+
+
+def normalised(text: bytes) -> bytes:
+    """The text's words and spaces, byte for byte."""
+    return text.translate(_TABLE)
+
+
+@dataclass(frozen=True)
+class Grams:
+    """The sequences of a normalised text: hashes [n], and the byte where each begins and ends."""
+
+    hashes: Hashes
+    begins: Places
+    ends: Places
+
+
+def grams_of(text: bytes) -> Grams:
+    """Every sequence of 13 words in a normalised text, in order."""
+    characters = np.frombuffer(text, np.uint8)
+    in_word = np.empty(len(characters) + 2, np.bool_)
+    in_word[0] = in_word[-1] = False
+    np.not_equal(characters, ord(" "), out=in_word[1:-1])
+    edges = np.flatnonzero(in_word[1:] != in_word[:-1])
+    begins, ends = edges[::2], edges[1::2]
+    if len(begins) < N_WORDS:
+        return Grams(np.empty(0, np.uint64), begins[:0], ends[:0])
+    words = splitmix64(_differences(characters, begins, ends))
+    first = np.arange(len(words) - N_WORDS + 1)
+    hashes = _differences(words, first, first + N_WORDS)
+    return Grams(hashes, begins[: len(first)], ends[N_WORDS - 1 :])
+
+
+def _differences(values: npt.NDArray[np.unsignedinteger], begins: Places, ends: Places) -> Hashes:
+    """The polynomial hash of values[begin:end] for each pair, whatever stands before."""
+    powers, inverses = _powers(1 << len(values).bit_length())
+    running = np.zeros(len(values) + 1, np.uint64)
+    np.cumsum(values * powers[: len(values)], out=running[1:])
+    return np.asarray((running[ends] - running[begins]) * inverses[begins], np.uint64)
+
+
+@functools.lru_cache(maxsize=32)
+def _powers(n: int) -> tuple[Hashes, Hashes]:
+    """base^i and base^-i modulo 2^64, for i below n."""
+    return _geometric(_BASE, n), _geometric(pow(_BASE, -1, 1 << 64), n)
+
+
+def _geometric(base: int, n: int) -> Hashes:
+    factors = np.full(n, base, np.uint64)
+    factors[0] = 1
+    return np.cumprod(factors)
+
+
+class Wanted:
+    """The sequences of some items, to be found in other texts."""
+
+    def __init__(self, items: Sequence[str]) -> None:
+        found = [grams_of(normalised(item.encode())).hashes for item in items]
+        self.n_items = len(items)
+        self.items = np.repeat(np.arange(len(items)), [len(hashes) for hashes in found])
+        joined = np.concatenate([np.empty(0, np.uint64), *found])
+        self.hashes, self._number = np.unique(joined, return_inverse=True)
+        self._filter = np.zeros(1 << _FILTER_BITS, np.bool_)
+        self._filter[_filter_place(self.hashes)] = True
+
+    @property
+    def measurable(self) -> npt.NDArray[np.bool_]:
+        """Which items have 13 words at all. [n_items]"""
+        has = np.zeros(self.n_items, np.bool_)
+        has[self.items] = True
+        return has
+
+    def find(self, hashes: Hashes) -> tuple[Places, Places]:
+        """Places in `hashes` that are wanted, and the number of each among all wanted."""
+        maybe = np.flatnonzero(self._filter[_filter_place(hashes)])
+        if not len(maybe) or not len(self.hashes):
+            return maybe[:0], maybe[:0]
+        number = np.searchsorted(self.hashes, hashes[maybe])
+        number[number == len(self.hashes)] = 0
+        sure = self.hashes[number] == hashes[maybe]
+        return maybe[sure], number[sure]
+
+    def per_item(self, found: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+        """The share of each item's sequences that were found, given which were. [n_items]"""
+        hits = np.bincount(self.items, found[self._number], minlength=self.n_items)
+        return np.asarray(hits / np.maximum(1, np.bincount(self.items, minlength=self.n_items)))
+
+    def items_of(self, number: int) -> Places:
+        """The items that hold a wanted sequence."""
+        return np.unique(self.items[self._number == number])
+
+
+def _filter_place(hashes: Hashes) -> Hashes:
+    return np.asarray(hashes >> np.uint64(64 - _FILTER_BITS))

@@ -1,0 +1,114 @@
+"""Records of an evaluation set: whole rows, from a local file or the Hub, and their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import SourceError
+from pipeline.inputs.hub import hub_inputs
+from pipeline.inputs.inputs import InputFile, Inputs, layout_of, local_inputs
+from pipeline.inputs.reading import decompressed, open_parquet
+from pipeline.inputs.sources import Source
+from tools.errors import EvaluationError
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class HubTable:
+    """A split of a data set on the Hub."""
+
+    dataset: str
+    config: str
+    split: str
+
+    def __str__(self) -> str:
+        config = f" ({self.config})" if self.config else ""
+        return f"{self.dataset}{config}, {self.split}"
+
+
+@dataclass(frozen=True)
+class Records:
+    """Rows in order. `where` names their origin, with the commit where it is the Hub's."""
+
+    rows: tuple[Record, ...]
+    where: str
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 over the rows as canonical JSON lines, whatever file held them."""
+        return sha256_of_rows(self.rows)
+
+
+def sha256_of_rows(rows: Sequence[Record]) -> str:
+    """SHA-256 over rows as JSON lines with sorted keys."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def read_records(data: Path | None, table: HubTable) -> Records:
+    """The rows of a local .jsonl or .parquet, or of the Hub where none is named."""
+    if data is None:
+        return _from_hub(table)
+    layout = layout_of(data.name)
+    if data.is_dir() or layout is None or layout.kind == "text":
+        raise EvaluationError(f"{data}: name a .jsonl or .parquet file that holds {table}")
+    return Records(_rows(local_inputs((str(data),))), data.name)
+
+
+def _from_hub(table: HubTable) -> Records:
+    source = Source(
+        name=table.dataset.rpartition("/")[2],
+        about="an evaluation set",
+        licence="",
+        dataset=table.dataset,
+        config=table.config,
+        split=table.split,
+    )
+    try:
+        inputs = hub_inputs(source)
+        return Records(_rows(inputs), f"{table} at {inputs.revision[:12]}")
+    except SourceError as error:  # its mend names the option of another command
+        raise EvaluationError(str(error).replace("--data-files", "--data FILE")) from error
+
+
+def _rows(inputs: Inputs) -> tuple[Record, ...]:
+    rows: list[Record] = []
+    for file in inputs.files:
+        try:
+            if file.layout.kind == "parquet":
+                with inputs.open(file.path) as raw:
+                    rows += open_parquet(raw).read().to_pylist()
+            else:
+                rows += _json_lines(inputs, file)
+        except (OSError, pa.ArrowException) as error:
+            raise EvaluationError(f"{file.path}: damaged ({error}): fetch it again") from error
+    return tuple(rows)
+
+
+def _json_lines(inputs: Inputs, file: InputFile) -> list[Record]:
+    with inputs.open(file.path) as raw:
+        lines = decompressed(raw, file).read().split(b"\n")
+    rows: list[Record] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise EvaluationError(
+                f"{file.path}: line {number} is no JSON ({error}): fetch the file again"
+            ) from error
+        if not isinstance(row, dict):
+            raise EvaluationError(f"{file.path}: line {number} is no JSON object")
+        rows.append(row)
+    return rows

@@ -1,0 +1,204 @@
+"""Windows -> negative log-likelihoods: fp32 log-softmax, summed in float64.
+
+The scorer knows nothing of texts, tokenizers or protocols. Beside a Transformer it takes any
+function from ids to logits, so that models whose answer is known in closed form check it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import linear
+
+from model.transformer import Transformer
+from tools.errors import EvaluationError
+from tools.evaluation.protocols import IGNORED, Window
+from tools.models.loading import DTYPES, LoadedModel
+
+Progress = Callable[[int, int], None]
+"""Called with the windows done and all of them."""
+
+_LOGITS_AT_ONCE: Final = 1 << 26
+"""Logits alive at a time: 256 MiB in fp32, where one row of 16,448 would take 2 GiB."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Of each window: its summed negative log-likelihood in nats, its targets, and how it chose.
+
+    All [n]. `greedy` says whether every target was the id that the model finds most likely.
+    """
+
+    nats: npt.NDArray[np.float64]
+    n_targets: npt.NDArray[np.int64]
+    greedy: npt.NDArray[np.bool_]
+
+    @property
+    def total_nats(self) -> float:
+        """Nats of all windows together."""
+        return float(self.nats.sum())
+
+    @property
+    def total_targets(self) -> int:
+        """Scored targets of all windows together."""
+        return int(self.n_targets.sum())
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the nats a target, were other windows drawn; None for fewer than two windows.
+
+        The targets of a window are not independent of each other, so windows are what is counted:
+        the ratio estimator of cluster sampling (Cochran, Sampling Techniques, 1977, 6.3).
+        """
+        n, rate = len(self.nats), self.total_nats / max(1, self.total_targets)
+        if n < 2 or not self.total_targets:
+            return None
+        squares = float(((self.nats - rate * self.n_targets) ** 2).sum())
+        return math.sqrt(squares * n / (n - 1)) / self.total_targets
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model as two functions: `features` [B, T] -> [B, T, D] and `head` [n, D] -> logits [n, V].
+
+    They are apart so that only scored places go through the vocabulary, a chunk at a time.
+    """
+
+    features: Callable[[Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of_logits(cls, logits: Callable[[Tensor], Tensor]) -> Scorer:
+        """A scorer of any function on the CPU from ids [B, T] to logits [B, T, V]."""
+        return cls(logits, lambda rows: rows, torch.device("cpu"))
+
+    @classmethod
+    def of_transformer(cls, model: Transformer, dtype: torch.dtype = torch.float32) -> Scorer:
+        """A scorer of a Transformer where it is; bf16 means autocast, as in training."""
+        weight = model.head_weight
+        return cls(model.hidden, lambda rows: linear(rows, weight), weight.device, dtype)
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> Scorer:
+        """A scorer of a loaded model, in its dtype."""
+        return cls.of_transformer(loaded.model, DTYPES[loaded.dtype])
+
+    def judge(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """-log softmax(logits)[target] in fp32, 0 where the target is -100: [B, T] -> [B, T].
+
+        Beside it, whether each target is the likeliest id (or -100): bool [B, T].
+        """
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        scored = targets != IGNORED
+        wanted, features = targets[scored], self.features(inputs)[scored]  # [n], [n, D]
+        surprise = torch.zeros(len(wanted), device=self.device)
+        likeliest = torch.empty_like(wanted)
+        begin, end = 0, 1  # one row shows how wide the vocabulary is
+        while begin < len(wanted):
+            logits = self.head(features[begin:end]).float()
+            chosen = logits.gather(1, wanted[begin:end, None]).squeeze(1)
+            surprise[begin:end] = logits.logsumexp(dim=1) - chosen
+            likeliest[begin:end] = logits.argmax(dim=1)
+            begin, end = end, end + max(1, _LOGITS_AT_ONCE // logits.shape[1])
+        nats = torch.zeros(targets.shape, device=self.device)
+        nats[scored] = surprise
+        hits = torch.ones(targets.shape, dtype=torch.bool, device=self.device)
+        hits[scored] = likeliest == wanted
+        return nats, hits
+
+
+@torch.inference_mode()
+def score(
+    scorer: Scorer,
+    windows: Sequence[Window],
+    *,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
+) -> Scored:
+    """Each window's nats, in the windows' order, whatever the batches were.
+
+    Windows of about one length go through the model together, at most `batch_tokens` ids (or one
+    window) at a time. Shorter ones are filled up on the right, where causal attention never looks.
+    Processes of one group (torchrun) take every so-manieth batch each, and all get the result:
+    the batches are the same for any number of them, so it is the same to the last bit.
+    EvaluationError if the model answers with something that is no number.
+    """
+    figures = np.zeros((3, len(windows)))  # nats, targets, greedy
+    rank, world_size = _place_in_group()
+    autocast = partial(torch.autocast, scorer.device.type, scorer.dtype)
+    done = 0
+    with autocast(enabled=scorer.dtype != torch.float32):
+        lengths = [len(window.inputs) for window in windows]
+        for number, places in enumerate(batches(lengths, batch_tokens)):
+            done += len(places)
+            if number % world_size != rank:
+                continue
+            inputs, targets = _stack([windows[place] for place in places])
+            nats, hits = _within_memory(scorer, inputs, targets)
+            figures[0, places] = nats.cpu().double().sum(dim=1)
+            figures[1, places] = (targets != IGNORED).sum(dim=1).numpy()
+            figures[2, places] = hits.all(dim=1).cpu()
+            if progress is not None:
+                progress(done, len(windows))
+    if world_size > 1:
+        dist.all_reduce(torch.from_numpy(figures))  # elsewhere zeros: nothing is counted twice
+    _refuse_no_number(figures[0])
+    return Scored(figures[0], figures[1].astype(np.int64), figures[2] > 0)
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Places of windows that are scored together: longest first, so that memory fails at once."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    begin = 0
+    while begin < len(order):
+        together = max(1, batch_tokens // max(1, lengths[order[begin]]))
+        yield order[begin : begin + together]
+        begin += together
+
+
+def _place_in_group() -> tuple[int, int]:
+    """This process's rank and their number; alone without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _within_memory(scorer: Scorer, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return scorer.judge(inputs, targets)
+    except torch.OutOfMemoryError as error:
+        raise EvaluationError(
+            f"{inputs.numel():,} ids at a time do not fit into the memory of {scorer.device}: "
+            "choose a smaller --batch-tokens, or a smaller --context"
+        ) from error
+
+
+def _stack(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [B, T], filled up on the right with id 0 and -100."""
+    shape = len(windows), max(len(window.inputs) for window in windows)
+    inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+    for row, window in enumerate(windows):
+        inputs[row, : len(window.inputs)] = window.inputs
+        targets[row, : len(window.targets)] = window.targets
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def _refuse_no_number(nats: npt.NDArray[np.float64]) -> None:
+    if np.isfinite(nats).all():
+        return
+    worst = int(np.flatnonzero(~np.isfinite(nats))[0])
+    raise EvaluationError(
+        f"window {worst}: the model's log-likelihood is {-nats[worst]}; its weights are "
+        "damaged, or bf16 is too narrow for them (try --dtype fp32)"
+    )

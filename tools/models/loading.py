@@ -1,0 +1,193 @@
+"""A run, a commit or a Llama-family folder -> the model with its tokenizer, and what they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from model.config import MAX_ALIBI_CONTEXT, ModelConfig, count_params
+from model.transformer import Transformer
+from pipeline.text.tokenizer import Tokenizer
+from shards.format import TOKENIZER
+from tools.conversion.hf_folder import read_folder
+from tools.errors import LoadingError
+from tools.models.vocabulary import Vocabulary
+from trainer.checkpoint.checkpoint import load_weights
+from trainer.checkpoint.runs import COMMIT, CONFIG, newest_commit, newest_run, step_of
+from trainer.config.config import load_config
+from trainer.distributed.allocator import keep_freed_memory
+from trainer.distributed.devices import pick_device
+
+Precision = Literal["auto", "bf16", "fp32"]
+DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
+VOCAB_MULTIPLE: Final = 128
+"""A model's vocabulary is its tokenizer's, rounded up to a multiple of this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which model, where. With neither `run`, `checkpoint` nor `hf`, the newest run is meant.
+
+    `auto` is an accelerator if there is one; it means bf16 on CUDA and ROCm, fp32 elsewhere.
+    """
+
+    run: Path | None = None
+    checkpoint: Path | None = None
+    hf: Path | None = None
+    device: str = "auto"
+    dtype: Precision = "auto"
+
+    @property
+    def commit(self) -> Path | None:
+        """The committed checkpoint that is meant; None for a Hugging Face folder."""
+        return None if self.hf else self.checkpoint or newest_commit(self.run or newest_run())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model that is ready to be asked, on its device. `name` says where it came from."""
+
+    name: str
+    model: Transformer
+    vocabulary: Vocabulary
+    weights_sha256: str
+    dtype: Literal["bf16", "fp32"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.head_weight.device
+
+    @property
+    def trained_context(self) -> int:
+        """Tokens a row had in training."""
+        return self.model.config.seq_len
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic of `dtype`: autocast as in training for bf16, nothing for fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
+
+    def describe(self) -> dict[str, object]:
+        """What a score must say about its model."""
+        return {
+            "model": self.name,
+            "parameters": count_params(self.model.config),
+            "weights_sha256": self.weights_sha256,
+            "tokenizer": self.vocabulary.name,
+            "tokenizer_sha256": self.vocabulary.sha256,
+            "trained_context": self.trained_context,
+            "dtype": self.dtype,
+            "device": self.device.type,
+        }
+
+
+_Parts = tuple[str, ModelConfig, Mapping[str, Tensor], Vocabulary]
+
+
+def load(choice: Choice) -> LoadedModel:
+    """The chosen model in evaluation mode; LoadingError where there is none or parts do not fit."""
+    named = [path for path in (choice.run, choice.checkpoint, choice.hf) if path is not None]
+    if len(named) > 1:
+        raise LoadingError(f"{named[0]} and {named[1]}: name one of --run, --checkpoint and --hf")
+    device = resolve_device(choice.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    name, config, weights, vocabulary = (
+        (str(choice.hf), *read_folder(choice.hf))
+        if choice.hf is not None
+        else _from_commit(choice.checkpoint or newest_commit(choice.run or newest_run()))
+    )
+    refuse_misfit(name, config, weights, vocabulary)
+    dtype = choice.dtype if choice.dtype != "auto" else _natural_dtype(device)
+    with torch.device("meta"):  # never initialised at random on the way
+        model = Transformer(config)
+    model.to_empty(device=device).load_state_dict(weights)
+    return LoadedModel(
+        name=name,
+        model=model.eval(),
+        vocabulary=vocabulary,
+        weights_sha256=sha256_of_weights(weights),
+        dtype=dtype,
+    )
+
+
+def _from_commit(commit: Path) -> _Parts:
+    """A committed checkpoint inside its run, which holds the configuration and the tokenizer."""
+    if not (commit / COMMIT).is_file():
+        raise LoadingError(
+            f"{commit}: no {COMMIT} there: name a committed checkpoint such as "
+            "runs/NAME/checkpoints/step-1000, or a run with --run"
+        )
+    run = commit.resolve().parents[1]
+    for needed in (CONFIG, TOKENIZER):
+        if not (run / needed).is_file():
+            raise LoadingError(
+                f"{commit}: its run {run} has no {needed}: copy {needed} and the checkpoint's "
+                "folder (as checkpoints/step-N) into one folder"
+            )
+    vocabulary = Vocabulary.of_sentencepiece(Tokenizer.load(run / TOKENIZER))
+    name = f"{_relative(run)}, step {step_of(commit.resolve()):,}"
+    return name, load_config(run).model, load_weights(commit), vocabulary
+
+
+def refuse_misfit(
+    name: str, config: ModelConfig, weights: Mapping[str, Tensor], vocabulary: Vocabulary
+) -> None:
+    """LoadingError unless weights and tokenizer are those that the configuration describes."""
+    with torch.device("meta"):
+        described = Transformer(config).state_dict()
+    for tensor in sorted(described.keys() | weights.keys()):
+        wanted, found = (
+            str(list(side[tensor].shape)) if tensor in side else "absent"
+            for side in (described, weights)
+        )
+        if wanted != found:
+            raise LoadingError(
+                f"{name}: {tensor} is {found} and by {CONFIG} should be {wanted}: put the {CONFIG} "
+                "back that belongs to the weights"
+            )
+    rounded = -(-len(vocabulary) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if config.vocab_size not in (len(vocabulary), rounded):
+        raise LoadingError(
+            f"{name}: the tokenizer {vocabulary.name} has {len(vocabulary):,} entries and the "
+            f"weights are made for {config.vocab_size:,}: put the {TOKENIZER} back that they were "
+            "trained with"
+        )
+
+
+def max_context(config: ModelConfig) -> int | None:
+    """The longest context that the model computes exactly; None where nothing limits it."""
+    return MAX_ALIBI_CONTEXT if config.alibi else None
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` is an accelerator if torch sees one, else the CPU."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise LoadingError(f"device {name}: torch sees no GPU here; use --device cpu")
+    return torch.device(pick_device(name))
+
+
+def sha256_of_weights(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and fp32 values in order of name, whatever files held them."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        values = weights[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {list(values.shape)}\n".encode())
+        digest.update(values.numpy().data)
+    return digest.hexdigest()
+
+
+def _natural_dtype(device: torch.device) -> Literal["bf16", "fp32"]:
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def _relative(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,0 +1,236 @@
+"""From a step of a run to the text it saw, and from a document to the steps that see it.
+
+No step was recorded for this: the data order is a pure function, so any step, past or to come, can
+be looked up, and so can any row. What is recorded is where it was begun anew: the events of a start
+and of each resumption (after a rollback too) say the step, the sample, the samples left out, how a
+step is dealt out to ranks, and the phases of the mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.text.tokenizer import Tokenizer
+from shards.format import TOKENIZER, Manifest
+from shards.reader import ShardReader, find_sources
+from tools.errors import TraceError
+from tools.tracing.provenance import document_name, rows_of_document
+from trainer.checkpoint.checkpoint import read_record
+from trainer.checkpoint.runs import EVENTS, commits
+from trainer.config.config import RunConfig, load_config
+from trainer.data.batches import Stretch
+from trainer.data.mixture import BatchShape, DataOrder, Phase, leave_out
+from trainer.metrics.metrics import read_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sighting:
+    """One row at one step. `origin` is FILE:RECORD of the document that the row begins in."""
+
+    step: int
+    rank: int
+    micro_step: int
+    index: int
+    source: str
+    epoch: int
+    row: int
+    origin: str
+    text: str
+
+
+class _Section(NamedTuple):
+    """The steps from one (re)start of the run to the next."""
+
+    after_step: int
+    next_index: int
+    skipped: tuple[tuple[int, int], ...]
+    shape: BatchShape
+
+    def indices(self, seed: int, step: int, rank: int, micro_step: int) -> list[int]:
+        """The samples of one micro-batch of a step."""
+        n_steps = step - self.after_step
+        stretch = Stretch(
+            first_index=self.next_index,
+            n_steps=n_steps,
+            shape=self.shape,
+            rank=rank,
+            skipped=self.skipped,
+        )
+        number = (n_steps - 1) * self.shape.grad_accum_steps + micro_step
+        samples: list[int] = stretch.indices(seed, number).tolist()
+        return samples
+
+    def first_index(self, step: int) -> int:
+        """The sample that a step begins with."""
+        places = np.array((step - 1 - self.after_step) * self.shape.global_batch_size)
+        return int(leave_out(self.next_index, places, self.skipped))
+
+    def step_of(self, index: int) -> int | None:
+        """The step that takes a sample if no other section follows; None if none does."""
+        if index < self.next_index or any(begin <= index < end for begin, end in self.skipped):
+            return None
+        left_out = sum(end - max(begin, self.next_index) for begin, end in self.skipped
+                       if self.next_index < end <= index)  # fmt: skip
+        place = index - self.next_index - left_out
+        return self.after_step + 1 + place // self.shape.global_batch_size
+
+
+class RunTrace:
+    """A run's data order, with the shards it was drawn from and the steps it was cut into."""
+
+    def __init__(self, run: Path) -> None:
+        self.config: RunConfig = load_config(run)
+        record = _newest_record(run)
+        manifests = find_sources(Path(self.config.shards))
+        begun = [e for e in read_lines(run / EVENTS) if e["event"] in ("start", "resume")]
+        phases, rows = _order_facts(self.config, record, manifests)
+        if begun:
+            phases = [Phase(int(first), weights) for first, weights in begun[-1]["phases"]]
+        self.order = DataOrder(seed=self.config.seed, rows=rows, phases=phases)
+        folders = {name: Path(self.config.shards) / name for name in self.order.sources}
+        self.readers = {
+            name: ShardReader(folder, manifest=manifests[name])
+            for name, folder in folders.items()
+            if name in manifests
+        }
+        self._sections = _sections(begun) or [_planned(self.config)]
+        anneal = (record or {}).get("anneal")
+        self.last_step = min(self.config.max_steps, sum(anneal or [self.config.max_steps]))
+        path = run / TOKENIZER
+        self._tokenizer = Tokenizer.load(path) if path.exists() else None
+
+    def at_step(self, step: int, rank: int | None = None) -> Iterator[Sighting]:
+        """What the ranks (or one of them) computed on in the step that was number `step`."""
+        first = self._sections[0].after_step + 1
+        if not first <= step <= self.last_step:
+            before = f"; those before {first} were made in another run" if first > 1 else ""
+            raise TraceError(
+                f"--step {step}: this run has the steps {first} to {self.last_step}{before}"
+            )
+        section = self._section(step)
+        if rank is not None and not 0 <= rank < section.shape.world_size:
+            last = section.shape.world_size - 1
+            raise TraceError(f"--rank {rank}: this run has the ranks 0 to {last} at step {step}")
+        for number in range(section.shape.world_size) if rank is None else (rank,):
+            for micro_step in range(section.shape.grad_accum_steps):
+                for index in section.indices(self.config.seed, step, number, micro_step):
+                    yield self._sighting(step, number, micro_step, index)
+
+    def of_document(self, name: str) -> Iterator[Sighting]:
+        """Every step up to the run's end at which a row with a piece of FILE:RECORD is seen."""
+        found = [
+            (source, row)
+            for source, reader in self.readers.items()
+            for row in rows_of_document(reader, name)
+        ]
+        if not found:
+            raise TraceError(
+                f"--document {name}: no training row holds it: it was held out or rejected, or "
+                "it has another name (--step N shows names)"
+            )
+        end = self._sections[-1].first_index(self.last_step + 1)
+        indices = []
+        for source, row in found:
+            epoch = 0
+            while (index := self.order.find(source, epoch, row)) is not None and index < end:
+                indices.append(index)
+                epoch += 1
+        for index in sorted(indices):
+            if (step := self._step_of(index)) is not None:
+                yield self._sighting(step, *self._place(step, index), index)
+
+    def _sighting(self, step: int, rank: int, micro_step: int, index: int) -> Sighting:
+        located = self.order.locate(np.array([index], np.int64))
+        source, row = self.order.sources[int(located.source[0])], int(located.row[0])
+        if source not in self.readers:
+            raise TraceError(f"{source}: its shards are not in {self.config.shards} any more")
+        reader = self.readers[source]
+        tokens, _ = reader.rows(located.row)
+        _, part, record = reader.origin(row)
+        return Sighting(
+            step=step,
+            rank=rank,
+            micro_step=micro_step,
+            index=index,
+            source=source,
+            epoch=int(located.epoch[0]),
+            row=row,
+            origin=document_name(reader.manifest, part, record),
+            text=self._decode(tokens[0].tolist()),
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        """The row's text, with <s> where a document begins; its ids if there is no tokenizer."""
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            return " ".join(map(str, ids))
+        begins = [0, *(place for place, id_ in enumerate(ids) if id_ == tokenizer.bos_id), len(ids)]
+        pieces = [tokenizer.decode(ids[first:last]) for first, last in pairwise(begins)]
+        return "<s>".join(pieces)
+
+    def _section(self, step: int) -> _Section:
+        return next(each for each in reversed(self._sections) if each.after_step < step)
+
+    def _step_of(self, index: int) -> int | None:
+        """The step that computes on a sample; None if none does, left out or beyond the end."""
+        ends = [*(each.after_step for each in self._sections[1:]), self.last_step]
+        for section, end in zip(self._sections, ends, strict=True):
+            step = section.step_of(index)
+            if step is not None and step <= end:
+                return step
+        return None
+
+    def _place(self, step: int, index: int) -> tuple[int, int]:
+        """Rank and micro-step of a sample of a step."""
+        section = self._section(step)
+        for micro_step in range(section.shape.grad_accum_steps):
+            for rank in range(section.shape.world_size):
+                if index in section.indices(self.config.seed, step, rank, micro_step):
+                    return rank, micro_step
+        raise TraceError(f"sample {index} is in no batch of {section.shape.global_batch_size} rows")
+
+
+def _sections(begun: Sequence[Mapping[str, Any]]) -> list[_Section]:
+    """The sections of a run's last history: what was set aside by going back is not among them."""
+    sections: list[_Section] = []
+    for event in begun:
+        sections = [each for each in sections if each.after_step < event["step"]]
+        skipped = tuple((int(begin), int(end)) for begin, end in event["skipped"])
+        shape = BatchShape(**event["shape"])
+        sections.append(_Section(event["step"], event["next_index"], skipped, shape))
+    return sections
+
+
+def _planned(config: RunConfig) -> _Section:
+    """The one section of a run that has not begun, on one rank."""
+    n_rows = max(1, config.global_batch_tokens // config.model.seq_len)
+    return _Section(0, 0, (), BatchShape(n_rows, config.micro_batch_size or n_rows, 1))
+
+
+def _newest_record(run: Path) -> dict[str, Any] | None:
+    """What the newest commit says; None before the first."""
+    found = commits(run)
+    return read_record(found[-1]) if found else None
+
+
+def _order_facts(
+    config: RunConfig, record: dict[str, Any] | None, manifests: Mapping[str, Manifest]
+) -> tuple[list[Phase], dict[str, int]]:
+    """The phases of a run and the training rows of its sources; TraceError if these changed."""
+    rows = {name: m.n_rows - m.n_val_rows for name, m in manifests.items()}
+    if record is None or "phases" not in record:  # of a converted run
+        return [Phase(0, {name: int(share) for name, share in config.mixture.items()})], rows
+    for name, facts in record.get("data", {}).items():
+        if name in manifests and manifests[name].root != facts["root"]:
+            raise TraceError(
+                f"{config.shards}/{name} is not the data that the run has read: bring the old "
+                "shards back"
+            )
+        rows[name] = facts["n_rows"]
+    return [Phase(int(first), weights) for first, weights in record["phases"]], rows

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: written, verified, kept, found again."""

@@ -1,0 +1,1 @@
+"""What is asked of a run, and whether it can be done."""

@@ -1,0 +1,326 @@
+"""Every key of a run: defaults < one preset < `--set section.key=value`.
+
+    config, explicit = configure(preset="tiny", sets=["max_steps=40", "optim.lr=1e-3"])
+
+A section is the configuration of one module and lives there; `RunConfig` only nests them. A preset
+is a TOML file with the same names, so is `--config FILE`. A table of sources (`mixture`,
+`max_epochs`) in a preset stands for the whole table; `--set mixture.pg19=5` changes one entry.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, TypeVar
+
+from model.config import ModelConfig, ModelError
+from shards.files import publish_json
+from shards.versions import FORMAT_KEY, RUN, STAMP, check_format, check_keys, stamp, writer_of
+from trainer.checkpoint.checkpoint import CheckpointConfig
+from trainer.checkpoint.runs import CONFIG, newest_run, runs_by_age
+from trainer.config.shares import REFERENCE_SHARES
+from trainer.data.loader import LoaderConfig
+from trainer.errors import ConfigError, at_least
+from trainer.faults.guard import GuardConfig
+from trainer.metrics.profiling import parse_steps
+from trainer.optimizer.schedule import OptimConfig
+from trainer.validation.validation import ValidationConfig
+
+T = TypeVar("T")
+
+PRESETS: Final = Path(__file__).with_name("presets")
+REFERENCE: Final = "summer-4b"
+
+MEANT_BEFORE: Final[dict[str, Any]] = {}
+"""What a stored configuration without a key means, where that is not the key's default.
+
+A new key whose default is as before needs no entry. One that changes what a run computes does:
+`"model.qk_norm": False` for a default of True, so that the runs and exports there are stay the
+models that they were.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What one run does. The defaults are those of the reference run."""
+
+    preset: str = REFERENCE
+    shards: str = "shards"
+    init_from: str = ""  # a run (or "newest") whose weights and model this run starts from
+    seed: int = 0
+    max_steps: int = 80_000
+    global_batch_tokens: int = 1_048_576  # a step; rows = this / seq_len
+    micro_batch_size: int | None = None  # rows per device per forward; None: the most that fit
+    precision: Literal["bf16", "fp32"] = "bf16"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    shard_degree: int = 1  # ranks that hold one copy of weights and moments; 1: each holds all
+    compile: bool = True
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    deterministic: bool = True  # kernels that give the same bits every time, on CUDA and ROCm
+    log_interval: int = 10
+    tensorboard: bool = True
+    dollars_per_hour: float = 0.0  # of all devices together; 0: nothing is said about money
+    max_dollars: float = 0.0  # anneal in time to commit inside this budget; 0: there is none
+    profile_steps: str = ""  # "10" or "10-12": these steps are profiled into the run's folder
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    mixture: dict[str, float] = field(default_factory=lambda: dict(REFERENCE_SHARES))
+    max_epochs: dict[str, float] = field(default_factory=dict)  # a source; refused beyond
+
+    def __post_init__(self) -> None:
+        at_least("", self, max_steps=1, global_batch_tokens=1, log_interval=1, shard_degree=1)
+        at_least("", self, dollars_per_hour=0, max_dollars=0, seed=0)
+        if self.max_dollars and not self.dollars_per_hour:
+            raise ConfigError(
+                f"max_dollars={self.max_dollars}: give the price too, --set dollars_per_hour="
+            )
+        parse_steps(self.profile_steps)
+        if self.micro_batch_size is not None:
+            at_least("", self, micro_batch_size=1)
+
+
+class Configured(NamedTuple):
+    """A configuration, and the keys that `--set` gave: those are never bent to fit the data."""
+
+    config: RunConfig
+    explicit: frozenset[str]
+
+
+def presets() -> list[str]:
+    """The names of the presets that come with the trainer."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def configure(
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    sets: Iterable[str] = (),
+    shards: str | None = None,
+) -> Configured:
+    """The configuration of a run, from a preset or a file of your own, and `--set` texts.
+
+    ConfigError for a key that does not exist (with the nearest that do) or a value that does not
+    fit its key.
+    """
+    if file is not None and preset is not None:
+        raise ConfigError(f"--preset {preset} and --config {file}: give one of them")
+    changes = [_parse_set(text) for text in sets]
+    explicit = frozenset(".".join(path) for path, _ in changes)
+    table = _read_preset(preset or REFERENCE) if file is None else _read_toml(file)
+    base = {"preset": (preset or REFERENCE) if file is None else file.stem}
+    table = {**base, **table, **({} if shards is None else {"shards": str(Path(shards))})}
+    init_from = next((v for path, v in changes if path == ("init_from",)), table.get("init_from"))
+    if init_from:
+        table |= _started_from(str(init_from))
+        changes = [change for change in changes if change[0] != ("init_from",)]
+    for path, value in changes:
+        _assign(table, path, value)
+    return Configured(_build(RunConfig, table), explicit)
+
+
+def load_config(run: Path) -> RunConfig:
+    """The resolved configuration of a run, from its config.json."""
+    path = run / CONFIG
+    try:
+        table = {FORMAT_KEY: RUN, **json.loads(path.read_bytes())}  # 0.1.0 did not name it
+    except FileNotFoundError:
+        raise ConfigError(f"{run}: no {CONFIG} there, so it is no run of summer-train") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}; restore it, or start anew with --out") from error
+    check_format(table, RUN, path)
+    bare = {key: value for key, value in table.items() if key not in STAMP}
+    try:
+        return from_stored(RunConfig, bare, path, writer_of(table))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; restore it, or start anew with --out") from error
+
+
+def save_config(run: Path, config: RunConfig) -> None:
+    """Write a run's config.json."""
+    publish_json(run / CONFIG, {**stamp(RUN), **asdict(config)})
+
+
+def from_stored(
+    cls: type[T], table: Mapping[str, Any], where: object, writer: str, prefix: str = ""
+) -> T:
+    """An instance of a dataclass from what a file of version `writer` holds of it.
+
+    A key that is not there means what it meant before there was one: its default, or what
+    MEANT_BEFORE says. VersionError for a key that this version does not know; ConfigError for a
+    value that does not fit its key, or a key that is missing and has no default. `prefix` is that
+    of the dotted names of the keys.
+    """
+    check_keys(_unknown_keys(cls, table, prefix), (), where, writer)
+    full: dict[str, Any] = copy.deepcopy(dict(table))
+    for name, value in MEANT_BEFORE.items():
+        if name.startswith(prefix):
+            *sections, key = name.removeprefix(prefix).split(".")
+            section: Any = full
+            for part in sections:
+                section = section.setdefault(part, {}) if isinstance(section, dict) else None
+            if isinstance(section, dict):  # what else stands there is refused below
+                section.setdefault(key, value)
+    every = dataclasses.fields(cls)  # type: ignore[arg-type]  # a dataclass
+    needed = [each.name for each in every if each.default is each.default_factory is MISSING]
+    try:
+        if absent := [name for name in needed if name not in full]:
+            raise ConfigError(f"{prefix}{absent[0]} is missing")
+        made: T = _build(cls, full, prefix)
+    except ConfigError as error:
+        raise ConfigError(f"{where}, written by SummerLM {writer}: {error}") from error
+    return made
+
+
+def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[object, object]]:
+    """Dotted keys in which two configurations differ, with both values."""
+    before, after = dict(flatten(asdict(old))), dict(flatten(asdict(new)))
+    keys = dict.fromkeys([*before, *after])
+    return {
+        key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
+    }
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested tables."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def spell_value(value: object) -> str:
+    """The value as `--set` takes it."""
+    if isinstance(value, str):
+        return value
+    return "none" if value is None else json.dumps(value)
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    if name not in presets():
+        mean = _nearest(name, presets())
+        raise ConfigError(f"no preset {name!r}; {mean}there are: {', '.join(presets())}")
+    return _read_toml(PRESETS / f"{name}.toml")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no valid TOML ({error})") from error
+
+
+def _parse_set(text: str) -> tuple[tuple[str, ...], Any]:
+    """The key's path and the value of `section.key=value`; a value that is no TOML is a text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: write it as section.key=value")
+    try:
+        return tuple(key.strip().split(".")), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return tuple(key.strip().split(".")), value.strip()
+
+
+def _assign(table: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    *sections, key = path
+    for section in sections:
+        if section == "mixture" and section not in table:
+            table[section] = dict(REFERENCE_SHARES)
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{'.'.join(path)}: {section} is a key, not a section")
+    table[key] = value
+
+
+def _started_from(name: str) -> dict[str, Any]:
+    run = _newest_base() if name == "newest" else Path(name)
+    return {"init_from": str(run), "model": asdict(load_config(run).model)}
+
+
+def _newest_base() -> Path:
+    """The newest run that was not itself started from another (as this one will be)."""
+    for run in runs_by_age():
+        if not load_config(run).init_from:
+            return run
+    return newest_run()
+
+
+def _unknown_keys(cls: type[Any], table: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """The dotted keys of a table that no field of a configuration dataclass has."""
+    hints = typing.get_type_hints(cls)
+    for key, value in table.items():
+        if key not in hints:
+            yield f"{prefix}{key}"
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            yield from _unknown_keys(hints[key], value, f"{prefix}{key}.")
+
+
+def _build(cls: type[Any], table: Mapping[str, Any], prefix: str = "") -> Any:
+    """An instance of a configuration dataclass from a table of the same names."""
+    hints = typing.get_type_hints(cls)
+    for key in table:
+        if key not in hints:
+            everywhere = [name for name, _ in flatten(asdict(RunConfig()))]
+            mean = _nearest(f"{prefix}{key}", [*(f"{prefix}{name}" for name in hints), *everywhere])
+            raise ConfigError(
+                f"unknown key {prefix}{key}; {mean or 'there are: '}"
+                f"{'' if mean else ', '.join(hints)}"
+            )
+    try:
+        return cls(**{k: _fit(f"{prefix}{k}", v, hints[k]) for k, v in table.items()})
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _fit(name: str, value: Any, hint: Any) -> Any:
+    """The value as the type that the key wants; ConfigError if it is of another."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None or value in ("none", "auto"):
+            return None
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return _build(typing.cast("type[Any]", hint), value, f"{name}.")
+    if typing.get_origin(hint) is dict and isinstance(value, Mapping):
+        return {key: _fit(f"{name}.{key}", entry, float) for key, entry in value.items()}
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise ConfigError(f"{name}={value}: must be one of {', '.join(typing.get_args(hint))}")
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is int and type(value) is float and value.is_integer():
+        return int(value)  # 1e6 is how people write a million
+    if type(value) is hint:
+        return value
+    kind = "a table" if dataclasses.is_dataclass(hint) or not isinstance(hint, type) else None
+    raise ConfigError(f"{name}={value!r}: must be {kind or _KINDS[hint]}")
+
+
+_KINDS: Final[dict[Any, str]] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+}
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    """`did you mean ...? ` for the names most like this one, or nothing."""
+    last = {full.rpartition(".")[2]: full for full in names}
+    near = difflib.get_close_matches(name, names, 3, 0.75) or [
+        last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], last, 3, 0.6)
+    ]
+    return f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""

@@ -1,0 +1,1 @@
+"""From a sample number to a micro-batch on the device."""

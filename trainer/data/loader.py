@@ -1,0 +1,187 @@
+"""Micro-batches on the device, read ahead by worker processes that may die.
+
+On CUDA each is copied from one pinned buffer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing.util
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch.utils.data import DataLoader
+
+from shards.errors import SummerError
+from trainer.beside import Hand
+from trainer.data.batches import HostBatch, MicroBatch, MicroBatches, Refused, to_device
+from trainer.errors import TrainingError, at_least
+
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+_LIVES: Final = 3  # sets of workers that may die in a row without having read anything
+_NOTICED_S: Final = 10.0  # torch looks every five seconds whether its workers live
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """Reading rows: worker processes of each rank (0: in the training process), and how far ahead.
+
+    `prefetch` is in micro-batches a worker.
+    """
+
+    num_workers: int = 2
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        at_least("loader.", self, num_workers=0, prefetch=1)
+
+
+class Loader:
+    """Hands out micro-batches on the device, and counts the time spent waiting for them."""
+
+    def __init__(
+        self,
+        batches: MicroBatches,
+        config: LoaderConfig,
+        device: torch.device,
+        pad_id: int,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._all, self._config, self._device, self._pad_id = batches, config, device, pad_id
+        self._tell = tell
+        self._served = 0
+        self.waited_s = 0.0
+        self.damage: SummerError | None = None
+        self._start()
+
+    def next(self) -> MicroBatch:
+        """The next micro-batch; without a target from the first row on that is damaged.
+
+        An error here would be this rank's alone, and the others would wait for it in the next
+        reduction: `damage` says what is wrong, and the loop tells everyone (trainer/train.py).
+        """
+        start = time.perf_counter()
+        host = self._fetch() if self.damage is None else self._all.nothing()
+        self.waited_s += time.perf_counter() - start
+        if isinstance(host, Refused):
+            self.damage, host = host.error, self._all.nothing()
+        return to_device(host, self._device, self._pad_id)
+
+    def worker_pids(self) -> list[int]:
+        """The workers' process numbers."""
+        return [worker.pid for worker in getattr(self._batches, "_workers", [])]
+
+    def close(self) -> None:
+        """End the workers now, not when Python gets to it.
+
+        They are killed: they write nothing, and one that waits for a lock which a dead one held
+        would be waited for at exit. A micro-batch on its way is waited for on both sides of that:
+        a worker forked while it is taken over would hang, and once torch has shut down it no
+        longer looks whether anyone is left to send it.
+        """
+        if self._coming:
+            wait([self._coming], timeout=1)
+        for worker in getattr(self._batches, "_workers", []):
+            worker.kill()
+        if self._hand is not None:
+            self._hand.end(_NOTICED_S)
+        shutdown = getattr(self._batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+    def _fetch(self) -> HostBatch | Refused:
+        """What the workers made; new ones go on, at the same place, where one has died."""
+        died = ""
+        for _ in range(_LIVES):
+            if died:
+                self._tell(f"! a loader worker died ({died}); new ones read on from the same row")
+                self._start()
+            try:
+                host = self._coming.result() if self._coming else next(self._batches)
+            except (RuntimeError, OSError, EOFError) as error:  # the last two: while it sends
+                if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
+                    raise
+                died = str(error).partition("\n")[0]
+                self.close()
+            else:
+                self._served += 1
+                self._read_ahead()
+                return host
+        raise TrainingError(
+            f"{_LIVES} times a loader worker died before it had read a row ({died}); the last "
+            "commit stands: run the same command with a smaller loader.num_workers"
+        )
+
+    def _start(self) -> None:
+        self._batches = self._open()  # here: the kernel ends workers with the thread they are of
+        self._hand = Hand("loader") if self._config.num_workers else None
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Have the next micro-batch taken over from the workers beside training.
+
+        As torch does where memory is pinned. For 64 KiB it takes a millisecond, mostly of waiting
+        for the worker's pipe. Reading itself is not done there:
+        a worker forked meanwhile, of another loader, would hang.
+        """
+        self._coming: Future[HostBatch | Refused] | None = None
+        if self._hand is not None:
+            self._coming = self._hand.do(self._batches.__next__)
+
+    def _open(self) -> Iterator[HostBatch | Refused]:
+        """Workers that read on from the first micro-batch that has not been handed out."""
+        many = self._config.num_workers > 0
+        fork = many and sys.platform == "linux"  # elsewhere each worker imports torch anew
+        if many:  # theirs too: killed, each would leave its own behind
+            multiprocessing.util.get_temp_dir()
+        with warnings.catch_warnings(), _own_child_handler():
+            # 3.12 warns of any fork beside threads (ours run numpy), torch of more workers than
+            # cores (ours mostly sleep)
+            warnings.simplefilter("ignore")
+            loader = DataLoader(
+                self._all.going_on(self._served),
+                batch_size=None,
+                num_workers=self._config.num_workers,
+                prefetch_factor=self._config.prefetch if many else None,
+                pin_memory=self._device.type == "cuda",
+                multiprocessing_context="fork" if fork else None,
+                worker_init_fn=_live_and_die_with_the_parent if many else None,
+            )
+            return iter(loader)
+
+
+@contextlib.contextmanager
+def _own_child_handler() -> Iterator[None]:
+    """Keep torch from raising for a dead worker out of a signal handler, in whatever line runs.
+
+    It is noticed where a batch is waited for, within five seconds, and there it can be mended.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _live_and_die_with_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole group: a worker must serve on to the commit.
+
+    A parent that is killed cannot end its workers; the kernel can (torch's own watchdog takes five
+    seconds and leaves a traceback).
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""Ranks, devices, and how a run is launched on them."""

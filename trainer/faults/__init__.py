@@ -1,0 +1,1 @@
+"""What goes wrong in a run: noticed, survived, and injected by tests."""

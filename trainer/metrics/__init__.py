@@ -1,0 +1,1 @@
+"""What a step reports, on the screen and in files."""
