@@ -8,7 +8,7 @@ import torch
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tools.conversion.llama import (
+from tools.models.llama import (
     config_from_llama,
     config_to_llama,
     weights_from_llama,

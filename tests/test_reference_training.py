@@ -31,7 +31,7 @@ from trainer.config.plan import Plan
 from trainer.data.mixture import DataOrder, Phase
 from trainer.metrics.metrics import read_lines
 from trainer.optimizer.optimizer import update
-from trainer.session.parallel import reseed_attention_dropout
+from trainer.session.network import reseed_attention_dropout
 from trainer.train import train
 from trainer_samples import become, free_ports, on_ranks, small_plan, tensors_in
 

@@ -27,7 +27,7 @@ from tools_samples import (
 from trainer.checkpoint.checkpoint import save, tensors_of
 from trainer.config.config import RunConfig, save_config
 from trainer.data.mixture import DataOrder, Phase
-from trainer.distributed.distributed import World
+from trainer.distributed.world import World
 
 texts = st.text("abcXY1 .,-é\n", max_size=300)
 

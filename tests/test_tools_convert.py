@@ -14,20 +14,20 @@ from pipeline.text.tokenizer import Tokenizer, base_model
 from pipeline.text.tokenizer import train as train_tokenizer
 from shards.format import TOKENIZER
 from shards.reader import ShardReader
-from tools.conversion import hf_folder as hugging_face
-from tools.conversion.hf_folder import read_folder, read_vocabulary, write_folder
-from tools.conversion.llama import (
+from tools.convert import main
+from tools.errors import ConversionError
+from tools.generation.generation import Generation, generate
+from tools.generation.sampling import Sampling
+from tools.models import hf_folder as hugging_face
+from tools.models.hf_folder import read_folder, read_vocabulary, write_folder
+from tools.models.llama import (
     config_from_llama,
     config_to_llama,
     weights_from_llama,
     weights_to_llama,
 )
-from tools.conversion.tokenizer_json import piece_bytes, tokenizer_json
-from tools.convert import main
-from tools.errors import ConversionError
-from tools.generation.generation import Generation, generate
-from tools.generation.sampling import Sampling
 from tools.models.loading import Choice, load
+from tools.models.tokenizer_json import piece_bytes, tokenizer_json
 from tools_samples import (
     sample_config,
     sample_model,

@@ -17,12 +17,12 @@ from conftest import REPOSITORY
 from pipeline.text.chat import ROLES, Template, render
 from pipeline.text.tokenizer import Tokenizer
 from test_house import imports
-from tools.conversion import hf_folder as hugging_face
-from tools.conversion.hf_folder import write_folder
 from tools.conversion.model_card import model_card
 from tools.convert import main
 from tools.generation.generation import Generation, generate
 from tools.generation.sampling import Sampling
+from tools.models import hf_folder as hugging_face
+from tools.models.hf_folder import write_folder
 from tools.models.loading import Choice, load
 from tools_samples import sample_model, sample_tokenizer, trained_run
 from trainer.checkpoint.runs import EVALUATIONS

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from tools.conversion.hf_folder import write_folder
+from tools.evaluation.datasets import read_records
 from tools.evaluation.multiple_choice import Answer, Setting, TaskScore, evaluate_task
 from tools.evaluation.perplexity import measure
 from tools.evaluation.protocols import Protocol
-from tools.evaluation.records import read_records
 from tools.evaluation.tasks import TASKS
 from tools.evaluation.wikitext import detokenized, from_raw, pages_of
+from tools.models.hf_folder import write_folder
 from tools.models.loading import Choice, LoadedModel, load
 from tools_samples import sample_model, sample_tokenizer
 

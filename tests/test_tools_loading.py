@@ -9,12 +9,12 @@ from click.testing import CliRunner
 from pipeline.text.tokenizer import Tokenizer
 from shards.errors import SummerError
 from shards.format import TOKENIZER
-from tools.conversion.hf_folder import write_folder
 from tools.errors import LoadingError
 from tools.evaluate import main
 from tools.evaluation.perplexity import measure
 from tools.evaluation.protocols import Protocol
 from tools.evaluation.wikitext import from_raw
+from tools.models.hf_folder import write_folder
 from tools.models.loading import Choice, load, max_context, sha256_of_weights
 from tools_samples import (
     SEQ_LEN,

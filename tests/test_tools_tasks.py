@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tools.errors import EvaluationError
 from tools.evaluate import NAMES, PROTOCOLS, main
+from tools.evaluation.datasets import Records, read_records
 from tools.evaluation.multiple_choice import (
     METRICS,
     Answer,
@@ -28,7 +29,6 @@ from tools.evaluation.multiple_choice import (
     pairs_of,
 )
 from tools.evaluation.protocols import IGNORED, PLANS
-from tools.evaluation.records import Records, read_records
 from tools.evaluation.tasks import TASKS, Question, find_task, read_questions
 from tools.evaluation.wikitext import CONFIGS
 from tools.models.vocabulary import Vocabulary

@@ -12,7 +12,7 @@ from trainer.checkpoint import checkpoint
 from trainer.checkpoint.runs import commits as committed
 from trainer.errors import CheckpointError
 from trainer.metrics.metrics import read_lines
-from trainer.session import commits
+from trainer.session import save as commits
 from trainer.train import train
 from trainer_samples import Said, events_of, make_shards, small_plan, tensor_files
 

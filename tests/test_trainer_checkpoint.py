@@ -29,7 +29,7 @@ from trainer.checkpoint.runs import COMMIT, commit_path, commits, newest_commit,
 from trainer.errors import CheckpointError, ConfigError
 from trainer.optimizer.optimizer import make_optimizer
 from trainer.optimizer.schedule import OptimConfig
-from trainer.session.commits import share_of
+from trainer.session.save import share_of
 from trainer_samples import ALONE
 
 

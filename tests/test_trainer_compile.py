@@ -19,8 +19,8 @@ import trainer.train
 from model.dropout import CounterDropout, keep_mask, row_state
 from model.kernel import attend
 from trainer.config.config import configure
-from trainer.session import parallel
-from trainer.session.parallel import build_network
+from trainer.session import network as parallel
+from trainer.session.network import build_network
 from trainer_samples import ALONE, log_of, make_shards, set_texts, small_plan
 
 pytestmark = [

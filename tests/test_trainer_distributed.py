@@ -12,7 +12,7 @@ LEAVE = """
 import os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from trainer.distributed.distributed import join_world
+from trainer.distributed.world import join_world
 
 if hasattr(os, "sched_setaffinity"):  # a thread that waits for Python's lock hardly gets it now
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

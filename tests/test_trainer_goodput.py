@@ -143,7 +143,7 @@ def metered(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, *, step_s: float, commit_s: float, slows: bool
 ) -> None:
     """Let each step and each commit take so long; `slows`: each step four times, once committed."""
-    from trainer.session.commits import Committer
+    from trainer.session.save import Committer
 
     advance, commit = Stopwatch.lap, Committer.commit
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.metrics.display import LiveLine, PlainLines, open_screen, step_line
 from trainer.metrics.metrics import Journal, forget_after, read_lines
-from trainer.metrics.screen import LiveLine, PlainLines, open_screen, step_line
 
 VALUES = {
     "step": 3,

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from trainer.config.config import configure
-from trainer.session.parallel import build_network
+from trainer.session.network import build_network
 from trainer_samples import ALONE, set_texts
 
 LAYERS = 9  # one more than torch.compile specialises before it gives up

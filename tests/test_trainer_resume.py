@@ -18,7 +18,7 @@ from trainer.config.config import load_config
 from trainer.errors import CheckpointError, ConfigError
 from trainer.metrics.metrics import read_lines
 from trainer.optimizer.optimizer import make_optimizer
-from trainer.session import parallel
+from trainer.session import network as parallel
 from trainer.train import Outcome, train
 from trainer_samples import (
     ALONE,

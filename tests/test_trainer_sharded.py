@@ -16,13 +16,13 @@ from trainer.checkpoint import checkpoint
 from trainer.checkpoint.runs import commits, newest_commit
 from trainer.config.config import RunConfig, configure
 from trainer.config.memory import memory_by_part
-from trainer.distributed.distributed import World, holders, join_world, own_part
+from trainer.distributed.world import World, holders, join_world, own_part
 from trainer.errors import ConfigError
 from trainer.metrics.metrics import read_lines
 from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
 from trainer.optimizer.schedule import OptimConfig
-from trainer.session.commits import share_of
-from trainer.session.parallel import Network, build_network, filled_whole, no_sync_unless_last
+from trainer.session.network import Network, build_network, filled_whole, no_sync_unless_last
+from trainer.session.save import share_of
 from trainer.train import train
 from trainer_samples import (
     ALONE,

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.faults.guard import Guard
-from trainer.metrics.tally import Late, Reading
-from trainer.session import parallel
-from trainer.session.commits import Committer
+from trainer.metrics.step_metrics import Late, Reading
+from trainer.session import network as parallel
+from trainer.session.save import Committer
 from trainer.train import train
 from trainer_samples import make_shards, small_plan
 

@@ -26,9 +26,9 @@ from shards.files import json_bytes
 from shards.format import Facts, Manifest
 from shards.versions import VERSION, WRITER_KEY
 from test_golden import near
-from tools.conversion import hf_folder as hugging_face
 from tools.convert import main as convert
 from tools.evaluate import main as evaluate
+from tools.models import hf_folder as hugging_face
 from tools.models.loading import Choice, load
 from tools.trace import main as trace
 from trainer.checkpoint.checkpoint import read_record

@@ -16,7 +16,7 @@ from trainer.checkpoint.checkpoint import _read_tensors, load_weights
 from trainer.checkpoint.runs import newest_commit
 from trainer.config.config import configure
 from trainer.config.plan import Plan, make_plan
-from trainer.distributed.distributed import World
+from trainer.distributed.world import World
 from trainer.metrics.metrics import read_lines
 
 ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))

@@ -105,7 +105,7 @@ def main(
         from tools.evaluation.sharing import run_shared
 
         sys.exit(run_shared("tools.evaluate", sys.argv[1:], nproc))
-    from trainer.distributed.distributed import join_world
+    from trainer.distributed.world import join_world
 
     with join_world(options["device"]) as world:
         outcomes = []

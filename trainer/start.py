@@ -16,7 +16,6 @@ from trainer.checkpoint.runs import METRICS, commits
 from trainer.config.config import Configured, configure
 from trainer.config.plan import Plan, describe, make_plan
 from trainer.distributed.devices import pick_device
-from trainer.distributed.distributed import launched_by_torchrun
 from trainer.distributed.launch import (
     ASKED_TO_STOP,
     OUTCOME,
@@ -25,10 +24,11 @@ from trainer.distributed.launch import (
     leave_word,
     run_on_all,
 )
+from trainer.distributed.world import launched_by_torchrun
 from trainer.errors import ConfigError
 from trainer.faults.inject import ordered_faults
+from trainer.metrics.display import Screen, Silent, open_screen
 from trainer.metrics.metrics import read_lines
-from trainer.metrics.screen import Screen, Silent, open_screen
 from trainer.session.ledger import describe_ledger, refuse_repeats, standing
 from trainer.train import train
 

@@ -27,28 +27,28 @@ from typing import Final, NamedTuple
 from trainer.checkpoint.runs import newest_commit
 from trainer.config.plan import Plan
 from trainer.distributed.allocator import keep_freed_memory
-from trainer.distributed.distributed import join_world, restarted_by_torchrun
+from trainer.distributed.world import join_world, restarted_by_torchrun
 from trainer.faults.faults import named_faults
 from trainer.faults.guard import Guard
 from trainer.faults.heartbeat import beating
 from trainer.faults.inject import Faults, ordered_faults, refuse_unmet
 from trainer.faults.signals import listen_for_stop
 from trainer.metrics import goodput
+from trainer.metrics.display import Screen, Silent
 from trainer.metrics.profiling import StepProfiler, parse_steps
-from trainer.metrics.screen import Screen, Silent
-from trainer.metrics.tally import Late, Tally, Wishes, refusal_wished
+from trainer.metrics.step_metrics import Late, Tally, Wishes, refusal_wished
 from trainer.optimizer.optimizer import finish_gradients, set_lr, update
 from trainer.optimizer.schedule import lr_at
-from trainer.session.aftermath import Job, RolledBackError, look_at
+from trainer.session.after_step import Job, RolledBackError, look_at
 from trainer.session.budget import Budget
-from trainer.session.commits import open_committer
 from trainer.session.logbook import Logbook, spent_line
-from trainer.session.parallel import (
+from trainer.session.network import (
     autocast,
     exposed_exchange_s,
     no_sync_unless_last,
     reseed_attention_dropout,
 )
+from trainer.session.save import open_committer
 from trainer.session.session import Session, begin, claim, open_held_out, open_loader
 from trainer.session.state import State
 

@@ -31,7 +31,7 @@ import zstandard
 from measure import machine, spread
 from pipeline.text.columnar import ColumnarEncoder
 from pipeline.text.tokenizer import Tokenizer
-from tools.conversion.tokenizer_json import tokenizer_json
+from tools.models.tokenizer_json import tokenizer_json
 
 COLD_BYTES = 8 << 20
 Side = Callable[[Sequence[str]], Any]

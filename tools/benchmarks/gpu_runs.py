@@ -27,8 +27,8 @@ from trainer.checkpoint.runs import newest_commit
 from trainer.config.config import configure
 from trainer.config.plan import Plan, make_plan
 from trainer.metrics.metrics import read_lines
-from trainer.session import parallel
-from trainer.session.commits import Committer
+from trainer.session import network as parallel
+from trainer.session.save import Committer
 from trainer.train import train
 
 GOLDEN = Path(__file__).with_name("golden")

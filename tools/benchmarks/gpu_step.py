@@ -24,9 +24,9 @@ from model.config import count_params, flops_per_token
 from trainer.config.config import configure
 from trainer.data.mixture import key_of
 from trainer.distributed.devices import device_name, find_accelerator
-from trainer.distributed.distributed import join_world, make_deterministic
+from trainer.distributed.world import join_world, make_deterministic
 from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
-from trainer.session.parallel import autocast, build_network, reseed_attention_dropout
+from trainer.session.network import autocast, build_network, reseed_attention_dropout
 
 KERNELS = {  # the first part whose word is in a kernel's name, or a CPU operator's, takes it
     "attention": ("attention", "flash", "fmha", "sdp", "attn", "cudnn_generated"),

@@ -232,7 +232,7 @@ class Bench:
 
     def _write_tokenizers(self) -> None:
         from pipeline.text.tokenizer import Tokenizer
-        from tools.conversion.tokenizer_json import tokenizer_json
+        from tools.models.tokenizer_json import tokenizer_json
 
         tokenizer = Tokenizer.default()
         (self.folder / "tokenizer.model").write_bytes(tokenizer.model)

@@ -21,7 +21,9 @@ from pipeline.inputs.sources import find
 from pipeline.text.tokenizer import Tokenizer
 from shards.files import fsync_folder, publish_bytes
 from shards.format import TOKENIZER
-from tools.conversion.hf_folder import (
+from tools.conversion.model_card import model_card
+from tools.errors import ConversionError
+from tools.models.hf_folder import (
     TOKENIZER_JSON,
     is_hub_folder,
     is_own_architecture,
@@ -29,14 +31,12 @@ from tools.conversion.hf_folder import (
     read_sentencepiece,
     write_folder,
 )
-from tools.conversion.model_card import model_card
-from tools.errors import ConversionError
 from tools.models.loading import Choice, LoadedModel, load, refuse_misfit
 from tools.models.vocabulary import Vocabulary
 from trainer.checkpoint.checkpoint import save
 from trainer.checkpoint.runs import COMMIT, newest_commit
 from trainer.config.config import RunConfig, save_config
-from trainer.distributed.distributed import World
+from trainer.distributed.world import World
 
 Format = Literal["hf", "summer"]
 ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
@@ -104,7 +104,7 @@ def _to_summer(source: Path, folder: Path) -> _Checked:
     made = load(Choice(checkpoint=newest_commit(folder), device="cpu", dtype="fp32"))
     theirs = _transformers().AutoModelForCausalLM
     if is_own_architecture(source):  # its code is ours: the folder's copy might be anybody's
-        from tools.conversion.modeling_summerlm import SummerLMForCausalLM as theirs  # noqa: N813
+        from tools.models.modeling_summerlm import SummerLMForCausalLM as theirs  # noqa: N813
     return _compare_logits(str(source), made, theirs.from_pretrained, source, {})
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from model.config import ModelConfig, count_params
 from shards.versions import VERSION
-from tools.conversion.llama import is_llama
+from tools.models.llama import is_llama
 from tools.models.loading import LoadedModel
 from trainer.checkpoint.checkpoint import read_record
 from trainer.checkpoint.runs import EVALUATIONS

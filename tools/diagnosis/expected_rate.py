@@ -30,9 +30,9 @@ from tools.diagnosis.rates import time_of
 from trainer.config import memory
 from trainer.config.config import RunConfig
 from trainer.distributed.devices import device_memory_bytes
-from trainer.distributed.distributed import World
+from trainer.distributed.world import World
 from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
-from trainer.session.parallel import Network, autocast, build_network
+from trainer.session.network import Network, autocast, build_network
 
 MFU_CONVENTION: Final = "causal attention, nothing recomputed, of the dense bf16 peak"
 _LONGEST_S: Final = 2.5  # for one pass through a single layer; it is run several times

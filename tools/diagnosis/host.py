@@ -25,7 +25,7 @@ _NCCL_SHARED: Final = 1 << 30  # what that document gives a container
 _FILES_A_SOURCE: Final = 128  # shards/reader.py holds as many open
 _OTHER_FILES: Final = 256
 _BUSY: Final = 0.5  # of the cores, before this looks at anything
-_STAGED_A_PARAMETER: Final = 36  # trainer/session/commits.py: three times weights and moments
+_STAGED_A_PARAMETER: Final = 36  # trainer/session/save.py: three times weights and moments
 
 
 def other_work(subject: Subject) -> Iterator[Finding]:

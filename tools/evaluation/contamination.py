@@ -20,9 +20,9 @@ import numpy.typing as npt
 from pipeline.text.tokenizer import Tokenizer
 from shards.format import TOKENIZER, Manifest
 from shards.reader import ShardReader, find_sources
+from tools.evaluation.datasets import read_records
 from tools.evaluation.multiple_choice import Setting
 from tools.evaluation.ngrams import BARRIER, N_WORDS, Wanted, grams_of, normalised
-from tools.evaluation.records import read_records
 from tools.evaluation.scoring import Progress
 from tools.evaluation.tasks import find_task, read_questions
 from tools.evaluation.wikitext import CONFIGS, pages_of, read_text

@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tools.errors import EvaluationError
+from tools.evaluation.datasets import read_records, sha256_of_rows
 from tools.evaluation.perplexity import refuse_context
 from tools.evaluation.protocols import IGNORED, Window
-from tools.evaluation.records import read_records, sha256_of_rows
 from tools.evaluation.scoring import Progress, Scored, Scorer, score
 from tools.evaluation.tasks import Question, Task, read_questions
 from tools.models.loading import LoadedModel

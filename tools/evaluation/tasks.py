@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tools.errors import EvaluationError
-from tools.evaluation.records import HubTable, Record, Records
+from tools.evaluation.datasets import HubTable, Record, Records
 
 _TITLE: Final = re.compile(r" \[title\]")
 _BRACKETED: Final = re.compile(r"\[.*?\]")

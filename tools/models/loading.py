@@ -16,8 +16,8 @@ from model.config import MAX_ALIBI_CONTEXT, ModelConfig, count_params
 from model.transformer import Transformer
 from pipeline.text.tokenizer import Tokenizer
 from shards.format import TOKENIZER
-from tools.conversion.hf_folder import read_folder
 from tools.errors import LoadingError
+from tools.models.hf_folder import read_folder
 from tools.models.vocabulary import Vocabulary
 from trainer.checkpoint.checkpoint import load_weights
 from trainer.checkpoint.runs import COMMIT, CONFIG, newest_commit, newest_run, step_of

@@ -40,7 +40,7 @@ from torch.optim import Optimizer
 from shards.files import fsync_folder, json_bytes, publish_bytes, sha256_file
 from shards.versions import CHECKPOINT, STAMP, check_format, check_keys, stamp, writer_of
 from trainer.checkpoint.runs import COMMIT, commit_path
-from trainer.distributed.distributed import World, own_part
+from trainer.distributed.world import World, own_part
 from trainer.errors import CheckpointError, at_least
 
 _WEIGHTS, _MOMENTS = 1, 2  # the files that tensors of each kind go to

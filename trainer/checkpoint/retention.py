@@ -24,7 +24,7 @@ from trainer.checkpoint.checkpoint import (
     remove,
 )
 from trainer.checkpoint.runs import CHECKPOINTS, COMMIT, CONFIG, commit_path, commits, step_of
-from trainer.distributed.distributed import World
+from trainer.distributed.world import World
 from trainer.errors import CheckpointError
 
 _DAMAGED: Final = "COMMIT.damaged.json"

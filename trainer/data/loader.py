@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from shards.errors import SummerError
-from trainer.beside import Hand
+from trainer.background import Hand
 from trainer.data.batches import HostBatch, MicroBatch, MicroBatches, Refused, to_device
 from trainer.errors import TrainingError, at_least
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.distributed.distributed import World
+from trainer.distributed.world import World
 from trainer.errors import LostRankError
 from trainer.metrics.metrics import append_event
 

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from trainer.distributed.distributed import World
+from trainer.distributed.world import World
 from trainer.faults.faults import alarm
 
 RANKS: Final = "ranks"

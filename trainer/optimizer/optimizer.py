@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 from torch.optim import AdamW
 
-from trainer.distributed.distributed import own_part
+from trainer.distributed.world import own_part
 from trainer.optimizer.schedule import OptimConfig
 
 

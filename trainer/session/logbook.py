@@ -11,9 +11,9 @@ from model.config import flops_per_token
 from trainer.config.config import RunConfig
 from trainer.config.plan import Plan
 from trainer.metrics import goodput
+from trainer.metrics.display import Screen
 from trainer.metrics.metrics import Journal
-from trainer.metrics.screen import Screen
-from trainer.metrics.tally import Late, Reading
+from trainer.metrics.step_metrics import Late, Reading
 from trainer.session.state import State
 from trainer.validation.validation import Score
 

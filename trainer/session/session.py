@@ -24,17 +24,17 @@ from trainer.config.config import differences, load_config, save_config
 from trainer.config.plan import Plan
 from trainer.data.batches import MicroBatches, Stretch
 from trainer.data.loader import Loader
-from trainer.distributed.distributed import World, make_deterministic
+from trainer.distributed.world import World, make_deterministic
 from trainer.errors import ConfigError
 from trainer.faults.faults import alarm
 from trainer.faults.guard import NOTHING_RECORDED, Recorded, recorded
 from trainer.faults.inject import Faults, flip_a_bit
 from trainer.metrics import goodput
+from trainer.metrics.display import Screen
 from trainer.metrics.metrics import Journal, read_lines
-from trainer.metrics.screen import Screen
 from trainer.optimizer.optimizer import make_optimizer
 from trainer.session.ledger import refuse_repeats
-from trainer.session.parallel import Network, build_network, filled_whole
+from trainer.session.network import Network, build_network, filled_whole
 from trainer.session.state import Found, State, find, fresh, state_from
 from trainer.validation.text_bytes import read_text_bytes
 from trainer.validation.validation import HeldOut

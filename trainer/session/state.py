@@ -18,7 +18,7 @@ from trainer.checkpoint.runs import COMMIT, commits
 from trainer.config.config import differences, from_stored, spell_value
 from trainer.config.plan import Plan, SourceFacts
 from trainer.data.mixture import DataOrder, Phase, leave_out
-from trainer.distributed.distributed import World
+from trainer.distributed.world import World
 from trainer.errors import CheckpointError, ConfigError
 from trainer.faults.guard import add_skipped
 from trainer.optimizer.schedule import Anneal

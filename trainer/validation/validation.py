@@ -23,7 +23,7 @@ from model.loss import IGNORED
 from model.transformer import Transformer
 from shards.reader import ShardReader
 from trainer.data.batches import HostBatch, targets_in, to_device
-from trainer.distributed.distributed import World
+from trainer.distributed.world import World
 from trainer.errors import at_least
 from trainer.validation.text_bytes import TextBytes
 

@@ -22,12 +22,12 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.beside import beside
+from trainer.background import beside
 from trainer.checkpoint import checkpoint, retention
 from trainer.checkpoint.checkpoint import Record
 from trainer.checkpoint.runs import COMMIT, commit_path, commits, step_of
 from trainer.distributed.devices import available_memory_bytes
-from trainer.distributed.distributed import World, holders, own_part
+from trainer.distributed.world import World, holders, own_part
 from trainer.errors import CheckpointError
 from trainer.session.session import Session
 from trainer.session.state import State

@@ -40,7 +40,7 @@ from model.config import ModelError
 from model.transformer import Transformer
 from trainer.config.config import RunConfig
 from trainer.data.mixture import key_of
-from trainer.distributed.distributed import World, make_mesh
+from trainer.distributed.world import World, make_mesh
 from trainer.errors import TrainingError
 
 

@@ -1,7 +1,7 @@
 """A model's folder as Hugging Face lays it out: config.json, safetensors, a tokenizer.
 
 The model is one of the Llama family, or with ALiBi one of our own architecture, whose code
-(tools/conversion/modeling_summerlm.py) lies beside its weights; that copy is never run from here.
+(tools/models/modeling_summerlm.py) lies beside its weights; that copy is never run from here.
 Weights are read from safetensors alone: a pickle can run code. The tokenizer is the SentencePiece
 file where there is one, else tokenizer.json.
 """
@@ -26,15 +26,15 @@ from pipeline.text.tokenizer import Tokenizer, extend
 from shards.files import publish_bytes, publish_json
 from shards.format import TOKENIZER
 from shards.versions import VERSION, WRITER_KEY, writer_of
-from tools.conversion.llama import (
+from tools.errors import ConversionError
+from tools.models.llama import (
     config_from_llama,
     config_to_llama,
     is_llama,
     weights_from_llama,
     weights_to_llama,
 )
-from tools.conversion.tokenizer_json import piece_bytes, tokenizer_config, tokenizer_json
-from tools.errors import ConversionError
+from tools.models.tokenizer_json import piece_bytes, tokenizer_config, tokenizer_json
 from tools.models.vocabulary import Vocabulary
 from trainer.config.config import from_stored
 from trainer.errors import ConfigError

@@ -15,10 +15,10 @@ from trainer.errors import TrainingError
 from trainer.faults.guard import REFUSED, ROLLBACK
 from trainer.faults.heartbeat import Heart
 from trainer.faults.inject import Faults
-from trainer.metrics.tally import Reading
+from trainer.metrics.step_metrics import Reading
 from trainer.session.budget import heed
-from trainer.session.commits import Committer
 from trainer.session.logbook import Arrived
+from trainer.session.save import Committer
 from trainer.session.session import Session
 from trainer.session.state import State
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.loss import IGNORED
-from trainer.distributed.distributed import World
+from trainer.distributed.world import World
 
 
 class Wishes(NamedTuple):
