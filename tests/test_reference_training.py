@@ -1,7 +1,7 @@
 """The trainer's steps are those of the plain formulas in fp64 (tests/reference_step.py).
 
 Six steps, of which the fourth is refused: whole runs of the command's own code, from shards to the
-committed weights and moments, alone, with micro-batches, on two ranks and on two shards.
+saved weights and moments, alone, with micro-batches, on two ranks and on two shards.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from shards.format import Part
 from shards.reader import ShardReader
 from shards.writer import ShardWriter, write_manifest
 from shards_samples import TOKENIZER, sample_facts
-from trainer.checkpoint.runs import newest_commit
+from trainer.checkpoint.runs import newest_checkpoint
 from trainer.config.plan import Plan
 from trainer.data.mixture import DataOrder, Phase
 from trainer.metrics.metrics import read_lines
@@ -173,7 +173,7 @@ def expected(folder: Path, kind: str) -> tuple[list[Step], Learner]:
 
 
 def check(run: Path, steps: list[Step], learner: Learner, limits: Limits = FP64) -> None:
-    """The run's log and its last commit are those of the reference."""
+    """The run's log and its last checkpoint are those of the reference."""
     lines = read_lines(run / "metrics.jsonl")
     assert [line["n_targets"] for line in lines] == [step.n_targets for step in steps]
     assert [line["lr"] for line in lines] == pytest.approx([step.lr for step in steps], rel=1e-12)
@@ -183,7 +183,7 @@ def check(run: Path, steps: list[Step], learner: Learner, limits: Limits = FP64)
     assert norms.pop(REFUSED - 1) is None
     assert math.isnan(true_norms.pop(REFUSED - 1))
     assert norms == pytest.approx(true_norms, rel=limits.numbers)
-    tensors = tensors_in(newest_commit(run))
+    tensors = tensors_in(newest_checkpoint(run))
     assert tensors.pop("optim.updates").item() == learner.updates == N_STEPS - 1
     parts = {"model": learner.weights, "optim.exp_avg": learner.exp_avg}
     parts["optim.exp_avg_sq"] = learner.exp_avg_sq

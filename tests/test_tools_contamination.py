@@ -24,7 +24,7 @@ from tools_samples import (
     sample_tokenizer,
     write_shards,
 )
-from trainer.checkpoint.checkpoint import save, tensors_of
+from trainer.checkpoint.storage import save, tensors_of
 from trainer.config.config import RunConfig, save_config
 from trainer.data.mixture import DataOrder, Phase
 from trainer.distributed.world import World
@@ -155,7 +155,7 @@ def test_items_are_found_across_rows_and_blocks_but_not_across_documents(
 
 
 def write_run_on(shards: Path, run: Path, next_index: int) -> None:
-    """A commit of a run that has drawn some rows of the shards."""
+    """A checkpoint of a run that has drawn some rows of the shards."""
     run.mkdir()
     n_rows = ShardReader(shards / "code").n_rows
     root = read_manifest(shards / "code").root
@@ -183,7 +183,9 @@ def test_what_a_run_has_seen_comes_from_its_data_order(task_file: Path, tmp_path
     for next_index in (1, n_rows // 4, 2 * n_rows):
         run = tmp_path / f"run-{next_index}"
         write_run_on(shards, run, next_index)
-        result = contamination("lambada", shards, data=task_file, commit=run / "checkpoints/step-1")
+        result = contamination(
+            "lambada", shards, data=task_file, checkpoint=run / "checkpoints/step-1"
+        )
         order = DataOrder(seed=0, rows={"code": n_rows}, phases=[Phase(0, {"code": 1})])
         rows = np.unique(order.locate(np.arange(next_index)).row).tolist()
         assert result.seen is not None and result.next_index == next_index

@@ -111,7 +111,7 @@ def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.logits(TOKENS), again.logits(TOKENS), rtol=0, atol=1e-4)
 
 
-def test_one_commit_can_be_named(tmp_path: Path) -> None:
+def test_one_checkpoint_can_be_named(tmp_path: Path) -> None:
     run = trained_run(tmp_path / "run", **PLAIN)
     assert convert(run / "checkpoints" / "step-3", tmp_path / "hf").exit_code == 0
     assert (tmp_path / "hf" / "model.safetensors").is_file()

@@ -60,14 +60,14 @@ def command(*arguments: object) -> Result:
 
 
 def damage(run: Path, kind: str) -> None:
-    commit = run / "checkpoints" / "step-4"
+    checkpoint = run / "checkpoints" / "step-4"
     if kind == "flipped bit":
-        path = next(path for path in commit.iterdir() if "model-00001" in path.name)
+        path = next(path for path in checkpoint.iterdir() if "model-00001" in path.name)
         content = bytearray(path.read_bytes())
         content[-5] ^= 1
         path.write_bytes(content)
     elif kind == "truncated":
-        path = next(path for path in commit.iterdir() if "model-00001" in path.name)
+        path = next(path for path in checkpoint.iterdir() if "model-00001" in path.name)
         path.write_bytes(path.read_bytes()[:-100])
     elif kind == "other tokenizer":
         lines = sample_text().splitlines()[:300]

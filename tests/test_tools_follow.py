@@ -24,7 +24,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps with commits at 2 and 4."""
+    """A run of four steps with checkpoints at 2 and 4."""
     run = tmp_path_factory.mktemp("follow") / "run"
     write_run(run, steps=(2, 4))
     config = load_config(run)
@@ -37,12 +37,12 @@ def run(source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "run"))
 
 
-def test_each_commit_is_scored_once_as_it_appears(run: Path, tmp_path: Path) -> None:
+def test_each_checkpoint_is_scored_once_as_it_appears(run: Path, tmp_path: Path) -> None:
     later, asked, waits = tmp_path / "later", [], []
     (run / "checkpoints/step-4").rename(later)
 
-    def evaluate(commit: Path, tasks: list[str]) -> list[Outcome]:
-        asked.append((commit.name, list(tasks)))
+    def evaluate(checkpoint: Path, tasks: list[str]) -> list[Outcome]:
+        asked.append((checkpoint.name, list(tasks)))
         return [Outcome(task, [{"task": task}], [task]) for task in tasks]
 
     def wait(_: float) -> None:
@@ -66,16 +66,16 @@ def test_each_commit_is_scored_once_as_it_appears(run: Path, tmp_path: Path) -> 
     assert asked == [("step-4", ["b"])]
 
 
-def test_a_purged_commit_is_passed_over_and_other_failures_are_not(run: Path) -> None:
-    def purge(commit: Path, tasks: list[str]) -> list[Outcome]:
-        if commit.name == "step-2":
-            shutil.rmtree(commit)
-            raise FileNotFoundError(commit)
+def test_a_purged_checkpoint_is_passed_over_and_other_failures_are_not(run: Path) -> None:
+    def purge(checkpoint: Path, tasks: list[str]) -> list[Outcome]:
+        if checkpoint.name == "step-2":
+            shutil.rmtree(checkpoint)
+            raise FileNotFoundError(checkpoint)
         return [Outcome(task, [{}], []) for task in tasks]
 
     assert [step for step, _ in follow(run, ["a"], purge)] == [4]  # type: ignore[arg-type]
 
-    def fail(commit: Path, tasks: list[str]) -> list[Outcome]:
+    def fail(checkpoint: Path, tasks: list[str]) -> list[Outcome]:
         raise OSError("no such text")
 
     with pytest.raises(OSError, match="no such text"):

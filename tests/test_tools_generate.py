@@ -266,7 +266,7 @@ def test_the_command_goes_on_from_the_prompt(run: Path) -> None:
     assert command(*arguments, "--seed", 1).stdout != result.stdout
 
 
-def test_an_older_commit_can_be_asked(run: Path) -> None:
+def test_an_older_checkpoint_can_be_asked(run: Path) -> None:
     older = run / "checkpoints" / "step-2"
     result = command("--checkpoint", older, "--prompt", "a", "--max-tokens", 4)
     assert result.exit_code == 0 and "step 2" in result.stderr

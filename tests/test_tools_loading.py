@@ -1,4 +1,4 @@
-"""Runs and commits as models, and what is said when there are none."""
+"""Runs and checkpoints as models, and what is said when there are none."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_is_loaded_at_its_newest_commit_and_a_commit_by_name(run: Path) -> None:
+def test_a_run_is_loaded_at_its_newest_checkpoint_and_a_checkpoint_by_name(run: Path) -> None:
     newest = load(Choice(run=run, device="cpu"))
     assert newest.name.endswith("sample, step 4")
     older = load(Choice(checkpoint=run / "checkpoints" / "step-2", device="cpu"))

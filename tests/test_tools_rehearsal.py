@@ -1,4 +1,4 @@
-"""What a rehearsal says of two runs is what their commits say."""
+"""What a rehearsal says of two runs is what their checkpoints say."""
 
 import json
 from dataclasses import replace
@@ -9,11 +9,11 @@ import pytest
 from tools.errors import RehearsalError
 from tools.rehearsal.certificate import MEANINGS, Certificate, Row, publish, table
 from tools.rehearsal.rehearsal import INTERVAL, STRETCHES, Rehearsal, prepare, rehearse
-from tools.rehearsal.runs import compare_commits, last_step, train
+from tools.rehearsal.runs import compare_checkpoints, last_step, train
 from trainer.faults.inject import KINDS
 
 
-def make_commit(run: Path, step: int, digests: dict[str, str]) -> None:
+def make_checkpoint(run: Path, step: int, digests: dict[str, str]) -> None:
     folder = run / "checkpoints" / f"step-{step}"
     folder.mkdir(parents=True)
     files = {name: {"bytes": 1, "sha256": digest} for name, digest in digests.items()}
@@ -30,14 +30,14 @@ def make_commit(run: Path, step: int, digests: dict[str, str]) -> None:
         ({}, False),
     ],
 )
-def test_commits_are_the_same_when_every_file_is(
+def test_checkpoint_are_the_same_when_every_file_is(
     tmp_path: Path, there: dict[str, str], same: bool
 ) -> None:
-    make_commit(tmp_path / "here", 4, {"a": "1", "b": "2"})
-    make_commit(tmp_path / "there", 4, there)
-    assert compare_commits(tmp_path / "here", tmp_path / "there", 4).identical is same
-    with pytest.raises(RehearsalError, match="no commit of step 5"):
-        compare_commits(tmp_path / "here", tmp_path / "there", 5)
+    make_checkpoint(tmp_path / "here", 4, {"a": "1", "b": "2"})
+    make_checkpoint(tmp_path / "there", 4, there)
+    assert compare_checkpoints(tmp_path / "here", tmp_path / "there", 4).identical is same
+    with pytest.raises(RehearsalError, match="no checkpoint of step 5"):
+        compare_checkpoints(tmp_path / "here", tmp_path / "there", 5)
 
 
 def test_a_line_half_written_is_no_step(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_every_fault_on_order_is_rehearsed() -> None:
     assert not [kind for kind in KINDS if f"{kind}:" not in source]
 
 
-def test_steps_are_hit_between_two_commits_and_chosen_by_the_seed() -> None:
+def test_steps_are_hit_between_two_checkpoint_and_chosen_by_the_seed() -> None:
     plans = [
         Rehearsal(shards=None, preset="tiny", sets=(), out=Path(), seed=seed).steps
         for seed in range(20)

@@ -1,4 +1,4 @@
-"""A commit that is written while training goes on is that of its step; what happens is told."""
+"""A checkpoint that is written while training goes on is that of its step; what happens is told."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint import checkpoint
-from trainer.checkpoint.runs import commits as committed
+from trainer.checkpoint import storage
+from trainer.checkpoint.runs import checkpoints as saved
 from trainer.errors import CheckpointError
 from trainer.metrics.metrics import read_lines
-from trainer.session import save as commits
+from trainer.session import save as checkpoints
 from trainer.train import train
 from trainer_samples import Said, events_of, make_shards, small_plan, tensor_files
 
@@ -54,33 +54,33 @@ def test_the_values_are_those_of_the_step(
         "checkpoint__keep_last": 9,
     }
     train(small_plan(shards, **changes), tmp_path / "waiting")
-    write, wait_for = checkpoint.save_from_any_thread, steps_made(monkeypatch)
+    write, wait_for = storage.save_from_any_thread, steps_made(monkeypatch)
     later: list[bool] = []
 
     def late(run: Path, share: Any, record: Any, world: Any) -> Path:
         later.append(wait_for(min(record["step"] + 3, 9)))  # not before training has gone on
         return write(run, share, record, world)
 
-    monkeypatch.setattr(checkpoint, "save_from_any_thread", late)
+    monkeypatch.setattr(storage, "save_from_any_thread", late)
     said = Said()
     plan = small_plan(shards, checkpoint__asynchronous="true", **changes)
     train(plan, tmp_path / "beside", screen=said)
     assert later == [True] * 3
-    ours, theirs = committed(tmp_path / "beside"), committed(tmp_path / "waiting")
-    assert [commit.name for commit in ours] == ["step-4", "step-8", "step-9"]
+    ours, theirs = saved(tmp_path / "beside"), saved(tmp_path / "waiting")
+    assert [checkpoint.name for checkpoint in ours] == ["step-4", "step-8", "step-9"]
     for one, other in zip(ours, theirs, strict=True):
         assert tensor_files(one) == tensor_files(other), one.name
-    records = [checkpoint.read_record(commit) for commit in ours]
+    records = [storage.read_record(checkpoint) for checkpoint in ours]
     assert [(record["step"], record["next_index"]) for record in records] == [
         (4, 32), (8, 64), (9, 72)
     ]  # fmt: skip
-    assert "commits are written beside training, with 0.0" in said
+    assert "checkpoints are written beside training, with 0.0" in said
 
 
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
     """What is written when, on a disk that takes its time."""
-    write, diary = checkpoint.save_from_any_thread, list[tuple[str, int]]()
+    write, diary = storage.save_from_any_thread, list[tuple[str, int]]()
 
     def slow(run: Path, share: Any, record: Any, world: Any) -> Path:
         diary.append(("begin", record["step"]))
@@ -89,7 +89,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]
         diary.append(("end", record["step"]))
         return folder
 
-    monkeypatch.setattr(checkpoint, "save_from_any_thread", slow)
+    monkeypatch.setattr(storage, "save_from_any_thread", slow)
     yield diary
 
 
@@ -99,66 +99,68 @@ def test_one_at_a_time_and_the_end_waits(
     changes: dict[str, Any] = {"checkpoint__interval_steps": 1, "checkpoint__asynchronous": "true"}
     outcome = train(small_plan(shards, max_steps=3, **changes), tmp_path)
     assert slow_disk == [(what, step) for step in (1, 2, 3) for what in ("begin", "end")]
-    assert outcome.commit.name == "step-3"
-    assert [commit.name for commit in committed(tmp_path)] == ["step-2", "step-3"]
-    assert events_of(tmp_path) == ["start", "commit", "commit", "commit", "done"]
+    assert outcome.checkpoint.name == "step-3"
+    assert [checkpoint.name for checkpoint in saved(tmp_path)] == ["step-2", "step-3"]
+    assert events_of(tmp_path) == ["start", "checkpoint", "checkpoint", "checkpoint", "done"]
 
 
-def test_a_commit_under_way_outlives_an_error(
+def test_a_checkpoint_under_way_outlives_an_error(
     shards: Path, tmp_path: Path, slow_disk: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: Any, *args: Any, **named: Any) -> Any:
         raise RuntimeError("broken")
 
-    enter = commits.Committer.commit
+    enter = checkpoints.CheckpointSaver.checkpoint
 
-    def then_break(self: commits.Committer, **named: Any) -> None:
+    def then_break(self: checkpoints.CheckpointSaver, **named: Any) -> None:
         enter(self, **named)
         monkeypatch.setattr(torch.optim.AdamW, "step", broken)
 
-    monkeypatch.setattr(commits.Committer, "commit", then_break)
+    monkeypatch.setattr(checkpoints.CheckpointSaver, "checkpoint", then_break)
     changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
     with pytest.raises(RuntimeError, match="broken"):
         train(small_plan(shards, **changes), tmp_path)
     assert slow_disk == [("begin", 2), ("end", 2)]
-    assert events_of(tmp_path) == ["start", "commit"]
+    assert events_of(tmp_path) == ["start", "checkpoint"]
 
 
-def test_a_commit_that_fails_in_the_thread_is_told(
+def test_a_checkpoint_that_fails_in_the_thread_is_told(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoint.save_from_any_thread
+    write = storage.save_from_any_thread
 
     def full(run: Path, share: Any, record: Any, world: Any) -> Path:
         if record["step"] == 4:
             assert threading.current_thread() is not threading.main_thread()
-            raise CheckpointError("no room; older commits stand: make room")
+            raise CheckpointError("no room; older checkpoints stand: make room")
         return write(run, share, record, world)
 
-    monkeypatch.setattr(checkpoint, "save_from_any_thread", full)
+    monkeypatch.setattr(storage, "save_from_any_thread", full)
     said = Said()
     changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
     train(small_plan(shards, max_steps=6, **changes), tmp_path, screen=said)
-    assert "! no room; older commits stand: make room; TRAINING GOES ON" in said
-    assert [commit.name for commit in committed(tmp_path)] == ["step-2", "step-6"]
-    [refused] = [e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "commit refused"]
+    assert "! no room; older checkpoints stand: make room; TRAINING GOES ON" in said
+    assert [checkpoint.name for checkpoint in saved(tmp_path)] == ["step-2", "step-6"]
+    [refused] = [
+        e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "checkpoint refused"
+    ]
     assert refused["step"] == 4
 
 
 def test_without_memory_for_a_copy_training_waits(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commits, "available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(checkpoints, "available_memory_bytes", lambda: 1000)
     threads = set()
-    write = checkpoint.save_from_any_thread
+    write = storage.save_from_any_thread
 
     def seen(*args: Any) -> Path:
         threads.add(threading.current_thread())
         return write(*args)
 
-    monkeypatch.setattr(checkpoint, "save_from_any_thread", seen)
+    monkeypatch.setattr(storage, "save_from_any_thread", seen)
     said = Said()
     changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
     train(small_plan(shards, max_steps=4, **changes), tmp_path, screen=said)
     assert threads == {threading.main_thread()}
-    assert "of host memory to be written beside training, and 1e-06 GB are free" in said
+    assert "of host memory, and 1e-06 GB are free" in said

@@ -1,4 +1,4 @@
-"""A commit is whole and proven, or it does not exist."""
+"""A checkpoint is whole and proven, or it does not exist."""
 
 import ast
 import errno
@@ -22,10 +22,16 @@ from torch import nn
 from conftest import REPOSITORY
 from shards.errors import VersionError
 from test_house import FLOORS, imports
-from trainer.checkpoint import checkpoint
-from trainer.checkpoint.checkpoint import CheckpointConfig, load_weights, prove, restore, save
+from trainer.checkpoint import storage
 from trainer.checkpoint.retention import newest_proven, purge
-from trainer.checkpoint.runs import COMMIT, commit_path, commits, newest_commit, newest_run
+from trainer.checkpoint.runs import (
+    RECORD,
+    checkpoint_path,
+    checkpoints,
+    newest_checkpoint,
+    newest_run,
+)
+from trainer.checkpoint.storage import CheckpointConfig, load_weights, prove, restore, save
 from trainer.errors import CheckpointError, ConfigError
 from trainer.optimizer.optimizer import make_optimizer
 from trainer.optimizer.schedule import OptimConfig
@@ -45,32 +51,32 @@ def toy(seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
-    return checkpoint.tensors_of(*toy(seed))
+    return storage.tensors_of(*toy(seed))
 
 
-def committed(run: Path, step: int, seed: int = 0) -> Path:
+def saved(run: Path, step: int, seed: int = 0) -> Path:
     return save(run, tensors(seed), {"step": step, "world_size": 7}, ALONE)
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    commit = committed(tmp_path, 3)
+    checkpoint = saved(tmp_path, 3)
     model, optimizer = toy(1)
-    restore(commit, model, optimizer, ALONE)
-    for name, tensor in checkpoint.tensors_of(model, optimizer).items():
+    restore(checkpoint, model, optimizer, ALONE)
+    for name, tensor in storage.tensors_of(model, optimizer).items():
         assert torch.equal(tensor, tensors(0)[name]), name
-    record = prove(commit, ALONE)
+    record = prove(checkpoint, ALONE)
     assert (record["step"], record["world_size"]) == (3, 7)
-    assert set(record["files"]) == {path.name for path in commit.glob("*.safetensors")}
+    assert set(record["files"]) == {path.name for path in checkpoint.glob("*.safetensors")}
     assert record["versions"]["torch"] == torch.__version__
 
 
 def test_equal_tensors_make_equal_files(tmp_path: Path) -> None:
-    digests = [prove(committed(tmp_path / str(n), 3), ALONE)["files"] for n in range(4)]
+    digests = [prove(saved(tmp_path / str(n), 3), ALONE)["files"] for n in range(4)]
     assert all(digest == digests[0] for digest in digests)
 
 
 def test_weights_alone(tmp_path: Path) -> None:
-    weights = load_weights(committed(tmp_path, 3))
+    weights = load_weights(saved(tmp_path, 3))
     expected = dict(toy(0)[0].named_parameters())
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
@@ -78,7 +84,7 @@ def test_weights_alone(tmp_path: Path) -> None:
 
 
 def test_200_flips_and_cuts_fall_back_and_say_so(tmp_path: Path) -> None:
-    older, newer = committed(tmp_path, 3), committed(tmp_path, 6, seed=1)
+    older, newer = saved(tmp_path, 3), saved(tmp_path, 6, seed=1)
     whole, generator = tmp_path / "whole", random.Random(0)
     newer.rename(whole)
     for _ in range(200):
@@ -109,22 +115,22 @@ class Bomb:
 @pytest.mark.parametrize("vouched_for", [False, True])
 def test_a_planted_pickle_is_never_read(tmp_path: Path, vouched_for: bool) -> None:
     """Also by someone who can make digests, and as the index that torch itself would unpickle."""
-    commit, data = committed(tmp_path, 3), pickle.dumps(Bomb(tmp_path / "exploded"))
-    (commit / ".metadata").write_bytes(data)
-    assert load_weights(commit).keys() == dict(toy(0)[0].named_parameters()).keys()
-    restore(commit, *toy(1), ALONE)
-    for victim in commit.glob("*.safetensors"):
+    checkpoint, data = saved(tmp_path, 3), pickle.dumps(Bomb(tmp_path / "exploded"))
+    (checkpoint / ".metadata").write_bytes(data)
+    assert load_weights(checkpoint).keys() == dict(toy(0)[0].named_parameters()).keys()
+    restore(checkpoint, *toy(1), ALONE)
+    for victim in checkpoint.glob("*.safetensors"):
         victim.write_bytes(data)
     if vouched_for:
-        record = checkpoint.read_record(commit)
+        record = storage.read_record(checkpoint)
         for entry in record["files"].values():
             entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        checkpoint._publish_record(commit, record)
-        prove(commit, ALONE)
+        storage._publish_record(checkpoint, record)
+        prove(checkpoint, ALONE)
     with pytest.raises(CheckpointError, match="damaged"):
-        load_weights(commit)
+        load_weights(checkpoint)
     with pytest.raises(CheckpointError):
-        restore(commit, *toy(1), ALONE)
+        restore(checkpoint, *toy(1), ALONE)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -143,70 +149,72 @@ def test_nothing_unpickles() -> None:
                     assert "weights_only=True" in call, path
 
 
-def test_a_damaged_commit_is_passed_over_and_told(tmp_path: Path) -> None:
-    older, newer = committed(tmp_path, 3), committed(tmp_path, 6)
+def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path) -> None:
+    older, newer = saved(tmp_path, 3), saved(tmp_path, 6)
     victim = sorted(newer.glob("*.safetensors"))[0]
     victim.write_bytes(victim.read_bytes()[:-1])
     found = newest_proven(tmp_path, ALONE)
     assert found is not None
     assert found[0] == older
-    assert found[2] == [f"{victim} is damaged or missing (its digest differs); use another commit"]
-    assert commits(tmp_path) == [older]  # the damaged one counts no more
+    assert found[2] == [
+        f"{victim} is damaged or missing (its digest differs); use another checkpoint"
+    ]
+    assert checkpoints(tmp_path) == [older]  # the damaged one counts no more
 
 
-def test_no_commit_is_whole(tmp_path: Path) -> None:
-    commit = committed(tmp_path, 3)
-    (commit / COMMIT).write_text("{")
-    with pytest.raises(CheckpointError, match=r"no commit of .* is whole"):
+def test_no_checkpoint_is_whole(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path, 3)
+    (checkpoint / RECORD).write_text("{")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole"):
         newest_proven(tmp_path, ALONE)
 
 
-def test_without_a_mark_nothing_is_committed(tmp_path: Path) -> None:
-    commit = committed(tmp_path, 3)
-    (commit / COMMIT).unlink()
+def test_without_a_mark_nothing_is_saved(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path, 3)
+    (checkpoint / RECORD).unlink()
     assert newest_proven(tmp_path, ALONE) is None
-    with pytest.raises(CheckpointError, match="nothing was committed"):
-        load_weights(commit)
-    assert committed(tmp_path, 3, seed=1) == commit  # the try is made again
-    assert torch.equal(load_weights(commit)["0.weight"], tensors(1)["model.0.weight"])
+    with pytest.raises(CheckpointError, match="nothing was saved"):
+        load_weights(checkpoint)
+    assert saved(tmp_path, 3, seed=1) == checkpoint  # the try is made again
+    assert torch.equal(load_weights(checkpoint)["0.weight"], tensors(1)["model.0.weight"])
 
 
 def test_a_future_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "CHECKPOINT", "summerlm-commit/2")
-    commit = committed(tmp_path, 3)
+    monkeypatch.setattr(storage, "CHECKPOINT", "summerlm-commit/2")
+    checkpoint = saved(tmp_path, 3)
     monkeypatch.undo()
     refusal = r"of format 'summerlm-commit/2', written by .* reads 'summerlm-commit/1': upgrade"
     with pytest.raises(VersionError, match=refusal):
-        prove(commit, ALONE)
+        prove(checkpoint, ALONE)
     with pytest.raises(VersionError, match=refusal):
         newest_proven(tmp_path, ALONE)
-    assert commits(tmp_path) == [commit]  # it is not damaged, and not marked so
+    assert checkpoints(tmp_path) == [checkpoint]  # it is not damaged, and not marked so
 
 
 def test_no_room_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older = committed(tmp_path, 3)
+    older = saved(tmp_path, 3)
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=r"step-6 needs .* make room"):
-        committed(tmp_path, 6)
-    assert commits(tmp_path) == [older]
+        saved(tmp_path, 6)
+    assert checkpoints(tmp_path) == [older]
 
 
 def test_a_disk_that_fills_up_leaves_nothing_half_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older = committed(tmp_path, 3)
+    older = saved(tmp_path, 3)
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"step-6 could not be written \(No space left on"):
-        committed(tmp_path, 6)
+        saved(tmp_path, 6)
     monkeypatch.undo()
-    assert commits(tmp_path) == [older]
+    assert checkpoints(tmp_path) == [older]
     assert not (tmp_path / "checkpoints" / "step-6").exists()
     prove(older, ALONE)
 
@@ -216,7 +224,7 @@ def save_on_two_and_load(rank: int, folder: Path, port: int) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
     worlds = {n: replace(ALONE, rank=rank, world_size=n, group=dist.new_group(range(n)))
               for n in (1, 2, 4)}  # fmt: skip
-    commit = commit_path(folder, 3)
+    checkpoint = checkpoint_path(folder, 3)
     if rank < 2:
         share = share_of(tensors(0), worlds[2])
         assert 0 < len(share) < len(tensors(0))
@@ -224,10 +232,10 @@ def save_on_two_and_load(rank: int, folder: Path, port: int) -> None:
     dist.barrier()
     for n, world in worlds.items():
         if rank < n:
-            prove(commit, world)
+            prove(checkpoint, world)
             model, optimizer = toy(1)
-            restore(commit, model, optimizer, world)
-            for name, tensor in checkpoint.tensors_of(model, optimizer).items():
+            restore(checkpoint, model, optimizer, world)
+            for name, tensor in storage.tensors_of(model, optimizer).items():
                 assert torch.equal(tensor, tensors(0)[name]), (n, name)
             dist.barrier(group=world.group)
     dist.destroy_process_group()
@@ -246,18 +254,20 @@ def test_saved_on_two_processes_it_loads_on_one_two_and_four(tmp_path: Path) -> 
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * 4
-    record = prove(commits(tmp_path)[0], ALONE)
+    record = prove(checkpoints(tmp_path)[0], ALONE)
     assert {name.split("-model")[0] for name in record["files"]} == {"shard-00001", "shard-00002"}
-    assert torch.equal(load_weights(commits(tmp_path)[0])["0.weight"], tensors(0)["model.0.weight"])
+    assert torch.equal(
+        load_weights(checkpoints(tmp_path)[0])["0.weight"], tensors(0)["model.0.weight"]
+    )
 
 
-def test_what_a_kill_left_of_a_commit_goes_with_the_next_purge(tmp_path: Path) -> None:
+def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next_purge(tmp_path: Path) -> None:
     for step in (2, 4, 6):
-        committed(tmp_path, step)
+        saved(tmp_path, step)
     damaged, left = (tmp_path / "checkpoints" / f"step-{step}" for step in (2, 4))
-    (damaged / COMMIT).rename(damaged / "COMMIT.damaged.json")  # is for people to look at
-    (left / COMMIT).unlink()
-    committed(tmp_path, 8)
+    (damaged / RECORD).rename(damaged / "COMMIT.damaged.json")  # is for people to look at
+    (left / RECORD).unlink()
+    saved(tmp_path, 8)
     purge(tmp_path, CheckpointConfig())
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-2", "step-6", "step-8"]
@@ -265,9 +275,13 @@ def test_what_a_kill_left_of_a_commit_goes_with_the_next_purge(tmp_path: Path) -
 
 def test_purging_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10):
-        committed(tmp_path, step)
+        saved(tmp_path, step)
     purge(tmp_path, CheckpointConfig(keep_last=2, keep_every=4))
-    assert [commit.name for commit in commits(tmp_path)] == ["step-4", "step-8", "step-10"]
+    assert [checkpoint.name for checkpoint in checkpoints(tmp_path)] == [
+        "step-4",
+        "step-8",
+        "step-10",
+    ]
     purge(tmp_path, CheckpointConfig(keep_last=2))
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
         "step-10",
@@ -275,25 +289,25 @@ def test_purging_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
     ]
 
 
-def test_the_newest_commit_and_the_newest_run(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_and_the_newest_run(tmp_path: Path) -> None:
     for number, name in enumerate(["old", "new", "empty"]):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         if name != "empty":
             for step in (9, 10):
-                mark = committed(tmp_path / name, step) / COMMIT
+                mark = saved(tmp_path / name, step) / RECORD
                 os.utime(mark, (1000 + number, 1000 + number))
-    assert newest_commit(tmp_path / "new").name == "step-10"  # by number, not by name
+    assert newest_checkpoint(tmp_path / "new").name == "step-10"  # by number, not by name
     assert newest_run(tmp_path) == tmp_path / "new"
-    with pytest.raises(ConfigError, match="nothing is committed yet"):
-        newest_commit(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="nothing is saved yet"):
+        newest_checkpoint(tmp_path / "empty")
     with pytest.raises(ConfigError, match=r"no config\.json there"):
-        newest_commit(tmp_path / "nowhere")
+        newest_checkpoint(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="summer-train --shards shards/ --preset tiny"):
         newest_run(tmp_path / "nowhere")
 
 
 def test_the_record_is_readable(tmp_path: Path) -> None:
-    record = json.loads((committed(tmp_path, 3) / COMMIT).read_text())
+    record = json.loads((saved(tmp_path, 3) / RECORD).read_text())
     assert list(record)[:4] == ["format", "summerlm_version", "step", "world_size"]
     assert list(record)[-1] == "sha256"

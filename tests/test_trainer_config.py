@@ -140,7 +140,7 @@ def test_fine_tuning_starts_from_the_newest_run_that_was_not_fine_tuned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no run with a committed checkpoint"):
+    with pytest.raises(ConfigError, match="no run with a checkpoint"):
         configure(preset="chat")
     tiny = configure(preset="tiny").config
     for age, (name, start) in enumerate([("old", ""), ("base", ""), ("chat", "runs/base")]):

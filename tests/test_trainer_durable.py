@@ -1,4 +1,4 @@
-"""What a loss of power leaves of a commit: its mark comes last, and goes first."""
+"""What a loss of power leaves of a checkpoint: its mark comes last, and goes first."""
 
 import os
 import shutil
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from test_trainer_checkpoint import tensors
-from trainer.checkpoint.checkpoint import remove, save
-from trainer.checkpoint.retention import copy_commit
-from trainer.checkpoint.runs import COMMIT, commit_path
+from trainer.checkpoint.retention import copy_checkpoint
+from trainer.checkpoint.runs import RECORD, checkpoint_path
+from trainer.checkpoint.storage import remove, save
 from trainer_samples import ALONE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for a handle's file")
@@ -54,29 +54,33 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
     return seen
 
 
-def assert_mark_comes_last(events: Events, commit: Path) -> None:
-    marked = events.index(("rename", commit / COMMIT))
-    files = [events.index(("flush", path)) for path in commit.glob("*.safetensors")]
+def assert_mark_comes_last(events: Events, checkpoint: Path) -> None:
+    marked = events.index(("rename", checkpoint / RECORD))
+    files = [events.index(("flush", path)) for path in checkpoint.glob("*.safetensors")]
     assert files and max(files) < marked
-    assert all(FLUSHED[path] == path.read_bytes() for path in commit.glob("*.safetensors"))
-    assert ("flush", commit) in events[max(files) : marked]  # their names, too
-    assert ("flush", commit) in events[marked:]  # the mark's name
-    assert ("flush", commit.parent) in events[marked:]  # and the commit's own
+    assert all(FLUSHED[path] == path.read_bytes() for path in checkpoint.glob("*.safetensors"))
+    assert ("flush", checkpoint) in events[max(files) : marked]  # their names, too
+    assert ("flush", checkpoint) in events[marked:]  # the mark's name
+    assert ("flush", checkpoint.parent) in events[marked:]  # and the checkpoint's own
 
 
-def test_a_commit_is_on_the_disk_before_its_mark(tmp_path: Path, events: Events) -> None:
+def test_a_checkpoint_is_on_the_disk_before_its_mark(tmp_path: Path, events: Events) -> None:
     assert_mark_comes_last(events, save(tmp_path, tensors(0), {"step": 3}, ALONE))
 
 
 def test_so_is_its_copy(tmp_path: Path, events: Events) -> None:
-    commit = save(tmp_path / "run", tensors(0), {"step": 3}, ALONE)
+    checkpoint = save(tmp_path / "run", tensors(0), {"step": 3}, ALONE)
     events.clear()
-    copy_commit(commit, tmp_path / "mirror")
-    assert_mark_comes_last(events, commit_path(tmp_path / "mirror", 3))
+    copy_checkpoint(checkpoint, tmp_path / "mirror")
+    assert_mark_comes_last(events, checkpoint_path(tmp_path / "mirror", 3))
 
 
-def test_a_commit_that_is_removed_loses_its_mark_first(tmp_path: Path, events: Events) -> None:
-    commit = save(tmp_path, tensors(0), {"step": 3}, ALONE)
+def test_a_checkpoint_that_is_removed_loses_its_mark_first(tmp_path: Path, events: Events) -> None:
+    checkpoint = save(tmp_path, tensors(0), {"step": 3}, ALONE)
     events.clear()
-    remove(commit)
-    assert events == [("unlink", commit / COMMIT), ("flush", commit), ("remove", commit)]
+    remove(checkpoint)
+    assert events == [
+        ("unlink", checkpoint / RECORD),
+        ("flush", checkpoint),
+        ("remove", checkpoint),
+    ]

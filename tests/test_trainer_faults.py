@@ -14,7 +14,7 @@ import pytest
 
 from shards.errors import ShardError
 from shards.reader import ShardReader
-from trainer.checkpoint.runs import commits, newest_commit
+from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.errors import ConfigError
 from trainer.faults.inject import KINDS, Fault, flip_a_bit, ordered_faults
 from trainer.metrics.metrics import read_lines
@@ -26,7 +26,7 @@ SETS: dict[str, Any] = {
     "max_steps": 14,
     "checkpoint__interval_steps": 3,
     "checkpoint__keep_last": 9,
-    "checkpoint__asynchronous": "false",  # so that it is known which commit a kill leaves
+    "checkpoint__asynchronous": "false",  # so that it is known which checkpoint a kill leaves
 }
 
 
@@ -38,8 +38,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("shards"), fineweb=300, pg19=90)
 
 
-def files_of(commit: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in commit.glob("*.safetensors")}
+def files_of(checkpoint: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
 
 
 def log_of(run: Path) -> list[tuple[Any, ...]]:
@@ -75,7 +75,7 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same(run: Path, other: Path) -> None:
     assert log_of(run) == log_of(other)
-    assert files_of(newest_commit(run)) == files_of(newest_commit(other))
+    assert files_of(newest_checkpoint(run)) == files_of(newest_checkpoint(other))
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_a_killed_and_a_stopped_rank_cost_a_restart_each(
 
 
 @pytest.mark.slow
-def test_asked_to_stop_and_a_rotten_row_end_in_a_commit(
+def test_asked_to_stop_and_a_rotten_row_end_in_a_checkpoint(
     shards: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     """One rank knows, all ranks act; torchrun starts nothing again; the same command goes on."""
@@ -107,7 +107,7 @@ def test_asked_to_stop_and_a_rotten_row_end_in_a_commit(
     result = two_ranks(shards, run, "sigterm:1:4")
     assert result.returncode == 75, result.stderr
     stopped_at = events_of(run, "stopped")[0]["step"]
-    assert stopped_at in (4, 5) and newest_commit(run).name == f"step-{stopped_at}"
+    assert stopped_at in (4, 5) and newest_checkpoint(run).name == f"step-{stopped_at}"
     before = {path: path.read_bytes() for path in shards.glob("*/*.npy")}
     result = two_ranks(shards, run, "rot:1:9")
     rotten = [path for path, data in before.items() if path.read_bytes() != data]
@@ -117,8 +117,8 @@ def test_asked_to_stop_and_a_rotten_row_end_in_a_commit(
         last = result.stderr.strip().splitlines()[-1]
         assert last.startswith("error: ") and f"{rotten[0]} row " in last
         assert f"`summer-prep repair {rotten[0].parent}` makes it anew" in last
-        assert "the run is committed at step 8 and goes on from there" in last
-        assert newest_commit(run).name == "step-8"
+        assert "the run is saved at step 8 and goes on from there" in last
+        assert newest_checkpoint(run).name == "step-8"
         assert [event["step"] for event in events_of(run, "resume")] == [stopped_at]
     finally:
         rotten[0].write_bytes(before[rotten[0]])
@@ -173,13 +173,13 @@ def test_a_worker_that_dies_is_named_and_replaced(
 def test_a_rotten_row_stops_one_process_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also a row of the very first step: the commit then holds what the run began with."""
+    """Also a row of the very first step: the checkpoint then holds what the run began with."""
     for step in (1, 5, 14):
         shards = make_shards(tmp_path / f"shards{step}", fineweb=300, pg19=90)
         run = tmp_path / f"run{step}"
         train(small_plan(shards, **SETS), tmp_path / f"whole{step}")
         before = {path: path.read_bytes() for path in shards.glob("*/*.npy")}
-        with pytest.raises(ShardError, match=f"summer-prep repair.*committed at step {step - 1} "):
+        with pytest.raises(ShardError, match=f"summer-prep repair.*saved at step {step - 1} "):
             injected(f"rot:0:{step}", shards, run, monkeypatch)
         for path, data in before.items():
             path.write_bytes(data)
@@ -187,20 +187,20 @@ def test_a_rotten_row_stops_one_process_too(
         assert_same(run, tmp_path / f"whole{step}")
 
 
-def test_a_disk_that_fills_up_costs_a_commit(
+def test_a_disk_that_fills_up_costs_a_checkpoint(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(small_plan(shards, **SETS), tmp_path / "whole")
     injected("full-disk:0:5", shards, tmp_path / "hit", monkeypatch)
-    [refused] = events_of(tmp_path / "hit", "commit refused")
+    [refused] = events_of(tmp_path / "hit", "checkpoint refused")
     assert refused["step"] == 6
-    assert [int(c.name[5:]) for c in commits(tmp_path / "hit")] == [3, 9, 12, 14]
+    assert [int(c.name[5:]) for c in checkpoints(tmp_path / "hit")] == [3, 9, 12, 14]
     assert_same(tmp_path / "hit", tmp_path / "whole")
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for the commits of little more than one step."""
+    """A file system with room for the checkpoints of little more than one step."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)]
@@ -211,10 +211,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_full_in_earnest(shards: Path, tmp_path: Path, small_disk: Path) -> None:
-    """One commit fits, the second does not: training goes on until room is made."""
+    """One checkpoint fits, the second does not: training goes on until room is made."""
     filler = small_disk / "filler"
     train(small_plan(shards, **SETS), tmp_path / "whole")
-    size = sum(path.stat().st_size for path in newest_commit(tmp_path / "whole").iterdir())
+    size = sum(path.stat().st_size for path in newest_checkpoint(tmp_path / "whole").iterdir())
     room = os.statvfs(small_disk)
     filler.write_bytes(b"x" * (room.f_bavail * room.f_frsize - size - size // 2 - (1 << 20)))
 
@@ -236,7 +236,7 @@ def test_a_disk_that_is_full_in_earnest(shards: Path, tmp_path: Path, small_disk
 
     screen = MakesRoom()
     train(small_plan(shards, **SETS), small_disk / "run", screen=screen)
-    assert [event["step"] for event in events_of(small_disk / "run", "commit refused")] == [6]
+    assert [event["step"] for event in events_of(small_disk / "run", "checkpoint refused")] == [6]
     assert_same(small_disk / "run", tmp_path / "whole")
 
 
@@ -244,10 +244,10 @@ def test_no_fault_strikes_twice(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     injected("sigterm:0:4", shards, tmp_path, monkeypatch)
-    assert newest_commit(tmp_path).name == "step-5"
+    assert newest_checkpoint(tmp_path).name == "step-5"
     (tmp_path / "checkpoints" / "step-5" / "COMMIT.json").unlink()  # step 4 is made again
     injected("sigterm:0:4", shards, tmp_path, monkeypatch)
-    assert newest_commit(tmp_path).name == "step-14"
+    assert newest_checkpoint(tmp_path).name == "step-14"
 
 
 def test_orders_are_read_or_refused() -> None:
@@ -264,7 +264,7 @@ def test_orders_are_read_or_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_launcher_reaches_a_commit(shards: Path, tmp_path: Path) -> None:
+def test_a_signal_to_the_launcher_reaches_a_checkpoint(shards: Path, tmp_path: Path) -> None:
     """SIGINT to the whole group, as Ctrl-C does it."""
     sets = set_texts(max_steps=5000, loader__num_workers=1)
     command = [sys.executable, "-m", "trainer.cli", "--shards", str(shards), "--preset", "tiny",

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.checkpoint.checkpoint import load_weights
-from trainer.checkpoint.runs import commits, newest_commit
+from trainer.checkpoint.runs import checkpoints, newest_checkpoint
+from trainer.checkpoint.storage import load_weights
 from trainer.errors import ConfigError
 from trainer.metrics import goodput
 from trainer.metrics.goodput import Stopwatch, count_start, parts, total
@@ -72,29 +72,35 @@ def events(*named: tuple[str, float]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("past", "committed", "kind", "lost"),
+    ("past", "saved", "kind", "lost"),
     [
         ([], None, "start", 5),
         ([], 900, "start", 5),  # resumed from another run
-        ([("start", 100)], None, "restarts", 905),  # killed before its first commit
-        ([("start", 100), ("commit", 501)], 500, "restarts", 505),  # killed
-        ([("start", 100), ("commit", 501), ("stopped", 502)], 500, "restarts", 7),
-        ([("start", 1), ("stopped", 502), ("resume", 702), ("commit", 801)], 800, "restarts", 205),
+        ([("start", 100)], None, "restarts", 905),  # killed before its first checkpoint
+        ([("start", 100), ("checkpoint", 501)], 500, "restarts", 505),  # killed
+        ([("start", 100), ("checkpoint", 501), ("stopped", 502)], 500, "restarts", 7),
+        (
+            [("start", 1), ("stopped", 502), ("resume", 702), ("checkpoint", 801)],
+            800,
+            "restarts",
+            205,
+        ),
         ([("start", 1), ("stopped", 502), ("resume", 702)], 500, "restarts", 305),
     ],
 )
 def test_time_between_sessions_is_lost_unless_the_run_was_stopped(
-    clock: Clock, past: list[tuple[str, float]], committed: float | None, kind: str, lost: float
+    clock: Clock, past: list[tuple[str, float]], saved: float | None, kind: str, lost: float
 ) -> None:
     clock.now += 1005  # the process came at 1000 and is about to make its first step
     spent: dict[str, float] = {}
-    since = None if committed is None else 1e9 + committed
+    since = None if saved is None else 1e9 + saved
     count_start(spent, 1e9 + 1000, since, events(*past))
     assert spent == {kind: lost}
 
 
 def test_every_second_of_a_run_is_somewhere(shards: Path, tmp_path: Path) -> None:
-    """The parts add up to what passed on the wall, and go on where the last commit left them."""
+    """The parts add up to what passed on the wall, and go on where the last checkpoint left
+    them."""
     began = time.time()
     changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "validation__interval": 3}
     train(small_plan(shards, max_steps=4, **changes), tmp_path)
@@ -142,25 +148,25 @@ def test_a_tenth_of_the_steps_anneal(step: int, more: int) -> None:
 def metered(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, *, step_s: float, commit_s: float, slows: bool
 ) -> None:
-    """Let each step and each commit take so long; `slows`: each step four times, once committed."""
-    from trainer.session.save import Committer
+    """Let each step and each checkpoint take so long; `slows`: each step four times, once saved."""
+    from trainer.session.save import CheckpointSaver
 
-    advance, commit = Stopwatch.lap, Committer.commit
+    advance, checkpoint = Stopwatch.lap, CheckpointSaver.checkpoint
 
     def lap(watch: Stopwatch) -> float:
         clock.now += step_s * clock.slower
         return advance(watch)
 
-    def committed(committer: Committer, **how: Any) -> None:
+    def saved(saver: CheckpointSaver, **how: Any) -> None:
         clock.now += commit_s
         clock.slower = 4 if slows else 1
-        commit(committer, **how)
+        checkpoint(saver, **how)
 
     monkeypatch.setattr(Stopwatch, "lap", lap)
-    monkeypatch.setattr(Committer, "commit", committed)
+    monkeypatch.setattr(CheckpointSaver, "checkpoint", saved)
 
 
-def test_a_budget_anneals_commits_and_ends_inside_itself(
+def test_a_budget_anneals_checkpoint_and_ends_inside_itself(
     shards: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metered(clock, monkeypatch, step_s=10, commit_s=5, slows=False)
@@ -173,7 +179,7 @@ def test_a_budget_anneals_commits_and_ends_inside_itself(
     first, n_steps = anneal["anneal"]
     assert outcome.step == first + n_steps
     assert n_steps == annealing_steps(first)
-    assert [commit.name for commit in commits(tmp_path / "whole")] == [
+    assert [checkpoint.name for checkpoint in checkpoints(tmp_path / "whole")] == [
         f"step-{first}", f"step-{outcome.step}"
     ]  # fmt: skip
     lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
@@ -186,10 +192,10 @@ def test_a_budget_anneals_commits_and_ends_inside_itself(
     # killed while it annealed: the recorded beginning is replayed, whatever the clock says now
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     train(plan, parted, resume=str(whole / "checkpoints" / f"step-{first}"))
-    a, b = load_weights(newest_commit(whole)), load_weights(newest_commit(parted))
+    a, b = load_weights(newest_checkpoint(whole)), load_weights(newest_checkpoint(parted))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not train(plan, parted).stopped  # complete: nothing is added
-    assert newest_commit(parted).name == f"step-{outcome.step}"
+    assert newest_checkpoint(parted).name == f"step-{outcome.step}"
 
 
 def test_a_budget_that_runs_out_early_ends_the_annealing(
@@ -201,7 +207,7 @@ def test_a_budget_that_runs_out_early_ends_the_annealing(
     happened = read_lines(tmp_path / "events.jsonl")
     assert [event["event"] for event in happened].count("anneal") == 2
     assert 600 < sum(happened[-1]["spent_s"].values()) <= 800
-    record = json.loads((newest_commit(tmp_path) / "COMMIT.json").read_text())
+    record = json.loads((newest_checkpoint(tmp_path) / "COMMIT.json").read_text())
     assert sum(record["anneal"]) == record["step"]
     state = fresh(plan)
     assert "used up: step 0 is the last" in heed(END, state, 1000)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.checkpoint.runs import commits, newest_commit
+from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.data.batches import Stretch
 from trainer.data.mixture import BatchShape, leave_out
 from trainer.errors import ConfigError, TrainingError
@@ -162,8 +162,8 @@ def log_of(run: Path) -> list[tuple[Any, ...]]:
     return [tuple(line[key] for key in keys) for line in read_lines(run / "metrics.jsonl")]
 
 
-def files_of(commit: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in commit.glob("*.safetensors")}
+def files_of(checkpoint: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
 
 
 def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -193,7 +193,7 @@ def test_bad_steps_that_persist_are_left_behind_with_their_data(
         *((step, 8 * step) for step in range(1, 7)),
         *((step, 8 * step + 40) for step in range(7, 17)),
     ]
-    record = json.loads((newest_commit(run) / "COMMIT.json").read_text())
+    record = json.loads((newest_checkpoint(run) / "COMMIT.json").read_text())
     assert record["skipped"] == [[48, 88]]
     assert sum(entry["rows"] for entry in record["ledger"].values()) == 16 * 8
 
@@ -203,32 +203,33 @@ def test_bad_steps_that_persist_are_left_behind_with_their_data(
     (again / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes())
     train(plan, again)
     assert log_of(again) == log_of(run)
-    assert files_of(newest_commit(again)) == files_of(newest_commit(run))
+    assert files_of(newest_checkpoint(again)) == files_of(newest_checkpoint(run))
 
 
-def test_a_rollback_outlives_a_kill_before_the_next_commit(
+def test_a_rollback_outlives_a_kill_before_the_next_checkpoint(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     plan = rolled_back_run(shards, run, monkeypatch)
-    log, files = log_of(run), files_of(newest_commit(run))
-    for commit in commits(run):
-        if commit.name not in ("step-3", "step-6"):
-            (commit / "COMMIT.json").unlink()
+    log, files = log_of(run), files_of(newest_checkpoint(run))
+    for checkpoint in checkpoints(run):
+        if checkpoint.name not in ("step-3", "step-6"):
+            (checkpoint / "COMMIT.json").unlink()
     train(plan, run)
-    assert (log_of(run), files_of(newest_commit(run))) == (log, files)
+    assert (log_of(run), files_of(newest_checkpoint(run))) == (log, files)
 
 
 def test_a_refused_update_is_refused_again_when_its_step_is(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever caused it is gone; the steps after the last commit are made again all the same."""
+    """Whatever caused it is gone; the steps after the last checkpoint are made again all the
+    same."""
     plan = small_plan(shards, max_steps=9, checkpoint__interval_steps=4, guard__window=8)
     run = tmp_path / "run"
     with monkeypatch.context() as once:
         once.setenv("SUMMER_FAULT", "nan:0:6,spike:0:9")
         train(plan, run)
-    log, files = log_of(run), files_of(newest_commit(run))
+    log, files = log_of(run), files_of(newest_checkpoint(run))
     assert [event["step"] for event in events_of(run, "refused")] == [6, 9]
     assert events_of(run, "refused")[1]["grad_norm"] > 1000
     (run / "checkpoints" / "step-8" / "COMMIT.json").unlink()
@@ -236,7 +237,7 @@ def test_a_refused_update_is_refused_again_when_its_step_is(
     made = small_plan(shards, max_steps=9, checkpoint__interval_steps=4, guard__window=8)
     train(made, run, resume="auto")
     assert len(events_of(run, "refused")) == 2
-    assert files_of(newest_commit(run)) == files
+    assert files_of(newest_checkpoint(run)) == files
     assert [line[0] for line in log_of(run)] == [line[0] for line in log]
 
 
@@ -259,10 +260,10 @@ def test_rollbacks_end(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         shards, max_steps=40, checkpoint__interval_steps=2, guard__patience=1,
         guard__max_rollbacks=2,
     )  # fmt: skip
-    with pytest.raises(TrainingError, match=r"after 2 rollbacks; the run is committed: go on from"):
+    with pytest.raises(TrainingError, match=r"after 2 rollbacks; the run is saved: go on from"):
         train(plan, tmp_path)
     assert [event["to_step"] for event in events_of(tmp_path, "rollback")] == [2, 4]
-    assert newest_commit(tmp_path).name == "step-11"
+    assert newest_checkpoint(tmp_path).name == "step-11"
 
 
 @pytest.mark.parametrize("key", ["window=2", "sigma=-1", "ratio=0.5", "patience=0"])

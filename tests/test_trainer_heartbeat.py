@@ -64,7 +64,7 @@ def test_a_rank_whose_line_stops_is_named_within_the_timeout(
         watched.hear(2, 5, pid=other.pid)
         monkeypatch.setattr("trainer.faults.heartbeat.os.getppid", os.getpid)
         with pytest.raises(LeftError):
-            watched.pass_time(400, lambda n: watched.hear(1, n, doing="commit"))
+            watched.pass_time(400, lambda n: watched.hear(1, n, doing="checkpoint"))
         watched.heart.mark(8, "data")
         other.communicate(b"\n")
     assert watched.now - 100 <= TIMEOUT_S + 10
@@ -118,8 +118,8 @@ def test_one_process_alone_is_watched_too(tmp_path: Path, monkeypatch: pytest.Mo
     watched = Watched(tmp_path, monkeypatch, world_size=1)
     watched.heart.mark(8, "data")
     watched.pass_time(400, lambda n: None)  # its first step, which compiles
-    watched.heart.mark(9, "commit")
-    watched.pass_time(400, lambda n: None)  # a commit may take its time
+    watched.heart.mark(9, "checkpoint")
+    watched.pass_time(400, lambda n: None)  # a checkpoint may take its time
     watched.heart.mark(9, "data")
     with pytest.raises(LeftError):
         watched.pass_time(400, lambda n: None)

@@ -1,4 +1,5 @@
-"""SIGKILL at the points of a commit, a purge and a copy: the run goes on as if it had not been."""
+"""SIGKILL at the points of a checkpoint, a purge and a copy: the run goes on as if it had not
+been."""
 
 import json
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from trainer.checkpoint.retention import mirror_of
-from trainer.checkpoint.runs import commits
+from trainer.checkpoint.runs import checkpoints
 from trainer.train import train
 from trainer_samples import (
     Said,
@@ -58,19 +59,20 @@ def ask(process: subprocess.Popen[str], **wish: Any) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_killed_at_every_point_of_a_commit(
+def test_killed_at_every_point_of_a_checkpoint(
     shards: Path, tmp_path: Path, trainer: subprocess.Popen[str]
 ) -> None:
-    """From step 4 to 6: commit 6 is written while training goes on, 2 is purged, 6 is mirrored."""
+    """From step 4 to 6: checkpoint 6 is written while training goes on, 2 is purged, 6 is
+    mirrored."""
     mirror = tmp_path / "mirror"
     changes = {**CHANGES, "checkpoint__mirror": mirror}
     plan, whole, base = small_plan(shards, **changes), tmp_path / "whole", tmp_path / "base"
     train(plan, whole)
-    expected = {commit.name: tensor_files(commit) for commit in commits(whole)}
+    expected = {checkpoint.name: tensor_files(checkpoint) for checkpoint in checkpoints(whole)}
     wish = {"set": set_texts(**changes), "shards": str(shards), "run": str(tmp_path / "run")}
     assert ask(trainer, **wish, stop_at=4, point=-1, watch=[]) == (0, 0)
     (tmp_path / "run").rename(base)
-    expected |= {commit.name: tensor_files(commit) for commit in commits(base)}
+    expected |= {checkpoint.name: tensor_files(checkpoint) for checkpoint in checkpoints(base)}
     (mirror / "run").rename(tmp_path / "base-mirror")
     found: list[str] = []
     point, ends = 0, 0
@@ -82,29 +84,32 @@ def test_killed_at_every_point_of_a_commit(
         assert code == (0 if ends else -9)
         copy = mirror_of(run, plan.config.checkpoint)
         assert copy is not None
-        for commit in [*commits(run), *commits(copy)]:  # a mark is there: so is all else
-            assert tensor_files(commit) == expected[commit.name], point
-        assert len(commits(run)) >= 2, point
-        assert len(commits(copy)) >= 1, point
+        for checkpoint in [
+            *checkpoints(run),
+            *checkpoints(copy),
+        ]:  # a mark is there: so is all else
+            assert tensor_files(checkpoint) == expected[checkpoint.name], point
+        assert len(checkpoints(run)) >= 2, point
+        assert len(checkpoints(copy)) >= 1, point
         said = Said()
         assert train(plan, run, screen=said).step == 8
         assert "GOING ON FROM" not in said
         found.append(commits_resumed(said))
         assert log_of(run)[4:] == log_of(whole)[4:]
-        assert tensor_files(commits(run)[-1]) == expected["step-8"], point
+        assert tensor_files(checkpoints(run)[-1]) == expected["step-8"], point
         assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-6", "step-8"]
-        assert [commit.name for commit in commits(copy)] == ["step-6", "step-8"]
+        assert [checkpoint.name for checkpoint in checkpoints(copy)] == ["step-6", "step-8"]
         shutil.rmtree(run)
         shutil.rmtree(copy)
         point += 1
-    assert point > 40  # points of a commit, a purge and a copy
+    assert point > 40  # points of a checkpoint, a purge and a copy
     assert found == sorted(found)  # up to the mark the older one is loaded, from then on the newer
     assert set(found) == {"step-4", "step-6"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
-def test_a_rank_killed_at_points_of_a_commit_of_two(
+def test_a_rank_killed_at_points_of_a_checkpoint_of_two(
     shards: Path, tmp_path: Path, trainer: subprocess.Popen[str], dies: int
 ) -> None:
     """Rank 0 publishes and purges, rank 1 writes its share; the other waits for the dead."""
@@ -117,7 +122,10 @@ def test_a_rank_killed_at_points_of_a_commit_of_two(
         return ask(trainer, **wish, **kill, run=str(folder), port=port)
 
     assert go(whole, 8)[0] == go(base, 4)[0] == 0
-    expected = {commit.name: tensor_files(commit) for commit in [*commits(whole), *commits(base)]}
+    expected = {
+        checkpoint.name: tensor_files(checkpoint)
+        for checkpoint in [*checkpoints(whole), *checkpoints(base)]
+    }
     shutil.copytree(base, run)
     code, ends = go(run, 6)
     assert code == 0 and ends > 8
@@ -126,13 +134,13 @@ def test_a_rank_killed_at_points_of_a_commit_of_two(
         shutil.rmtree(run)
         shutil.copytree(base, run)
         assert go(run, 6, point) == (-9, 0)
-        found.append(commits(run)[-1].name)
-        assert len(commits(run)) >= 2, point
-        for commit in commits(run):
-            assert tensor_files(commit) == expected[commit.name], point
+        found.append(checkpoints(run)[-1].name)
+        assert len(checkpoints(run)) >= 2, point
+        for checkpoint in checkpoints(run):
+            assert tensor_files(checkpoint) == expected[checkpoint.name], point
         assert go(run, 8)[0] == 0
         assert log_of(run)[4:] == log_of(whole)[4:]
-        assert tensor_files(commits(run)[-1]) == expected["step-8"], point
+        assert tensor_files(checkpoints(run)[-1]) == expected["step-8"], point
     assert found == sorted(found)
     assert set(found) == ({"step-4"} if dies else {"step-4", "step-6"})
 

@@ -1,4 +1,4 @@
-"""The ledger: what each source gave, in metrics, commits and plans; and the end of a source."""
+"""The ledger: what each source gave, in metrics, checkpoints and plans; and the end of a source."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.checkpoint.runs import newest_commit
+from trainer.checkpoint.runs import newest_checkpoint
 from trainer.errors import ConfigError
 from trainer.metrics.metrics import read_lines
 from trainer.session.ledger import at_end, refuse_repeats, standing
@@ -54,7 +54,7 @@ def test_every_line_says_what_each_source_gave(folder: Path) -> None:
             assert entry["tokens"] == 32 * counts[name]
             assert entry["epochs"] == counts[name] / ROWS[name]
         assert sum(entry["rows"] for entry in line["ledger"].values()) == line["next_index"]
-    record = json.loads((newest_commit(folder / "run") / "COMMIT.json").read_text())
+    record = json.loads((newest_checkpoint(folder / "run") / "COMMIT.json").read_text())
     assert record["ledger"] == lines[-1]["ledger"]
     assert "fineweb" not in names[24:]
     assert "python-docs" not in names[:24] + names[40:]

@@ -197,7 +197,7 @@ def test_workers_that_always_die_are_an_error_with_a_mend(
     monkeypatch.setattr("trainer.data.loader._LIVES", 1)  # torch takes five seconds to notice each
 
     loader = deadly_loader(tmp_path)
-    message = r"1 times a loader worker died .* the last commit stands"
+    message = r"1 times a loader worker died .* the last checkpoint stands"
     with pytest.raises(TrainingError, match=message):
         loader.next()
     loader.close()

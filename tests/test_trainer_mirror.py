@@ -1,4 +1,5 @@
-"""Commits copied elsewhere: proven there, harmless when that fails, used when the own are gone."""
+"""Checkpoints copied elsewhere: proven there, harmless when that fails, used when the own are
+gone."""
 
 import shutil
 from pathlib import Path
@@ -6,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from trainer.checkpoint.checkpoint import prove
 from trainer.checkpoint.retention import newest_proven
-from trainer.checkpoint.runs import COMMIT, commits, newest_commit
+from trainer.checkpoint.runs import RECORD, checkpoints, newest_checkpoint
+from trainer.checkpoint.storage import prove
 from trainer.errors import CheckpointError
 from trainer.train import train
 from trainer_samples import (
@@ -35,7 +36,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_each_commit_is_copied_and_kept_by_the_same_rule(shards: Path, tmp_path: Path) -> None:
+def test_each_checkpoint_is_copied_and_kept_by_the_same_rule(shards: Path, tmp_path: Path) -> None:
     run, copy = tmp_path / "run", tmp_path / "mirror" / "run"
     (shards / "fineweb" / "tokenizer.model").write_bytes(b"a model")
     plan = small_plan(
@@ -43,8 +44,8 @@ def test_each_commit_is_copied_and_kept_by_the_same_rule(shards: Path, tmp_path:
     )
     said = Said()
     train(plan, run, screen=said)
-    assert [commit.name for commit in commits(copy)] == ["step-6", "step-7"]
-    for ours, theirs in zip(commits(run), commits(copy), strict=True):
+    assert [checkpoint.name for checkpoint in checkpoints(copy)] == ["step-6", "step-7"]
+    for ours, theirs in zip(checkpoints(run), checkpoints(copy), strict=True):
         assert {path.name: path.read_bytes() for path in ours.iterdir()} == {
             path.name: path.read_bytes() for path in theirs.iterdir()
         }
@@ -61,22 +62,26 @@ def test_a_run_goes_on_from_its_mirror(shards: Path, tmp_path: Path, loss: str) 
     train(small_plan(shards, **changes), tmp_path / "whole")
     changes["checkpoint__mirror"] = tmp_path / "mirror"
     train(small_plan(shards, **changes), run)
-    for folder in (*commits(run)[-1:], *commits(copy)[-1:]):  # as if it had come to step 6
+    for folder in (*checkpoints(run)[-1:], *checkpoints(copy)[-1:]):  # as if it had come to step 6
         shutil.rmtree(folder)
     if loss == "gone":
         shutil.rmtree(run / "checkpoints")
-    for commit in commits(run)[-1 if loss == "the newest damaged" else 0 :]:
-        flip(next(commit.glob("*.safetensors")))
+    for checkpoint in checkpoints(run)[-1 if loss == "the newest damaged" else 0 :]:
+        flip(next(checkpoint.glob("*.safetensors")))
     said = Said()
     train(small_plan(shards, **changes), run, screen=said)
     assert f"resumed {copy}/checkpoints/step-6 at step 6" in said
-    why = "has no commit of its own left; its mirror" if loss == "gone" else "its digest differs"
+    why = (
+        "has no checkpoint of its own left; its mirror" if loss == "gone" else "its digest differs"
+    )
     assert any(why in line and line.endswith("GOING ON FROM step-6") for line in said.lines)
-    assert tensor_files(newest_commit(run)) == tensor_files(newest_commit(tmp_path / "whole"))
+    assert tensor_files(newest_checkpoint(run)) == tensor_files(
+        newest_checkpoint(tmp_path / "whole")
+    )
     assert log_of(run)[6:] == log_of(tmp_path / "whole")[6:]
 
 
-def test_a_copy_that_went_wrong_is_no_commit(
+def test_a_copy_that_went_wrong_is_no_checkpoint(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copyfile = shutil.copyfile
@@ -93,10 +98,10 @@ def test_a_copy_that_went_wrong_is_no_commit(
         checkpoint__keep_last=9,
     )  # fmt: skip
     train(plan, tmp_path / "run", screen=said)
-    assert [c.name for c in commits(tmp_path / "mirror" / "run")][-1] == "step-6"
-    assert "step-4" not in [c.name for c in commits(tmp_path / "mirror" / "run")]
+    assert [c.name for c in checkpoints(tmp_path / "mirror" / "run")][-1] == "step-6"
+    assert "step-4" not in [c.name for c in checkpoints(tmp_path / "mirror" / "run")]
     assert "is not what was copied (its digest differs)); TRAINING GOES ON" in said
-    assert len(commits(tmp_path / "run")) == 3
+    assert len(checkpoints(tmp_path / "run")) == 3
 
 
 def test_a_mirror_that_cannot_be_written_harms_nothing(shards: Path, tmp_path: Path) -> None:
@@ -132,7 +137,7 @@ def test_the_run_before_its_mirror(shards: Path, tmp_path: Path) -> None:
     found = newest_proven(run, ALONE, mirror / "run")
     assert found is not None
     assert found[0] == run / "checkpoints" / "step-4"
-    for commit in [*commits(run), *commits(mirror / "run")]:
-        (commit / COMMIT).write_text("{")
-    with pytest.raises(CheckpointError, match=r"no commit of .* is whole"):
+    for checkpoint in [*checkpoints(run), *checkpoints(mirror / "run")]:
+        (checkpoint / RECORD).write_text("{")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole"):
         newest_proven(run, ALONE, mirror / "run")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from trainer.checkpoint import checkpoint
-from trainer.checkpoint.runs import commits, newest_commit
+from trainer.checkpoint import storage
+from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.cli import main
 from trainer.metrics.metrics import read_lines
 from trainer_samples import make_shards, set_texts
@@ -53,8 +53,8 @@ def log_of(run: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-def files_of(commit: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in commit.glob("*.safetensors")}
+def files_of(checkpoint: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_killed_at_a_random_step_it_ends_with_the_same_bits(shards: Path, tmp_pa
     assert result.returncode == 0, result.stderr
     assert log_of(killed) == log_of(tmp_path / "whole")
     assert [step for step, _, _ in log_of(killed)] == list(range(1, 15))
-    assert files_of(newest_commit(killed)) == files_of(newest_commit(tmp_path / "whole"))
+    assert files_of(newest_checkpoint(killed)) == files_of(newest_checkpoint(tmp_path / "whole"))
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
@@ -97,7 +97,7 @@ def test_two_processes_draw_the_same_samples_and_agree(shards: Path, tmp_path: P
     for one, other in zip(log_of(alone), log_of(both), strict=True):
         assert one[0] == other[0]
         assert one[1:] == pytest.approx(other[1:], rel=1e-6)
-    records = [checkpoint.read_record(newest_commit(run)) for run in (alone, both)]
+    records = [storage.read_record(newest_checkpoint(run)) for run in (alone, both)]
     assert records[0]["ledger"] == records[1]["ledger"]
     assert records[0]["next_index"] == records[1]["next_index"]
     # what two ranks wrote, one can load: it goes on from there
@@ -111,7 +111,7 @@ def test_two_processes_draw_the_same_samples_and_agree(shards: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_two_ranks_commit_and_say_75(
+def test_asked_to_stop_two_ranks_checkpoint_and_say_75(
     shards: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     sets = set_texts(max_steps=5000, loader__num_workers=1)
@@ -125,10 +125,10 @@ def test_asked_to_stop_two_ranks_commit_and_say_75(
         process.kill()
         process.wait()
     log = (tmp_path / "log").read_text()
-    assert "committed: the same command goes on" in log
+    assert "saved: the same command goes on" in log
     assert "torchrun --standalone --max-restarts=3 --nnodes=1 --nproc-per-node=2 -m trainer" in log
     assert "Traceback" not in log
-    assert commits(run)[-1].name == f"step-{log_of(run)[-1][0]}"
+    assert checkpoints(run)[-1].name == f"step-{log_of(run)[-1][0]}"
 
 
 def invoke(*arguments: str) -> Result:
@@ -148,7 +148,10 @@ def invoke(*arguments: str) -> Result:
             ["--preset", "tiny", "--nnodes", "two"],
             "error: --nnodes two: give the number of machines",
         ),
-        (["--preset", "tiny", "--resume", "nowhere"], "error: --resume nowhere: no commit there"),
+        (
+            ["--preset", "tiny", "--resume", "nowhere"],
+            "error: --resume nowhere: no checkpoint there",
+        ),
         (["--preset", "tiny", "--nproc", "3"], "ranks cannot share evenly"),
     ],
 )

@@ -12,8 +12,8 @@ import torch
 
 from model.transformer import Transformer
 from shards_samples import make_source
-from trainer.checkpoint import checkpoint
-from trainer.checkpoint.runs import commits, newest_commit
+from trainer.checkpoint import storage
+from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.config.config import load_config
 from trainer.errors import CheckpointError, ConfigError
 from trainer.metrics.metrics import read_lines
@@ -78,8 +78,8 @@ def test_stopped_and_started_again_it_is_the_same_run(
     assert log_of(tmp_path / "parted") == log_of(tmp_path / "whole")
     assert same_weights(tmp_path / "parted", tmp_path / "whole")
     assert events_of(tmp_path / "parted") == [
-        *("start", "commit", "stopped"),
-        *("resume", "commit", "commit", "commit", "done"),
+        *("start", "checkpoint", "stopped"),
+        *("resume", "checkpoint", "checkpoint", "checkpoint", "done"),
     ]
 
 
@@ -88,7 +88,7 @@ def test_stopped_and_started_again_it_is_the_same_run(
 def test_with_everything_on_and_resumed_again_and_again_it_is_the_same_run(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled, dropout, accumulation, workers, commits beside training, across the end of each
+    """Compiled, dropout, accumulation, workers, checkpoints beside training, across the end of each
     source's epoch, and across a change of the mixture, which both runs have at step 6."""
     changes: dict[str, Any] = {
         "compile": "true", "micro_batch_size": 2, "model__attention_dropout": 0.1,
@@ -109,15 +109,15 @@ def test_with_everything_on_and_resumed_again_and_again_it_is_the_same_run(
                 torch.manual_seed(stop)  # nothing depends on what the process did before
                 step = train(plan, tmp_path / name).step
             assert step == stop
-    record = json.loads((newest_commit(tmp_path / "parted") / "COMMIT.json").read_text())
+    record = json.loads((newest_checkpoint(tmp_path / "parted") / "COMMIT.json").read_text())
     assert [first for first, _ in record["phases"]] == [0, 48]
     assert all(entry["epochs"] > 1 for entry in record["ledger"].values())
     assert log_of(tmp_path / "parted") == log_of(tmp_path / "whole")
-    ours, theirs = (newest_commit(tmp_path / name) for name in ("parted", "whole"))
+    ours, theirs = (newest_checkpoint(tmp_path / name) for name in ("parted", "whole"))
     assert tensor_files(ours) == tensor_files(theirs)  # moments too
 
 
-def test_a_run_that_commits_every_step_can_be_stopped(
+def test_a_run_that_checkpoint_every_step_can_be_stopped(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped_after(2, monkeypatch)
@@ -146,8 +146,8 @@ def test_what_must_not_change_on_resume(
 def test_weights_without_a_state_are_no_run_to_go_on_with(shards: Path, tmp_path: Path) -> None:
     plan = small_plan(shards)
     model = Transformer(plan.config.model)
-    tensors = checkpoint.tensors_of(model, make_optimizer(model, plan.config.optim))
-    checkpoint.save(tmp_path, tensors, {"step": 0}, ALONE)
+    tensors = storage.tensors_of(model, make_optimizer(model, plan.config.optim))
+    storage.save(tmp_path, tensors, {"step": 0}, ALONE)
     with pytest.raises(ConfigError, match="start from it with --set init_from=ITS_RUN"):
         train(plan, tmp_path)
 
@@ -180,7 +180,7 @@ def test_a_mixture_changed_in_the_middle_goes_on_from_the_counts(
     said = Said()
     train(small_plan(shards, max_steps=9, mixture__pg19=6), tmp_path, screen=said)
     assert "the mixture is now {'fineweb': 10, 'pg19': 1}" in said
-    record = json.loads((newest_commit(tmp_path) / "COMMIT.json").read_text())
+    record = json.loads((newest_checkpoint(tmp_path) / "COMMIT.json").read_text())
     assert [first for first, _ in record["phases"]] == [0, 40]
     assert sum(entry["rows"] for entry in record["ledger"].values()) == 72
     assert "mixture" in events_of(tmp_path)
@@ -205,11 +205,11 @@ def test_resume_never_and_resume_from_elsewhere(shards: Path, tmp_path: Path) ->
     assert same_weights(tmp_path / "a", tmp_path / "b")
     train(plan, tmp_path / "c", resume=str(tmp_path / "a"))
     assert same_weights(tmp_path / "a", tmp_path / "c")
-    with pytest.raises(CheckpointError, match=r"no commit there; name a run or its step-N"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint there; name a run or its step-N"):
         train(plan, tmp_path / "d", resume=str(tmp_path / "nowhere"))
 
 
-def test_going_back_to_an_earlier_commit_sets_the_later_ones_aside(
+def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(
     shards: Path, tmp_path: Path
 ) -> None:
     plan = small_plan(shards, max_steps=6, checkpoint__interval_steps=2, checkpoint__keep_last=9)
@@ -217,15 +217,15 @@ def test_going_back_to_an_earlier_commit_sets_the_later_ones_aside(
     said, other = Said(), small_plan(shards, max_steps=3, optim__lr=1e-3)
     train(other, tmp_path, resume=str(tmp_path / "checkpoints" / "step-2"), screen=said)
     assert "! step-6 is set aside: the run goes on from before it" in said
-    assert [commit.name for commit in commits(tmp_path)] == ["step-2", "step-3"]
+    assert [checkpoint.name for checkpoint in checkpoints(tmp_path)] == ["step-2", "step-3"]
     assert [line[0] for line in log_of(tmp_path)] == [1, 2, 3]
 
 
-def test_a_damaged_commit_costs_steps_and_nothing_else(shards: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_costs_steps_and_nothing_else(shards: Path, tmp_path: Path) -> None:
     plan = small_plan(shards, max_steps=6, checkpoint__interval_steps=2)
     train(plan, tmp_path / "good")
     train(small_plan(shards, max_steps=4, checkpoint__interval_steps=2), tmp_path / "hurt")
-    victim = sorted(newest_commit(tmp_path / "hurt").glob("*.safetensors"))[1]
+    victim = sorted(newest_checkpoint(tmp_path / "hurt").glob("*.safetensors"))[1]
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 16
     victim.write_bytes(data)
@@ -235,7 +235,7 @@ def test_a_damaged_commit_costs_steps_and_nothing_else(shards: Path, tmp_path: P
         tmp_path / "hurt",
         screen=said,
     )
-    assert "its digest differs); use another commit; GOING ON FROM step-2" in said
+    assert "its digest differs); use another checkpoint; GOING ON FROM step-2" in said
     # the learning rate of steps 1 to 4 was that of a shorter run
     assert [line[0] for line in log_of(tmp_path / "hurt")] == [1, 2, 3, 4, 5, 6]
     assert "fallback" in events_of(tmp_path / "hurt")

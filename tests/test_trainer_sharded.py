@@ -1,4 +1,4 @@
-"""Weights divided among ranks train as whole ones do, and are committed as the same tensors."""
+"""Weights divided among ranks train as whole ones do, and are saved as the same tensors."""
 
 import os
 import subprocess
@@ -12,8 +12,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint import checkpoint
-from trainer.checkpoint.runs import commits, newest_commit
+from trainer.checkpoint import storage
+from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.config.config import RunConfig, configure
 from trainer.config.memory import memory_by_part
 from trainer.distributed.world import World, holders, join_world, own_part
@@ -61,7 +61,7 @@ JOBS = [
     Job("fp32-hybrid", 4, FP32 | {"shard_degree": 2}),
     Job("bf16-whole", 2, BF16),
     Job("bf16-sliced", 2, BF16 | FAST | {"shard_degree": 2}),
-    *(  # each begins with what the one before it has committed
+    *(  # each begins with what the one before it has saved
         Job(name, ranks, {"precision": "fp32", "micro_batch_size": 1, "shard_degree": degree}, to)
         for (name, (ranks, degree)), to in zip(
             LAYOUTS.items(), ["fp32-sliced", *LAYOUTS], strict=False
@@ -110,16 +110,16 @@ def scores_of(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_commit_is_the_same_tensors_in_any_layout(folder: Path) -> None:
+def test_a_checkpoint_is_the_same_tensors_in_any_layout(folder: Path) -> None:
     """Two slices -> DDP on two -> 2 x 2 -> four slices -> one process: loaded and written again."""
-    expected = tensors_in(newest_commit(folder / "fp32-sliced"))
+    expected = tensors_in(newest_checkpoint(folder / "fp32-sliced"))
     for name in LAYOUTS:
-        commit = newest_commit(folder / name)
-        assert commit.name == "step-8"
-        tensors = tensors_in(commit)
+        checkpoint = newest_checkpoint(folder / name)
+        assert checkpoint.name == "step-8"
+        tensors = tensors_in(checkpoint)
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[key], expected[key]) for key in expected), name
-    record = checkpoint.read_record(newest_commit(folder / "four"))
+    record = storage.read_record(newest_checkpoint(folder / "four"))
     assert len(record["files"]) == 8  # of weights and of moments, each rank's own
     sizes = [entry["bytes"] for name, entry in record["files"].items() if "-model-00002" in name]
     assert max(sizes) < 1.2 * min(sizes)
@@ -127,8 +127,8 @@ def test_a_commit_is_the_same_tensors_in_any_layout(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_slices_are_committed_beside_training_as_they_were_at_the_step(folder: Path) -> None:
-    ours, theirs = commits(folder / "beside"), commits(folder / "fp32-sliced")
-    assert [commit.name for commit in ours] == ["step-6", "step-8"]
+    ours, theirs = checkpoints(folder / "beside"), checkpoints(folder / "fp32-sliced")
+    assert [checkpoint.name for checkpoint in ours] == ["step-6", "step-8"]
     for one, other in zip(ours, theirs, strict=True):
         assert tensor_files(one) == tensor_files(other), one.name
 
@@ -144,9 +144,9 @@ def test_a_killed_rank_of_a_sharded_run_leaves_no_trace(folder: Path, tmp_path: 
         timeout=LIMIT_S, check=False, env={**os.environ, "SUMMER_FAULT": "sigkill:1:5"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert events_of(run)[:3] == ["start", "commit", "resume"]
+    assert events_of(run)[:3] == ["start", "checkpoint", "resume"]
     assert log_of(run) == log_of(whole)
-    assert tensor_files(newest_commit(run)) == tensor_files(newest_commit(whole))
+    assert tensor_files(newest_checkpoint(run)) == tensor_files(newest_checkpoint(whole))
 
 
 def sharded_config(degree: int) -> RunConfig:
@@ -182,7 +182,7 @@ def of_four_ranks_on_one() -> tuple[float, dict[str, torch.Tensor]]:
 
 def held(network: Network, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
     """Copies of what this rank holds of everything."""
-    tensors = checkpoint.tensors_of(network.bare, optimizer)
+    tensors = storage.tensors_of(network.bare, optimizer)
     return {name: own_part(tensor).clone() for name, tensor in tensors.items()}
 
 
@@ -224,7 +224,7 @@ def check_two_by_two(rank: int, port: int) -> None:
         for one, other in ((0, 2), (1, 3)):  # the replicas' slices, bit for bit
             pairs = [(everything[one][name], everything[other][name]) for name in everything[one]]
             assert all(torch.equal(*pair) for pair in pairs)
-        shares = world.gather(list(share_of(checkpoint.tensors_of(network.bare, optimizer), world)))
+        shares = world.gather(list(share_of(storage.tensors_of(network.bare, optimizer), world)))
         for name, tensor in everything[0].items():  # each is written once, by one replica
             assert sum(name in share for share in shares) == min(2, tensor.ndim), name
 

@@ -18,8 +18,8 @@ from shards.errors import ShardError
 from shards.format import Part
 from shards.writer import ShardWriter, write_manifest
 from shards_samples import make_source, sample_facts
-from trainer.checkpoint.checkpoint import load_weights
-from trainer.checkpoint.runs import commits, newest_commit
+from trainer.checkpoint.runs import checkpoints, newest_checkpoint
+from trainer.checkpoint.storage import load_weights
 from trainer.config.config import load_config
 from trainer.errors import ConfigError, TrainingError
 from trainer.metrics.metrics import read_lines
@@ -49,8 +49,8 @@ def test_a_run_learns_and_explains_itself(shards: Path, tmp_path: Path) -> None:
     assert lines[-1]["tokens"] == 20 * 256
     assert load_config(run) == plan.config
     assert (run / "tokenizer.model").read_bytes() == b"a model"
-    assert events_of(run) == ["start", "commit", "done"]
-    record = json.loads((outcome.commit / "COMMIT.json").read_text())
+    assert events_of(run) == ["start", "checkpoint", "done"]
+    record = json.loads((outcome.checkpoint / "COMMIT.json").read_text())
     assert (record["step"], record["next_index"]) == (20, 160)
     assert {name: entry["rows"] for name, entry in record["ledger"].items()} == {
         "fineweb": 137,
@@ -102,7 +102,7 @@ def test_without_a_target_the_update_is_refused(tmp_path: Path) -> None:
     assert [(line["loss"], line["n_targets"]) for line in lines] == [(None, 0)] * 3
     start = Transformer(plan.config.model)
     start.init_weights(plan.config.seed)
-    weights = load_weights(newest_commit(run))
+    weights = load_weights(newest_checkpoint(run))
     assert all(torch.equal(weights[name], p) for name, p in start.named_parameters())
 
 
@@ -119,12 +119,12 @@ def test_refused_updates_without_end_are_an_error(
     monkeypatch.setattr(Transformer, "forward", poisoned)
     changes = {"guard__patience": 2, "guard__max_rollbacks": 1}
     plan = small_plan(shards, checkpoint__interval_steps=1, precision="fp32", **changes)
-    message = r"step 5: 3 updates in a row were refused, after 1 rollbacks; the run is committed"
+    message = r"step 5: 3 updates in a row were refused, after 1 rollbacks; the run is saved"
     with pytest.raises(TrainingError, match=message):
         train(plan, tmp_path)
     # a step's numbers are read one step late
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-    assert [commit.name for commit in commits(tmp_path)] == ["step-2", "step-6"]
+    assert [checkpoint.name for checkpoint in checkpoints(tmp_path)] == ["step-2", "step-6"]
     assert events_of(tmp_path).count("rollback") == 1
 
 

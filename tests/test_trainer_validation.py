@@ -18,8 +18,8 @@ import pipeline_samples
 from model.transformer import Transformer
 from pipeline.text.tokenizer import Tokenizer
 from shards.reader import ShardReader
-from trainer.checkpoint.checkpoint import load_weights
-from trainer.checkpoint.runs import newest_commit
+from trainer.checkpoint.runs import newest_checkpoint
+from trainer.checkpoint.storage import load_weights
 from trainer.errors import ConfigError
 from trainer.metrics.metrics import read_lines
 from trainer.metrics.profiling import parse_steps
@@ -85,7 +85,7 @@ def test_held_out_rows_and_evaluation_texts_are_scored(shards: Path, tmp_path: P
     assert (set(plan.weights), plan.evaluated) == ({"fineweb", "pg19"}, ("wikitext2",))
     train(plan, tmp_path)
     model = Transformer(plan.config.model)
-    model.load_state_dict(load_weights(newest_commit(tmp_path)))
+    model.load_state_dict(load_weights(newest_checkpoint(tmp_path)))
     line = read_lines(tmp_path / "metrics.jsonl")[-1]
     assert set(line["val"]) == set(line["val_bits"]) == {"fineweb", "pg19", "wikitext2"}
     for name in line["val"]:
@@ -143,7 +143,7 @@ def test_watching_changes_nothing(shards: Path, tmp_path: Path) -> None:
     train(small_plan(shards, **common, **quiet), tmp_path / "off")
     train(small_plan(shards, **common, **WATCHED), tmp_path / "on")
     runs = [tmp_path / "off", tmp_path / "on"]
-    records = [json.loads((newest_commit(run) / "COMMIT.json").read_text()) for run in runs]
+    records = [json.loads((newest_checkpoint(run) / "COMMIT.json").read_text()) for run in runs]
     assert records[0]["files"] == records[1]["files"]
     keys = ("step", "loss", "lr", "grad_norm", "n_targets", "next_index", "ledger")
     logs = [[[line[k] for k in keys] for line in read_lines(r / "metrics.jsonl")] for r in runs]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.faults.guard import Guard
 from trainer.metrics.step_metrics import Late, Reading
 from trainer.session import network as parallel
-from trainer.session.save import Committer
+from trainer.session.save import CheckpointSaver
 from trainer.train import train
 from trainer_samples import make_shards, small_plan
 
@@ -99,7 +99,7 @@ def is_device(target: object) -> bool:
 def host_traffic(shards: Path, run: Path, patch: pytest.MonkeyPatch) -> set[str]:
     """The places of all host traffic between the start of the second step and the end."""
     traffic, steps = HostTraffic(), ExitStack()
-    reseed, commit = parallel.reseed_attention_dropout, Committer.commit
+    reseed, checkpoint = parallel.reseed_attention_dropout, CheckpointSaver.checkpoint
 
     def begin(config: Any, step: int, micro_step: int, rank: int) -> None:
         if (step, micro_step) == (1, 0):
@@ -107,12 +107,12 @@ def host_traffic(shards: Path, run: Path, patch: pytest.MonkeyPatch) -> set[str]
             steps.enter_context(InnerReads(traffic.places))
         reseed(config, step, micro_step, rank)
 
-    def end(committer: Committer, **options: Any) -> None:
+    def end(saver: CheckpointSaver, **options: Any) -> None:
         steps.close()
-        commit(committer, **options)
+        checkpoint(saver, **options)
 
     patch.setattr("trainer.train.reseed_attention_dropout", begin)
-    patch.setattr(Committer, "commit", end)
+    patch.setattr(CheckpointSaver, "checkpoint", end)
     # the loader handles host tensors in a process of its own: what is seen here is on the device
     train(small_plan(shards, loader__num_workers=1, micro_batch_size=4, max_steps=4), run)
     return traffic.places

@@ -31,7 +31,7 @@ from tools.evaluate import main as evaluate
 from tools.models import hf_folder as hugging_face
 from tools.models.loading import Choice, load
 from tools.trace import main as trace
-from trainer.checkpoint.checkpoint import read_record
+from trainer.checkpoint.storage import read_record
 from trainer.cli import main as train
 from trainer.config import config as config_module
 from trainer.config.config import RunConfig, configure, load_config
@@ -118,7 +118,7 @@ def test_a_run_goes_on_under_a_version_with_one_more_key(
     expected = json.loads((GOLDEN / golden.EXPECTED).read_text())
     assert golden.logged(RUN) == near(expected["logged"])
     events = [line["event"] for line in golden.json_lines((RUN / "events.jsonl").read_text())]
-    assert events[-3:] == ["resume", "commit", "done"]
+    assert events[-3:] == ["resume", "checkpoint", "done"]
     stored = json.loads((RUN / "config.json").read_text())
     assert (stored[section] if section else stored)["novelty"] is False
 

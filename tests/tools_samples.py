@@ -16,7 +16,7 @@ from shards.writer import ShardWriter, write_manifest
 from tools.conversion.convert import ALONE
 from tools.models.loading import LoadedModel, sha256_of_weights
 from tools.models.vocabulary import Vocabulary
-from trainer.checkpoint.checkpoint import save, tensors_of
+from trainer.checkpoint.storage import save, tensors_of
 from trainer.config.config import RunConfig, save_config
 
 SEQ_LEN = 32
@@ -62,7 +62,7 @@ def sample_loaded(**changes: Any) -> LoadedModel:
 
 
 def write_run(run: Path, steps: tuple[int, ...] = (2, 4)) -> dict[int, Transformer]:
-    """A run with a commit at each of `steps`, and the models that were committed."""
+    """A run with a checkpoint at each of `steps`, and the models that were saved."""
     run.mkdir(parents=True)
     save_config(run, RunConfig(model=sample_config(), mixture={"s": 1.0}))
     (run / TOKENIZER).write_bytes(sample_tokenizer().model)
@@ -78,7 +78,8 @@ def write_run(run: Path, steps: tuple[int, ...] = (2, 4)) -> dict[int, Transform
 
 
 def trained_run(run: Path, record: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A run with one commit of a random model of that shape, whose layers say more than its head.
+    """A run with one checkpoint of a random model of that shape, whose layers say more than its
+    head.
 
     (Those of `sample_model` are so quiet that it repeats one id for ever.)
     """

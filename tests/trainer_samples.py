@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from shards_samples import make_source
-from trainer.checkpoint.checkpoint import _read_tensors, load_weights
-from trainer.checkpoint.runs import newest_commit
+from trainer.checkpoint.runs import newest_checkpoint
+from trainer.checkpoint.storage import _read_tensors, load_weights
 from trainer.config.config import configure
 from trainer.config.plan import Plan, make_plan
 from trainer.distributed.world import World
@@ -33,7 +33,7 @@ SMALL = {
     "loader.num_workers": 0,
     "validation.interval": 0,
     "checkpoint.interval_steps": 0,
-    "checkpoint.asynchronous": "false",  # so that it is known what is committed when
+    "checkpoint.asynchronous": "false",  # so that it is known what is saved when
     "optim.warmup_steps": 2,
 }
 
@@ -88,13 +88,13 @@ def events_of(run: Path) -> list[str]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    a, b = load_weights(newest_commit(one)), load_weights(newest_commit(other))
+    a, b = load_weights(newest_checkpoint(one)), load_weights(newest_checkpoint(other))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def tensor_files(commit: Path) -> dict[str, bytes]:
-    """The files of weights and moments of a commit."""
-    return {path.name: path.read_bytes() for path in commit.glob("*.safetensors")}
+def tensor_files(checkpoint: Path) -> dict[str, bytes]:
+    """The files of weights and moments of a checkpoint."""
+    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
 
 
 def free_ports(n: int) -> list[int]:
@@ -125,13 +125,13 @@ def on_ranks(n: int, act: Callable[..., None], *arguments: Any) -> None:
     assert [process.exitcode for process in processes] == [0] * n
 
 
-def tensors_in(commit: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a commit, whole."""
-    stored = HuggingFaceStorageReader(str(commit)).read_metadata().state_dict_metadata
+def tensors_in(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole."""
+    stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    _read_tensors(commit, tensors, None)
+    _read_tensors(checkpoint, tensors, None)
     return tensors

@@ -1,7 +1,7 @@
 """Tools: they look at the floors below from above, and nobody imports them.
 
 Commands       evaluate generate trace convert plan doctor report rehearse; demo (`make demo`)
-loading        a run, a commit or a Llama folder -> the model with its tokenizer
+loading        a run, a checkpoint or a Llama folder -> the model with its tokenizer
 vocabulary     what a tokenizer must offer to be scored or to write
 protocols      text -> windows: which ids are read, which are scored
 scoring        windows -> nats                        perplexity  nats -> figures

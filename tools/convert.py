@@ -23,7 +23,9 @@ _FOLDER = click.Path(path_type=Path)
 
 
 @click.command(epilog="Example: summer-convert --from TinyLlama-1.1B --to runs/tinyllama")
-@click.option("--from", "source", type=_FOLDER, required=True, help="A run, commit or HF folder.")
+@click.option(
+    "--from", "source", type=_FOLDER, required=True, help="A run, checkpoint or HF folder."
+)
 @click.option("--to", "target", type=_FOLDER, required=True, help="The folder to make.")
 @click.option(
     "--format",

@@ -5,8 +5,9 @@
 1. learns a vocabulary of 2,048 entries from the standard library's sources and pydoc's topics;
 2. prepares both as sources: shards, with 2 % of the documents held out;
 3. trains a small model on their mixture, kills it with SIGKILL in the middle, starts it again;
-4. trains a twin that nobody disturbs up to a commit past the kill, and compares every file of the
-   two commits, weights and optimizer moments, by SHA-256;
+4. trains a twin that nobody disturbs up to a checkpoint past the kill, and compares every file of
+the
+   two checkpoints, weights and optimizer moments, by SHA-256;
 5. scores the model on the held-out documents, beside a unigram, gzip and xz;
 6. shows what it writes at the beginning, in the middle and at the end of training.
 
@@ -25,12 +26,12 @@ from typing import TYPE_CHECKING, Final
 from shards.errors import one_line_failures
 from tools.rehearsal.runs import (
     Comparison,
-    commit_of,
-    compare_commits,
+    compare_checkpoints,
     last_step,
+    record_of,
     train,
     train_and_kill,
-    train_until_commit,
+    train_until_checkpoint,
 )
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ RESULT: Final = DEMO / "result.json"
 
 SOURCES: Final = ("python-code", "python-docs")
 SEQ_LEN, VOCAB_SIZE, VAL_FRACTION = 256, 2048, 0.02
-STEPS, COMMIT_EVERY, KILL_AFTER = 240, 40, 105
-TWIN_STEPS = 120  # the twin's last commit: the first one past the kill
+STEPS, CHECKPOINT_EVERY, KILL_AFTER = 240, 40, 105
+TWIN_STEPS = 120  # the twin's last checkpoint: the first one past the kill
 SETTINGS: Final = {
     "max_steps": STEPS,
     "global_batch_tokens": 4096,
@@ -54,9 +55,9 @@ SETTINGS: Final = {
     "optim.lr": 4e-3,
     "mixture.python-code": 80,
     "mixture.python-docs": 20,
-    "validation.interval": COMMIT_EVERY,
-    "checkpoint.interval_steps": COMMIT_EVERY,
-    "checkpoint.keep_every": COMMIT_EVERY,
+    "validation.interval": CHECKPOINT_EVERY,
+    "checkpoint.interval_steps": CHECKPOINT_EVERY,
+    "checkpoint.keep_every": CHECKPOINT_EVERY,
 }
 PROMPT: Final = "def __init__(self, "
 
@@ -139,16 +140,16 @@ class StepLine:
 
 def train_with_a_kill() -> int | None:
     """Train the run; the step at which it was killed, None if it was there already."""
-    if commit_of(RUN, STEPS).exists():
+    if record_of(RUN, STEPS).exists():
         print(f"{RUN} is trained already: kept")
         return None
     print(f"summer-train {' '.join(training_arguments())} --out {RUN}")
     killed_at = None
     if last_step(RUN) < KILL_AFTER:
         killed_at = train_and_kill(training_arguments(), RUN, KILL_AFTER, StepLine())
-        resumed_from = killed_at // COMMIT_EVERY * COMMIT_EVERY
+        resumed_from = killed_at // CHECKPOINT_EVERY * CHECKPOINT_EVERY
         print(f"killed with SIGKILL after step {killed_at}; the same command again goes on from")
-        print(f"the last commit, step {resumed_from}")
+        print(f"the last checkpoint, step {resumed_from}")
     train(training_arguments(), RUN, StepLine())
     losses = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in losses]
@@ -159,9 +160,9 @@ def train_with_a_kill() -> int | None:
 
 def compare_with_twin(killed_at: int | None) -> Comparison:
     """Train the twin, if it is not there, and compare."""
-    if not commit_of(TWIN, TWIN_STEPS).exists():
-        train_until_commit(training_arguments(), TWIN, TWIN_STEPS, StepLine())
-    comparison = compare_commits(RUN, TWIN, TWIN_STEPS)
+    if not record_of(TWIN, TWIN_STEPS).exists():
+        train_until_checkpoint(training_arguments(), TWIN, TWIN_STEPS, StepLine())
+    comparison = compare_checkpoints(RUN, TWIN, TWIN_STEPS)
     for name, (here, there) in comparison.files.items():
         print(f"  {name}: {(here or 'absent')[:16]} and {(there or 'absent')[:16]}")
     verdict = "bit for bit the same" if comparison.identical else "DIFFERENT"
@@ -182,13 +183,13 @@ def evaluate() -> HeldOut:
 
 
 def show_samples() -> None:
-    """Continuations of one prompt by the first, a middle and the last commit."""
+    """Continuations of one prompt by the first, a middle and the last checkpoint."""
     from tools.generation.generation import Generation, complete
     from tools.generation.sampling import Sampling
     from tools.models.loading import Choice, load
 
-    for step in (COMMIT_EVERY, STEPS // 2, STEPS):
-        loaded = load(Choice(checkpoint=commit_of(RUN, step).parent))
+    for step in (CHECKPOINT_EVERY, STEPS // 2, STEPS):
+        loaded = load(Choice(checkpoint=record_of(RUN, step).parent))
         options = Generation(max_tokens=60, sampling=Sampling(temperature=0.5, top_k=40, seed=2))
         text = complete(loaded, PROMPT, options)
         print(f"  step {step}:")

@@ -6,7 +6,7 @@ summer-eval arc_easy hellaswag --hf SmolLM2-135M --limit 100
 summer-eval mmlu --num-fewshot 5 --log-items mmlu.jsonl
 summer-eval heldout --run runs/tiny --shards shards/     beside a unigram, gzip and xz
 summer-eval contamination --task arc_easy --shards shards/ --run runs/tiny
-summer-eval lambada piqa --follow runs/tiny              each new commit, beside training
+summer-eval lambada piqa --follow runs/tiny              each new checkpoint, beside training
 summer-eval selftest                                     can the evaluator itself be believed here?
 summer-eval mmlu --nproc 8                               the work shared by eight devices
 """
@@ -44,9 +44,9 @@ _COUNT = click.IntRange(min=1)
 
 @click.command(epilog="Example: summer-eval wikitext2 --data wiki.test.raw --protocol stride")
 @click.argument("tasks", nargs=-1, required=True, metavar="TASK...")
-@click.option("--run", type=_FOLDER, help="A run, at its newest commit.  [default: newest run]")
-@click.option("--checkpoint", type=_FOLDER, help="One commit: runs/NAME/checkpoints/step-N.")
-@click.option("--follow", type=_FOLDER, help="Score each commit of a run as it appears.")
+@click.option("--run", type=_FOLDER, help="A run, at its newest checkpoint.  [default: newest run]")
+@click.option("--checkpoint", type=_FOLDER, help="One checkpoint: runs/NAME/checkpoints/step-N.")
+@click.option("--follow", type=_FOLDER, help="Score each checkpoint of a run as it appears.")
 @click.option("--hf", type=_FOLDER, help="A Llama-family folder (safetensors, tokenizer).")
 @click.option("--data", type=_FOLDER, help="A local copy (.parquet, .jsonl; wikitext: .raw).")
 @click.option("--shards", type=_FOLDER, default=Path("shards"), help="Prepared sources.")
@@ -135,11 +135,11 @@ def _selftest() -> int:
 
 
 def _follow(run: Path, tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
-    """The outcomes of each commit of a run, oldest first, until its last step."""
+    """The outcomes of each checkpoint of a run, oldest first, until its last step."""
     from tools.evaluation.follow import follow
 
-    def evaluate(commit: Path, missing: Sequence[str]) -> Iterator[Outcome]:
-        return _score(missing, {**options, "run": None, "checkpoint": commit})
+    def evaluate(checkpoint: Path, missing: Sequence[str]) -> Iterator[Outcome]:
+        return _score(missing, {**options, "run": None, "checkpoint": checkpoint})
 
     if any(options[name] for name in ("run", "checkpoint", "hf")):
         raise click.UsageError("--follow names the run: leave --run, --checkpoint and --hf out")
@@ -155,7 +155,9 @@ def _score(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
     named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
     choice = Choice(**named)
     loaded = load(choice)
-    given = Options(**options, commit=choice.commit if options["contamination"] else None)
+    given = Options(
+        **options, checkpoint=choice.checkpoint_dir if options["contamination"] else None
+    )
     for task in tasks:
         with _progress_bar(task) as progress:
             yield run_task(task, loaded, given, progress)
@@ -171,7 +173,7 @@ def _search(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
         raise click.UsageError("contamination needs a --task (as often as you like)")
     named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
     has_run = named["run"] or named["checkpoint"]
-    given = Options(**options, commit=Choice(**named).commit if has_run else None)
+    given = Options(**options, checkpoint=Choice(**named).checkpoint_dir if has_run else None)
     for task in tasks:
         with _progress_bar(task) as progress:
             found = search_contamination(task, given, progress)

@@ -25,8 +25,8 @@ _FOLDER = click.Path(path_type=Path)
 
 
 @click.command(epilog='Example: summer-generate --prompt "The meaning of" --temperature 0.7')
-@click.option("--run", type=_FOLDER, help="A run, at its newest commit.  [default: newest run]")
-@click.option("--checkpoint", type=_FOLDER, help="One commit: runs/NAME/checkpoints/step-N.")
+@click.option("--run", type=_FOLDER, help="A run, at its newest checkpoint.  [default: newest run]")
+@click.option("--checkpoint", type=_FOLDER, help="One checkpoint: runs/NAME/checkpoints/step-N.")
 @click.option("--hf", type=_FOLDER, help="A Llama-family folder (safetensors, tokenizer).")
 @click.option("--prompt", default="", help="Text to go on from; with --chat, the one question.")
 @click.option("--chat", is_flag=True, help="Use the chat template; without --prompt, converse.")

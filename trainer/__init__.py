@@ -11,7 +11,7 @@ Before the first step:
     session.py      a run opened or resumed, and closed
 
 The loop:
-    train.py        one page: loader, model, gradients, update, log, commit
+    train.py        one page: loader, model, gradients, update, log, checkpoint
     mixture.py      sample number -> source, epoch, row: the data order as a pure function
     batches.py      rows -> micro-batches of one rank
     loader.py       micro-batches, read ahead by workers, on the device
@@ -24,14 +24,15 @@ The loop:
     text_bytes.py   how many bytes of text ids stand for
     profiling.py    chosen steps under torch's profiler
     budget.py       when a budget in dollars begins to anneal, and ends the run
-    commits.py      when a commit is due, written beside training; what is kept, and mirrored
-    aftermath.py    what a step's numbers ask for: stop, roll back, commit
+    checkpoints.py      when a checkpoint is due, written beside training; what is kept, and
+                        mirrored
+    aftermath.py    what a step's numbers ask for: stop, roll back, checkpoint
     guard.py        updates that would do harm, refused; what is left out when that persists
 
 What stays:
     runs.py         where a run keeps things
     state.py        what changes while it trains, and how it is found again
-    checkpoint.py   commits: all of that on disk, proven by digests
+    checkpoint.py   checkpoints: all of that on disk, proven by digests
     retention.py    which of them stand: found, set aside, purged, copied
     metrics.py      metrics.jsonl, events.jsonl, TensorBoard
     logbook.py      a step's numbers made into a line

@@ -19,7 +19,7 @@ from shards.errors import one_line_failures
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change one key.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder. [runs/PRESET]")
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH",
-              help="Go on from --out's newest commit, from none, or this one.")  # fmt: skip
+              help="Go on from --out's newest checkpoint, from none, or this one.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the plan and the arithmetic; train nothing.")
 @click.option("--nproc", type=click.IntRange(1), help="Processes on this machine. [its devices]")
 @click.option("--nnodes", default="1", show_default=True, help="Machines.")
@@ -32,7 +32,7 @@ from shards.errors import one_line_failures
 def main(**options: Any) -> None:
     """Train a model on prepared shards, on every device of this machine.
 
-    A run that was killed goes on where it was committed, with the same command. Keys of --set:
+    A run that was killed goes on where it was saved, with the same command. Keys of --set:
     see the plan that --dry-run prints.
 
     Example: summer-train --shards shards/ --preset tiny --set max_steps=40

@@ -10,7 +10,7 @@ class ConfigError(SummerError):
 
 
 class CheckpointError(SummerError):
-    """A commit that cannot be written, or none that can be loaded."""
+    """A checkpoint that cannot be written, or none that can be loaded."""
 
 
 class TrainingError(SummerError):

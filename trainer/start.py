@@ -12,7 +12,7 @@ from typing import TextIO
 import torch
 
 from model.config import count_params
-from trainer.checkpoint.runs import METRICS, commits
+from trainer.checkpoint.runs import METRICS, checkpoints
 from trainer.config.config import Configured, configure
 from trainer.config.plan import Plan, describe, make_plan
 from trainer.distributed.devices import pick_device
@@ -62,7 +62,7 @@ class Request:
 
 
 def start(request: Request, stream: TextIO) -> int:
-    """The exit code: 0 when the run is complete, 75 when it was asked to stop and has committed."""
+    """The exit code: 0 when the run is complete, 75 when it was asked to stop and has saved."""
     configured = configure(
         preset=request.preset, file=request.file, sets=request.sets, shards=request.shards
     )
@@ -112,7 +112,7 @@ def _default_run(run: Path, resume: str) -> Path:
     """runs/PRESET, or the next free runs/PRESET-N for a run that must not go on from another."""
     number = 1
     free = run
-    while resume == "never" and commits(free):
+    while resume == "never" and checkpoints(free):
         number += 1
         free = run.with_name(f"{run.name}-{number}")
     return free

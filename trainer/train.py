@@ -1,4 +1,4 @@
-"""One run, from its plan to its last commit.
+"""One run, from its plan to its last checkpoint.
 
     plan = make_plan(configure(preset="tiny", sets=["max_steps=40"], shards="shards/"))
     train(plan, Path("runs/tiny"))            # summer-train --shards shards/ --preset tiny
@@ -14,7 +14,7 @@ What happens to a step's tokens:
     finds the gradient harmful; then the device skips the update by itself.
 6.  The numbers of the step are on their way to the host, where `logbook.py` reads them a step
     later: the processor never waits for the device.
-7.  When a commit is due, `checkpoint.py` writes all of this down, proven, and the run can be
+7.  When a checkpoint is due, `checkpoint.py` writes all of this down, proven, and the run can be
     killed: the same command goes on from there, bit for bit.
 """
 
@@ -24,7 +24,7 @@ import gc
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from trainer.checkpoint.runs import newest_commit
+from trainer.checkpoint.runs import newest_checkpoint
 from trainer.config.plan import Plan
 from trainer.distributed.allocator import keep_freed_memory
 from trainer.distributed.world import join_world, restarted_by_torchrun
@@ -48,24 +48,25 @@ from trainer.session.network import (
     no_sync_unless_last,
     reseed_attention_dropout,
 )
-from trainer.session.save import open_committer
+from trainer.session.save import open_saver
 from trainer.session.session import Session, begin, claim, open_held_out, open_loader
 from trainer.session.state import State
 
 STOPPED: Final = "stopped"
-"""The event of a run that was asked to stop and has committed."""
+"""The event of a run that was asked to stop and has saved."""
 
 
 class Outcome(NamedTuple):
-    """How a run ended: after which step, whether because it was asked to, and its last commit."""
+    """How a run ended: after which step, whether because it was asked to, and its last
+    checkpoint."""
 
     step: int
     stopped: bool
-    commit: Path
+    checkpoint: Path
 
 
 def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None = None) -> Outcome:
-    """How the run ended. It is committed then; `train` with the same plan goes on from there."""
+    """How the run ended. It is saved then; `train` with the same plan goes on from there."""
     orders, again = ordered_faults(), restarted_by_torchrun()
     refuse_unmet(orders, plan.shape.world_size, plan.config.max_steps)
     with (
@@ -83,9 +84,9 @@ def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None 
                 with (
                     begin(plan, run, resume, world, screen or Silent(), again=again) as found,
                     open_loader(*found, faults) as loader,
-                    open_committer(*found) as committer,
+                    open_saver(*found) as saver,
                 ):
-                    return _go_on(Job(*found, loader, committer, heart, faults, asked_to_stop))
+                    return _go_on(Job(*found, loader, saver, heart, faults, asked_to_stop))
             except RolledBackError:
                 again = True
             gc.collect()  # the model that is left behind, before another is made
@@ -93,7 +94,7 @@ def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None 
 
 def _go_on(job: Job) -> Outcome:
     """Train from the state that was found to the end, or until some rank is asked to stop."""
-    session, state, loader, committer, heart, faults, _ = job
+    session, state, loader, saver, heart, faults, _ = job
     plan, world, optimizer = session.plan, session.world, session.optimizer
     config, shape, model = plan.config, plan.shape, session.network.model
     guard = Guard(config.guard, state.norms, world.device)
@@ -103,7 +104,7 @@ def _go_on(job: Job) -> Outcome:
     held_out = open_held_out(plan, world)
     profiler = StepProfiler(parse_steps(config.profile_steps if world.is_main else ""), session.run)
     loss_scale = world.world_size / plan.step_tokens  # W / (G T)
-    stop = commit = False
+    stop = checkpoint = False
     while state.step < state.last_step(config.max_steps) and not stop:
         profiler.before(state.step + 1)
         lr = set_lr(optimizer, lr_at(state.step, config.optim, config.max_steps, state.anneal))
@@ -135,22 +136,22 @@ def _go_on(job: Job) -> Outcome:
             heart.mark(state.step, "validation")
             with watch.paused("evaluation"):
                 logbook.add(held_out.scores(session.network.bare, autocast(config, world.device)))
-        commit = commit or wished or committer.due()
-        if commit and not state.refused_in_a_row:  # a rollback must find one from before them
-            heart.mark(state.step, "commit")
+        checkpoint = checkpoint or wished or saver.due()
+        if checkpoint and not state.refused_in_a_row:  # a rollback must find one from before them
+            heart.mark(state.step, "checkpoint")
             asked, _ = look_at(logbook.settle(), job)
             stop = stop or asked
             if not state.refused_in_a_row:
                 with watch.paused("checkpoint"):
-                    committer.commit()
+                    saver.checkpoint()
                     if state.anneal is not None and state.anneal.first_step == state.step:
-                        committer.wait()  # what follows from the clock must be on disk first
-                commit = False
+                        saver.wait()  # what follows from the clock must be on disk first
+                checkpoint = False
         profiler.after(state.step)
-    heart.mark(state.step, "commit")
+    heart.mark(state.step, "checkpoint")
     look_at(logbook.settle(), job)
     with watch.paused("checkpoint"):
-        committer.commit(last=True)
+        saver.checkpoint(last=True)
     profiler.after(state.step, last=True)
     return _ended(session, state)
 
@@ -159,7 +160,7 @@ def _wishes(job: Job, budget: Budget) -> Wishes:
     """What this rank knows of the step under way and the others do not."""
     return Wishes(
         stop=job.asked_to_stop(),
-        commit=job.committer.clock_wishes(),
+        checkpoint=job.saver.clock_wishes(),
         refuse=job.state.first_index in job.session.recorded.refused,
         damaged=job.loader.damage is not None,
         budget=budget.wish(),
@@ -168,12 +169,12 @@ def _wishes(job: Job, budget: Budget) -> Wishes:
 
 def _ended(session: Session, state: State) -> Outcome:
     last_step = state.last_step(session.plan.config.max_steps)
-    commit, stopped = newest_commit(session.run), state.step < last_step
+    checkpoint, stopped = newest_checkpoint(session.run), state.step < last_step
     seconds = goodput.parts(state.time_s, state.spent_s)
     session.screen.say(spent_line(seconds, session.plan.config))
     if stopped:
-        text = f"stopped at step {state.step}, committed: the same command goes on"
+        text = f"stopped at step {state.step}, saved: the same command goes on"
         session.tell(text, STOPPED, step=state.step, spent_s=seconds)
     else:
-        session.tell(f"done: {commit}", "done", step=state.step, spent_s=seconds)
-    return Outcome(state.step, stopped, commit)
+        session.tell(f"done: {checkpoint}", "done", step=state.step, spent_s=seconds)
+    return Outcome(state.step, stopped, checkpoint)

@@ -23,12 +23,12 @@ import torch
 
 from shards.format import Facts, Part, TokenizerInfo, token_dtype
 from shards.writer import ShardWriter, write_manifest
-from trainer.checkpoint.runs import newest_commit
+from trainer.checkpoint.runs import newest_checkpoint
 from trainer.config.config import configure
 from trainer.config.plan import Plan, make_plan
 from trainer.metrics.metrics import read_lines
 from trainer.session import network as parallel
-from trainer.session.save import Committer
+from trainer.session.save import CheckpointSaver
 from trainer.train import train
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -95,9 +95,9 @@ def killed_and_resumed(work: Path, device: str, small: bool, timeout_s: float) -
             done = subprocess.run(command, capture_output=True, timeout=timeout_s, env=environment)
         if done is None or done.returncode:
             raise RuntimeError("" if done is None else done.stderr.decode()[-500:])
-        commit = newest_commit(run)
+        checkpoint = newest_checkpoint(run)
         ends[name] = (
-            {file.name: file.read_bytes() for file in sorted(commit.glob("*.safetensors"))},
+            {file.name: file.read_bytes() for file in sorted(checkpoint.glob("*.safetensors"))},
             [(line["step"], line["loss"]) for line in read_lines(run / "metrics.jsonl")],
             starts,
         )
@@ -177,7 +177,7 @@ def device_slug(device: str) -> str:
 def waits(work: Path, device: str, small: bool) -> list[str]:
     """Lines that name every place that waited for the device from the fourth step to the end."""
     plan = plan_of(work, run_sets(device, small))
-    reseed, commit = parallel.reseed_attention_dropout, Committer.commit
+    reseed, checkpoint = parallel.reseed_attention_dropout, CheckpointSaver.checkpoint
     watch = contextlib.ExitStack()
     seen: list[warnings.WarningMessage] = []
 
@@ -191,13 +191,13 @@ def waits(work: Path, device: str, small: bool) -> list[str]:
                 watch.callback(lambda: torch.cuda.set_sync_debug_mode("default"))
         reseed(config, step, micro_step, rank)
 
-    def end(committer: Committer, **options: Any) -> None:
+    def end(saver: CheckpointSaver, **options: Any) -> None:
         watch.close()
-        commit(committer, **options)
+        checkpoint(saver, **options)
 
     with (
         mock.patch("trainer.train.reseed_attention_dropout", begin),
-        mock.patch.object(Committer, "commit", end),
+        mock.patch.object(CheckpointSaver, "checkpoint", end),
     ):
         train(plan, work / "waits-run")
     places = Counter(

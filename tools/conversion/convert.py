@@ -33,8 +33,8 @@ from tools.models.hf_folder import (
 )
 from tools.models.loading import Choice, LoadedModel, load, refuse_misfit
 from tools.models.vocabulary import Vocabulary
-from trainer.checkpoint.checkpoint import save
-from trainer.checkpoint.runs import COMMIT, newest_commit
+from trainer.checkpoint.runs import RECORD, newest_checkpoint
+from trainer.checkpoint.storage import save
 from trainer.config.config import RunConfig, save_config
 from trainer.distributed.world import World
 
@@ -66,7 +66,7 @@ class Converted(NamedTuple):
 
 
 def convert(source: Path, target: Path, wanted: Format | None = None) -> Converted:
-    """Convert a run (or one of its commits) or a Hugging Face folder into the other kind.
+    """Convert a run (or one of its checkpoints) or a Hugging Face folder into the other kind.
 
     ConversionError where the model has no equal on the other side, or where the logits differ.
     """
@@ -91,7 +91,7 @@ def convert(source: Path, target: Path, wanted: Format | None = None) -> Convert
 
 
 def _to_summer(source: Path, folder: Path) -> _Checked:
-    """A run with one commit, at step 0: `--run` reads it and `init_from` trains on from it."""
+    """A run with one checkpoint, at step 0: `--run` reads it and `init_from` trains on from it."""
     config, weights = read_model(source)
     tokenizer = read_sentencepiece(source)
     refuse_misfit(str(source), config, weights, Vocabulary.of_sentencepiece(tokenizer))
@@ -101,7 +101,7 @@ def _to_summer(source: Path, folder: Path) -> _Checked:
     publish_bytes(folder / TOKENIZER, tokenizer.model)
     record = {"step": 0, "next_index": 0, "converted_from": source.name}
     save(folder, {f"model.{name}": weight for name, weight in weights.items()}, record, ALONE)
-    made = load(Choice(checkpoint=newest_commit(folder), device="cpu", dtype="fp32"))
+    made = load(Choice(checkpoint=newest_checkpoint(folder), device="cpu", dtype="fp32"))
     theirs = _transformers().AutoModelForCausalLM
     if is_own_architecture(source):  # its code is ours: the folder's copy might be anybody's
         from tools.models.modeling_summerlm import SummerLMForCausalLM as theirs  # noqa: N813
@@ -111,11 +111,11 @@ def _to_summer(source: Path, folder: Path) -> _Checked:
 def _to_hugging_face(source: Path, folder: Path) -> _Checked:
     if not source.is_dir():
         raise ConversionError(f"{source}: no such folder: name a run or a Hugging Face folder")
-    commit = source if (source / COMMIT).is_file() else newest_commit(source)
-    loaded = load(Choice(checkpoint=commit, device="cpu", dtype="fp32"))
-    tokenizer = Tokenizer.load(commit.resolve().parents[1] / TOKENIZER)
+    checkpoint = source if (source / RECORD).is_file() else newest_checkpoint(source)
+    loaded = load(Choice(checkpoint=checkpoint, device="cpu", dtype="fp32"))
+    tokenizer = Tokenizer.load(checkpoint.resolve().parents[1] / TOKENIZER)
     write_folder(folder, loaded.model.config, loaded.model.state_dict(), tokenizer)
-    publish_bytes(folder / "README.md", model_card(commit, loaded).encode())
+    publish_bytes(folder / "README.md", model_card(checkpoint, loaded).encode())
     _compare_ids(folder, tokenizer)
     theirs = _transformers().AutoModelForCausalLM.from_pretrained
     code = {"trust_remote_code": True} if is_own_architecture(folder) else {}  # just written

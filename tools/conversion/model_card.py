@@ -11,8 +11,8 @@ from model.config import ModelConfig, count_params
 from shards.versions import VERSION
 from tools.models.llama import is_llama
 from tools.models.loading import LoadedModel
-from trainer.checkpoint.checkpoint import read_record
 from trainer.checkpoint.runs import EVALUATIONS
+from trainer.checkpoint.storage import read_record
 
 _HEAD: Final = """---
 library_name: transformers
@@ -22,10 +22,10 @@ tags: [summerlm]
 """
 
 
-def model_card(commit: Path, loaded: LoadedModel) -> str:
-    """The README.md of a folder with the commit's weights."""
-    config, record = loaded.model.config, read_record(commit)
-    run = commit.resolve().parents[1]
+def model_card(checkpoint: Path, loaded: LoadedModel) -> str:
+    """The README.md of a folder with the checkpoint's weights."""
+    config, record = loaded.model.config, read_record(checkpoint)
+    run = checkpoint.resolve().parents[1]
     lines = [
         f"# {run.name}",
         "",
@@ -36,7 +36,7 @@ def model_card(commit: Path, loaded: LoadedModel) -> str:
         "",
         *_table(("what", "value"), _facts(run, record, loaded)),
         *_data(record),
-        *_evaluations(run, commit),
+        *_evaluations(run, checkpoint),
     ]
     return _HEAD + "\n".join(lines)
 
@@ -111,11 +111,13 @@ def _data(record: Mapping[str, Any]) -> list[str]:
     return ["## Data", "", *_table(("source", "rows", "tokens", "epochs", "root"), rows)]
 
 
-def _evaluations(run: Path, commit: Path) -> list[str]:
-    """The cards that are kept in the run: those of this commit, and those in its own folder."""
-    found = [*sorted((run / EVALUATIONS / commit.name).glob("*.md")), *sorted(run.glob("*.md"))]
+def _evaluations(run: Path, checkpoint: Path) -> list[str]:
+    """The cards that are kept in the run: those of this checkpoint, and those in its own folder."""
+    found = [*sorted((run / EVALUATIONS / checkpoint.name).glob("*.md")), *sorted(run.glob("*.md"))]
     cards = [path.read_text(encoding="utf-8").strip() + "\n" for path in found]
-    none = ["No evaluation card of this commit was kept in the run (summer-eval TASK --follow).\n"]
+    none = [
+        "No evaluation card of this checkpoint was kept in the run (summer-eval TASK --follow).\n"
+    ]
     return ["## Evaluation", "", *(card.replace("## ", "### ", 1) for card in cards or none)]
 
 

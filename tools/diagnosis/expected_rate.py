@@ -10,9 +10,9 @@ That was 0.98 to 1.10 of the rate of the whole `tiny` (rows of 1024, one CPU thr
 Elsewhere it is made of the measured rates alone: products at the rate of large square products,
 each saved activation moved four times, forty bytes a parameter for clipping and AdamW. That is an
 upper bound, as small or oddly shaped work is slower: on the same CPU 4 times too high compiled, 7
-times not. Both leave out waiting for data, commits and validation. Of the exchange, what the last
-backward pass (two thirds of its micro-batch) does not cover counts, at least a block's part; on
-the CPU all of it, for there is nothing to cover it with.
+times not. Both leave out waiting for data, checkpoints and validation. Of the exchange, what the
+last backward pass (two thirds of its micro-batch) does not cover counts, at least a block's part;
+on the CPU all of it, for there is nothing to cover it with.
 """
 
 from __future__ import annotations

@@ -98,13 +98,13 @@ def _files(subject: Subject) -> int:
 
 
 def host_memory(subject: Subject) -> Iterator[Finding]:
-    """Whether commits can be written beside training."""
+    """Whether checkpoints can be written beside training."""
     free = available_memory_bytes()
     if free is None:
         return
     needed = _STAGED_A_PARAMETER * count_params(subject.config.model)
-    text = f"{free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB needed to commit beside training"
+    text = f"{free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB needed to checkpoint beside training"
     if free >= needed:
         yield Finding("ok", "host memory", text)
     else:
-        yield Finding("warn", "host memory", f"{text}: it will wait for each commit")
+        yield Finding("warn", "host memory", f"{text}: it will wait for each checkpoint")

@@ -121,7 +121,7 @@ def expected(subject: Subject) -> Iterator[Finding]:
     parts = ", ".join(f"{name} {time:.3g} s" for name, time in expectation.seconds.items())
     text = (
         f"about {rate:,.0f} tokens/s, an ESTIMATE ({expectation.how}): a step of "
-        f"{expectation.tokens:,} tokens = {parts}; without data, commits and validation"
+        f"{expectation.tokens:,} tokens = {parts}; without data, checkpoints and validation"
     )
     figures = {"tokens_per_s": rate, "tokens_per_s_by_rates_alone": expectation.by_rates_alone}
     known = find_accelerator(device_name(subject.device))

@@ -88,7 +88,7 @@ def contamination_card(result: Contamination) -> list[str]:
     """What share of a task's items was found in training text, with examples."""
     parts = [(f"in {result.shards}", result.in_shards)]
     if result.seen is not None:
-        parts.append((f"seen by {result.commit}, {result.next_index:,} samples", result.seen))
+        parts.append((f"seen by {result.checkpoint}, {result.next_index:,} samples", result.seen))
     judged = result.items - result.too_short
     return [
         f"contamination of {result.task}: items that share {N_WORDS} words in a row, of {judged:,} "

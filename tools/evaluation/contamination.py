@@ -1,8 +1,8 @@
 """Contamination: which evaluation items share 13 words in a row with what a model was trained on.
 
 Two figures for each task: over all training rows of the shards, and over the rows that a run has
-drawn up to its newest commit, which its data order tells. The first follows documents from row to
-row; in the second a row stands alone, as it did in training. An item below 13 words cannot be
+drawn up to its newest checkpoint, which its data order tells. The first follows documents from row
+to row; in the second a row stands alone, as it did in training. An item below 13 words cannot be
 judged and is left out of both.
 """
 
@@ -28,7 +28,7 @@ from tools.evaluation.tasks import find_task, read_questions
 from tools.evaluation.wikitext import CONFIGS, pages_of, read_text
 from tools.tracing.provenance import document_name
 from tools.tracing.run_trace import RunTrace
-from trainer.checkpoint.checkpoint import read_record
+from trainer.checkpoint.storage import read_record
 
 _ROWS_AT_ONCE: Final = 64
 _EXAMPLES: Final = 3
@@ -71,7 +71,7 @@ class Contamination:
     shards: str
     roots: dict[str, str]
     in_shards: Overlap
-    commit: str | None = None
+    checkpoint: str | None = None
     next_index: int | None = None
     seen: Overlap | None = None
 
@@ -84,7 +84,9 @@ class Contamination:
         """The figures for a card."""
         line = f"{self.in_shards.share:.2%} of items share {N_WORDS} words with {self.shards}"
         seen = (
-            "" if self.seen is None else f", {self.seen.share:.2%} with what {self.commit} had seen"
+            ""
+            if self.seen is None
+            else f", {self.seen.share:.2%} with what {self.checkpoint} had seen"
         )
         return line + seen
 
@@ -94,13 +96,14 @@ def contamination(
     shards: Path,
     *,
     data: Path | None = None,
-    commit: Path | None = None,
+    checkpoint: Path | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Contamination:
     """The share of a task's items (the first `limit`) that the training rows overlap with.
 
-    With a commit, also with what its run had drawn by then, from the shards that it names itself.
+    With a checkpoint, also with what its run had drawn by then, from the shards that it names
+    itself.
     """
     items = items_of(task, data)[:limit]
     wanted = Wanted(items)
@@ -108,8 +111,8 @@ def contamination(
     readers = {name: ShardReader(shards / name, "train", m) for name, m in manifests.items()}
     whole = {name: np.arange(reader.n_rows) for name, reader in readers.items()}
     seen, next_index = None, None
-    if commit is not None:
-        drawn_from, rows, next_index = _seen_rows(commit)
+    if checkpoint is not None:
+        drawn_from, rows, next_index = _seen_rows(checkpoint)
         seen = _search(wanted, drawn_from, rows, apart=True)
     return Contamination(
         task=task,
@@ -118,7 +121,7 @@ def contamination(
         shards=str(shards),
         roots={name: manifest.root for name, manifest in manifests.items()},
         in_shards=_search(wanted, readers, whole, apart=False, progress=progress),
-        commit=None if commit is None else str(commit),
+        checkpoint=None if checkpoint is None else str(checkpoint),
         next_index=next_index,
         seen=seen,
     )
@@ -134,14 +137,14 @@ def items_of(task: str, data: Path | None = None) -> list[str]:
 
 
 def _seen_rows(
-    commit: Path,
+    checkpoint: Path,
 ) -> tuple[Mapping[str, ShardReader], dict[str, npt.NDArray[np.int64]], int]:
-    """The rows of each source that a run had drawn by a commit, and how many samples that were.
+    """The rows of each source that a run had drawn by a checkpoint, and how many samples that were.
 
     Samples that a rollback jumped over are counted as seen.
     """
-    next_index = int(read_record(commit)["next_index"])
-    trace = RunTrace(commit.resolve().parents[1])
+    next_index = int(read_record(checkpoint)["next_index"])
+    trace = RunTrace(checkpoint.resolve().parents[1])
     drawn = {
         name: np.zeros(n_rows, np.bool_)
         for name, n_rows in zip(trace.order.sources, trace.order.rows, strict=True)

@@ -26,7 +26,7 @@ class Options:
     """What the command's options say; each task takes what concerns it.
 
     `batch_tokens` None is 32,768 on a GPU and 8,192 elsewhere. With `contamination` a card also
-    tells the overlap with `shards`, and with what the run had seen at `commit`.
+    tells the overlap with `shards`, and with what the run had seen at `checkpoint`.
     """
 
     data: Path | None = None
@@ -41,7 +41,7 @@ class Options:
     fewshot_data: Path | None = None
     batch_tokens: int | None = None
     contamination: bool = False
-    commit: Path | None = None
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def search_contamination(name: str, options: Options, progress: Progress) -> Con
         name,
         options.shards,
         data=options.data,
-        commit=options.commit,
+        checkpoint=options.checkpoint,
         limit=options.limit,
         progress=progress,
     )

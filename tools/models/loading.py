@@ -1,4 +1,5 @@
-"""A run, a commit or a Llama-family folder -> the model with its tokenizer, and what they are."""
+"""A run, a checkpoint or a Llama-family folder -> the model with its tokenizer, and what they
+are."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from shards.format import TOKENIZER
 from tools.errors import LoadingError
 from tools.models.hf_folder import read_folder
 from tools.models.vocabulary import Vocabulary
-from trainer.checkpoint.checkpoint import load_weights
-from trainer.checkpoint.runs import COMMIT, CONFIG, newest_commit, newest_run, step_of
+from trainer.checkpoint.runs import CONFIG, RECORD, newest_checkpoint, newest_run, step_of
+from trainer.checkpoint.storage import load_weights
 from trainer.config.config import load_config
 from trainer.distributed.allocator import keep_freed_memory
 from trainer.distributed.devices import pick_device
@@ -45,9 +46,9 @@ class Choice:
     dtype: Precision = "auto"
 
     @property
-    def commit(self) -> Path | None:
-        """The committed checkpoint that is meant; None for a Hugging Face folder."""
-        return None if self.hf else self.checkpoint or newest_commit(self.run or newest_run())
+    def checkpoint_dir(self) -> Path | None:
+        """The checkpoint that is meant; None for a Hugging Face folder."""
+        return None if self.hf else self.checkpoint or newest_checkpoint(self.run or newest_run())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def load(choice: Choice) -> LoadedModel:
     name, config, weights, vocabulary = (
         (str(choice.hf), *read_folder(choice.hf))
         if choice.hf is not None
-        else _from_commit(choice.checkpoint or newest_commit(choice.run or newest_run()))
+        else _from_checkpoint(choice.checkpoint or newest_checkpoint(choice.run or newest_run()))
     )
     refuse_misfit(name, config, weights, vocabulary)
     dtype = choice.dtype if choice.dtype != "auto" else _natural_dtype(device)
@@ -118,23 +119,23 @@ def load(choice: Choice) -> LoadedModel:
     )
 
 
-def _from_commit(commit: Path) -> _Parts:
-    """A committed checkpoint inside its run, which holds the configuration and the tokenizer."""
-    if not (commit / COMMIT).is_file():
+def _from_checkpoint(checkpoint: Path) -> _Parts:
+    """A checkpoint inside its run, which holds the configuration and the tokenizer."""
+    if not (checkpoint / RECORD).is_file():
         raise LoadingError(
-            f"{commit}: no {COMMIT} there: name a committed checkpoint such as "
+            f"{checkpoint}: no {RECORD} there: name a checkpoint such as "
             "runs/NAME/checkpoints/step-1000, or a run with --run"
         )
-    run = commit.resolve().parents[1]
+    run = checkpoint.resolve().parents[1]
     for needed in (CONFIG, TOKENIZER):
         if not (run / needed).is_file():
             raise LoadingError(
-                f"{commit}: its run {run} has no {needed}: copy {needed} and the checkpoint's "
+                f"{checkpoint}: its run {run} has no {needed}: copy {needed} and the checkpoint's "
                 "folder (as checkpoints/step-N) into one folder"
             )
     vocabulary = Vocabulary.of_sentencepiece(Tokenizer.load(run / TOKENIZER))
-    name = f"{_relative(run)}, step {step_of(commit.resolve()):,}"
-    return name, load_config(run).model, load_weights(commit), vocabulary
+    name = f"{_relative(run)}, step {step_of(checkpoint.resolve()):,}"
+    return name, load_config(run).model, load_weights(checkpoint), vocabulary
 
 
 def refuse_misfit(

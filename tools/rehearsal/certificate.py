@@ -12,17 +12,17 @@ from shards.versions import CERTIFICATE, stamp
 
 MEANINGS: Final = {
     "worker dies": "a process that reads rows is killed: another reads on from the same row",
-    "rank killed": "SIGKILL of one rank: all ranks start again from the last commit",
-    "SIGTERM": "one rank is asked to stop: all commit, exit code 75",
+    "rank killed": "SIGKILL of one rank: all ranks start again from the last checkpoint",
+    "SIGTERM": "one rank is asked to stop: all checkpoint, exit code 75",
     "mixture changed": "the same command with other weights goes on from the counts of the old",
-    "full disk": "a commit that does not fit is refused, loudly; training goes on with the old one",
+    "full disk": "a checkpoint that does not fit fails, loudly; training goes on with the old one",
     "rank stopped": "SIGSTOP: the others name it, keep their stacks, and all start again",
     "SIGINT": "as SIGTERM",
-    "row rots": "a flipped bit in a shard: refused, committed before it; summer-prep repair mends",
-    "commit damaged": "a flipped bit in the newest commit: the one before it is gone on from",
+    "row rots": "a flipped bit in a shard: refused, saved before it; summer-prep repair mends",
+    "checkpoint damaged": "a flipped bit in the newest checkpoint: resumed from the one before",
     "gradient NaN": "the update is refused on the device; the replay refuses it too",
     "gradient spike": "as NaN: a norm far outside the recent ones",
-    "bad steps persist": "back to the last good commit, without the samples from there to here",
+    "bad steps persist": "back to the last good checkpoint, without the samples from there to here",
 }
 """Every fault, and what is promised of it."""
 
@@ -36,7 +36,7 @@ class Row:
     detected: bool
     recovered: bool
     steps_lost: int  # steps that had to be made again
-    identical: bool  # the next common commit has the same bytes as the twin's
+    identical: bool  # the next common checkpoint has the same bytes as the twin's
 
     @property
     def kept(self) -> bool:
@@ -53,7 +53,7 @@ class Certificate:
     seconds: float
     versions: dict[str, Any]
     data: dict[str, str]  # each source's root
-    digests: dict[str, tuple[str | None, str | None]]  # of the last commit: hurt, undisturbed
+    digests: dict[str, tuple[str | None, str | None]]  # of the last checkpoint: hurt, undisturbed
     scores: dict[str, float]  # held-out bits per byte of both
     rows: tuple[Row, ...]
 
@@ -99,11 +99,12 @@ def _page(certificate: Certificate) -> Iterator[str]:
             f"{_yes(row.recovered)} | {row.steps_lost} | {_yes(row.identical)} |"
         )
     yield (
-        "\n*Bit-identical*: the next commit that both have, weights and optimizer moments, has the "
+        "\n*Bit-identical*: the next checkpoint that both have, weights and optimizer moments, has "
+        "the "
         "same SHA-256 in every file as that of a run that nothing happened to (for refused updates "
         "and rollbacks: as that of a replay from its events alone).\n"
     )
-    yield "| file of the last commit | hurt | undisturbed |\n|---|---|---|"
+    yield "| file of the last checkpoint | hurt | undisturbed |\n|---|---|---|"
     for name, (here, there) in certificate.digests.items():
         yield f"| {name} | `{here}` | `{there}` |"
     yield "\n| held-out score | bits per byte |\n|---|---|"

@@ -1,12 +1,12 @@
 """The planned run in small, hurt in every way that trainer/faults/inject.py knows.
 
 undisturbed   trained, told to stop in the middle, gone on with another mixture, to the end
-hurt          the same, with a fault in each stretch between two commits; every launch goes on from
-              what the one before left
+hurt          the same, with a fault in each stretch between two checkpoints; every launch goes on
+              from what the one before left
 guarded       gradients that are NaN, too large, and bad for so long that the run rolls back
 replay        the guarded run from the beginning, with nothing but its events beside it
 
-A fault left no trace if the next commit that both runs have is the same, byte for byte.
+A fault left no trace if the next checkpoint that both runs have is the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import torch
 from shards.reader import find_sources
 from tools.errors import RehearsalError
 from tools.rehearsal.certificate import Certificate, Row, publish
-from tools.rehearsal.runs import Comparison, commit_of, compare_commits, last_step, train_hurt
-from trainer.checkpoint.checkpoint import read_record
-from trainer.checkpoint.runs import EVENTS, newest_commit
+from tools.rehearsal.runs import Comparison, compare_checkpoints, last_step, record_of, train_hurt
+from trainer.checkpoint.runs import EVENTS, newest_checkpoint
+from trainer.checkpoint.storage import read_record
 from trainer.metrics.metrics import read_lines
 
 STOPPED_ON_REQUEST: Final = 75  # EX_TEMPFAIL: "try again", which is what a stopped run asks for
-INTERVAL: Final = 6  # steps between commits, and between faults
+INTERVAL: Final = 6  # steps between checkpoints, and between faults
 STRETCHES: Final = 9
 TIMEOUT_S: Final = 15.0  # until a stopped rank is given up
 _LIMIT_S: Final = 600.0
@@ -56,7 +56,7 @@ class Rehearsal:
 
     @cached_property
     def steps(self) -> list[int]:
-        """For each stretch between commits, the step that is hit."""
+        """For each stretch between checkpoints, the step that is hit."""
         chooser = random.Random(self.seed)
         return [n * INTERVAL + chooser.randrange(2, INTERVAL) for n in range(STRETCHES)]
 
@@ -104,8 +104,8 @@ def rehearse(rehearsal: Rehearsal, report: Callable[[str], None]) -> Certificate
     launch(rehearsal, "undisturbed", "", 0, second=True)
     rows = [*hurt(rehearsal, report), *guarded(rehearsal, report)]
     report("scoring both")
-    last = compare_commits(out / "hurt", out / "undisturbed", STRETCHES * INTERVAL)
-    record = read_record(newest_commit(out / "hurt"))
+    last = compare_checkpoints(out / "hurt", out / "undisturbed", STRETCHES * INTERVAL)
+    record = read_record(newest_checkpoint(out / "hurt"))
     certificate = Certificate(
         command=f"summer-train {' '.join(rehearsal.arguments())}",
         steps=last.step,
@@ -177,12 +177,12 @@ def hurt(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Row]:
         rehearsal, "hurt", f"full-disk:0:{full},sigstop:1:{stopped},sigint:0:{interrupt}",
         STOPPED_ON_REQUEST, second=True,
     )  # fmt: skip
-    report("hurt: a row rots, is repaired, and the newest commit is damaged")
+    report("hurt: a row rots, is repaired, and the newest checkpoint is damaged")
     refused = launch(rehearsal, "hurt", f"rot:1:{rot}", 1, second=True)
     told = "summer-prep repair" in run.with_suffix(".log").read_text()
     for name in find_sources(rehearsal.out / "shards"):
         _prep("repair", str(rehearsal.out / "shards" / name))
-    broken = newest_commit(run)
+    broken = newest_checkpoint(run)
     _flip_a_bit(broken)
     launch(rehearsal, "hurt", "", 0, second=True)
     events = read_lines(run / EVENTS)
@@ -196,11 +196,11 @@ def hurt(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Row]:
         "rank killed": (killed, lost_by_kill >= 0, lost_by_kill),
         "SIGTERM": (term, asked, 0),
         "mixture changed": (term, "mixture" in kinds, 0),
-        "full disk": (full, "commit refused" in kinds, 0),
+        "full disk": (full, "checkpoint refused" in kinds, 0),
         "rank stopped": (stopped, "hung" in kinds and (run / "stacks").is_dir(), lost_by_stop),
         "SIGINT": (interrupt, asked_again, 0),
         "row rots": (rot, refused and told and "damaged" in kinds, 0),
-        "commit damaged": (rot, bool(fell_back), rot - 1 - resumes[-1]),
+        "checkpoint damaged": (rot, bool(fell_back), rot - 1 - resumes[-1]),
     }
     return [_row(rehearsal, "hurt", "undisturbed", fault, *facts) for fault, facts in met.items()]
 
@@ -230,7 +230,7 @@ def guarded(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Row]:
 
 
 def score(rehearsal: Rehearsal, name: str) -> float:
-    """Held-out bits per byte of a run's last commit."""
+    """Held-out bits per byte of a run's last checkpoint."""
     from tools.evaluation.heldout import evaluate_heldout
     from tools.models.loading import Choice, load
 
@@ -244,7 +244,7 @@ def _row(
     rehearsal: Rehearsal, run: str, twin: str, fault: str, step: int, detected: bool, lost: int
 ) -> Row:
     here, there = rehearsal.out / run, rehearsal.out / twin
-    compared = _next_common_commit(here, there, step)
+    compared = _next_common_checkpoint(here, there, step)
     return Row(
         fault=fault,
         step=step,
@@ -255,11 +255,12 @@ def _row(
     )
 
 
-def _next_common_commit(here: Path, there: Path, step: int) -> Comparison | None:
-    """The first commits from `step` on that both runs have, compared; None if there are none."""
+def _next_common_checkpoint(here: Path, there: Path, step: int) -> Comparison | None:
+    """The first checkpoints from `step` on that both runs have, compared; None if there are
+    none."""
     for after in range(step, STRETCHES * INTERVAL + 1):
-        if commit_of(here, after).exists() and commit_of(there, after).exists():
-            return compare_commits(here, there, after)
+        if record_of(here, after).exists() and record_of(there, after).exists():
+            return compare_checkpoints(here, there, after)
     return None
 
 
@@ -272,9 +273,9 @@ def _lost(run: Path, events: Events, kind: str, step: int) -> int:
     return -1
 
 
-def _flip_a_bit(commit: Path) -> None:
-    """Flip one bit in the middle of a commit's largest file."""
-    path = max(commit.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+def _flip_a_bit(checkpoint: Path) -> None:
+    """Flip one bit in the middle of a checkpoint's largest file."""
+    path = max(checkpoint.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         byte = file.read(1)[0]

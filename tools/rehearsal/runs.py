@@ -1,9 +1,9 @@
 """Runs that are killed, and the proof that it did no harm.
 
 A run is started as a user starts it, as a process of its own. `train_and_kill` ends it with
-SIGKILL, which no program can catch or prepare for; the same command goes on from the last commit;
-and a twin that nobody disturbed is trained up to a commit past the kill. Then every file of both
-commits, weights and optimizer moments, is compared by its SHA-256.
+SIGKILL, which no program can catch or prepare for; the same command goes on from the last
+checkpoint; and a twin that nobody disturbed is trained up to a checkpoint past the kill. Then every
+file of both checkpoints, weights and optimizer moments, is compared by its SHA-256.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Watch = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two commits of the same step, file by file: {name: (SHA-256 here, SHA-256 there)}."""
+    """Two checkpoints of the same step, file by file: {name: (SHA-256 here, SHA-256 there)}."""
 
     step: int
     files: dict[str, tuple[str | None, str | None]]
@@ -91,26 +91,27 @@ def train_hurt(arguments: Sequence[str], run: Path, faults: str, limit_s: float)
             return -signal.SIGKILL
 
 
-def train_until_commit(
+def train_until_checkpoint(
     arguments: Sequence[str], run: Path, step: int, watch: Watch | None = None
 ) -> None:
-    """Train until the commit of `step` is there, then tell the run to stop."""
+    """Train until the checkpoint of `step` is there, then tell the run to stop."""
     with _training(arguments, run) as process:
-        _wait_until(lambda: commit_of(run, step).exists(), process, run, watch)
+        _wait_until(lambda: record_of(run, step).exists(), process, run, watch)
         process.terminate()
         process.wait(GRACE_S)
 
 
-def compare_commits(here: Path, there: Path, step: int) -> Comparison:
-    """Every file of two runs' commits of `step`, by the digests that the commits vouch for."""
+def compare_checkpoints(here: Path, there: Path, step: int) -> Comparison:
+    """Every file of two runs' checkpoints of `step`, by the digests that the checkpoints vouch
+    for."""
     digests = [_digests(run, step) for run in (here, there)]
     names = sorted({*digests[0], *digests[1]})
     files = {name: (digests[0].get(name), digests[1].get(name)) for name in names}
     return Comparison(step=step, files=files)
 
 
-def commit_of(run: Path, step: int) -> Path:
-    """Where the commit of `step` is recorded."""
+def record_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is recorded."""
     return run / "checkpoints" / f"step-{step}" / "COMMIT.json"
 
 
@@ -178,8 +179,8 @@ def _failed(run: Path, code: int) -> str:
 
 
 def _digests(run: Path, step: int) -> dict[str, str]:
-    path = commit_of(run, step)
+    path = record_of(run, step)
     if not path.exists():
-        raise RehearsalError(f"{run} has no commit of step {step}; was it asked to save there?")
+        raise RehearsalError(f"{run} has no checkpoint of step {step}; was it asked to save there?")
     files = json.loads(path.read_text())["files"]
     return {name: entry["sha256"] for name, entry in files.items()}

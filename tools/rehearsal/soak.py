@@ -5,7 +5,7 @@
 
 The run is started as a user starts it, ended with SIGKILL at a random moment, and started again by
 the same command, until it has been killed so often; then it trains to its end. A moment may be in a
-step, in a commit that is being written, in a purge, or before the first step.
+step, in a checkpoint that is being written, in a purge, or before the first step.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import click
 from shards.errors import one_line_failures
 from tools.errors import RehearsalError
 from tools.rehearsal.runs import (
-    compare_commits,
+    compare_checkpoints,
     last_step,
     train,
     train_for,
 )
-from trainer.checkpoint.runs import METRICS, newest_commit, step_of
+from trainer.checkpoint.runs import METRICS, newest_checkpoint, step_of
 from trainer.metrics.metrics import read_lines
 
 SMALL = (
     "model.n_layers=2", "model.d_model=64", "model.d_ff=128", "global_batch_tokens=512",
     "compile=false", "checkpoint.interval_steps=3", "validation.interval=0",
 )  # fmt: skip
-"""A step takes a fraction of a second: most of the time is starting up, and committing."""
+"""A step takes a fraction of a second: most of the time is starting up, and saving."""
 
 
 class Soaked(NamedTuple):
@@ -61,7 +61,11 @@ def soak(
             first_seen.append(time.monotonic() - began)
 
     train(arguments, whole, watch)
-    whole_s, last, cold_s = time.monotonic() - began, step_of(newest_commit(whole)), first_seen[0]
+    whole_s, last, cold_s = (
+        time.monotonic() - began,
+        step_of(newest_checkpoint(whole)),
+        first_seen[0],
+    )
     report(f"undisturbed: {last} steps in {whole_s:.1f} s, the first after {cold_s:.1f} s")
     began, resumed_s = time.monotonic(), []
     for kill in range(1, kills + 1):
@@ -78,7 +82,7 @@ def soak(
         report(f"kill {kill} after {after_s:.1f} s, at step {last_step(killed)}")
     train(arguments, killed)
     took_s = time.monotonic() - began
-    same = compare_commits(whole, killed, last).identical and _log(whole) == _log(killed)
+    same = compare_checkpoints(whole, killed, last).identical and _log(whole) == _log(killed)
     return Soaked(same, kills, whole_s / took_s, cold_s, resumed_s)
 
 

@@ -21,8 +21,8 @@ from shards.format import TOKENIZER, Manifest
 from shards.reader import ShardReader, find_sources
 from tools.errors import TraceError
 from tools.tracing.provenance import document_name, rows_of_document
-from trainer.checkpoint.checkpoint import read_record
-from trainer.checkpoint.runs import EVENTS, commits
+from trainer.checkpoint.runs import EVENTS, checkpoints
+from trainer.checkpoint.storage import read_record
 from trainer.config.config import RunConfig, load_config
 from trainer.data.batches import Stretch
 from trainer.data.mixture import BatchShape, DataOrder, Phase, leave_out
@@ -214,8 +214,8 @@ def _planned(config: RunConfig) -> _Section:
 
 
 def _newest_record(run: Path) -> dict[str, Any] | None:
-    """What the newest commit says; None before the first."""
-    found = commits(run)
+    """What the newest checkpoint says; None before the first."""
+    found = checkpoints(run)
     return read_record(found[-1]) if found else None
 
 

@@ -24,8 +24,8 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 from model.config import ModelConfig, ModelError
 from shards.files import publish_json
 from shards.versions import FORMAT_KEY, RUN, STAMP, check_format, check_keys, stamp, writer_of
-from trainer.checkpoint.checkpoint import CheckpointConfig
 from trainer.checkpoint.runs import CONFIG, newest_run, runs_by_age
+from trainer.checkpoint.storage import CheckpointConfig
 from trainer.config.shares import REFERENCE_SHARES
 from trainer.data.loader import LoaderConfig
 from trainer.errors import ConfigError, at_least
@@ -68,7 +68,7 @@ class RunConfig:
     log_interval: int = 10
     tensorboard: bool = True
     dollars_per_hour: float = 0.0  # of all devices together; 0: nothing is said about money
-    max_dollars: float = 0.0  # anneal in time to commit inside this budget; 0: there is none
+    max_dollars: float = 0.0  # anneal in time to checkpoint inside this budget; 0: there is none
     profile_steps: str = ""  # "10" or "10-12": these steps are profiled into the run's folder
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

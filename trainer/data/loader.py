@@ -118,7 +118,7 @@ class Loader:
                 return host
         raise TrainingError(
             f"{_LIVES} times a loader worker died before it had read a row ({died}); the last "
-            "commit stands: run the same command with a smaller loader.num_workers"
+            "checkpoint stands: run the same command with a smaller loader.num_workers"
         )
 
     def _start(self) -> None:
@@ -176,7 +176,8 @@ def _own_child_handler() -> Iterator[None]:
 
 
 def _live_and_die_with_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole group: a worker must serve on to the commit.
+    """Ctrl-C and a scheduler's SIGTERM reach the whole group: a worker must serve on to the
+    checkpoint.
 
     A parent that is killed cannot end its workers; the kernel can (torch's own watchdog takes five
     seconds and leaves a traceback).

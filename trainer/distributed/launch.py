@@ -1,7 +1,7 @@
 """One process for each device, through torchrun, in this process.
 
 In this process, because torchrun as a command turns every way to end into exit code 1, and a run
-that was asked to stop, and has committed, must be told from one that failed.
+that was asked to stop, and has saved, must be told from one that failed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from shards.errors import SummerError
 from trainer.errors import LostRankError, TrainingError
 
 ASKED_TO_STOP: Final = 75
-"""Exit code (EX_TEMPFAIL) of a run that was asked to stop and has committed."""
+"""Exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved."""
 
 OUTCOME: Final = "SUMMER_OUTCOME"
 """Where the first rank of a machine leaves word for the launcher of how the run ended."""
 
 _RESTARTS: Final = 3
-_SLOW_DISK: Final = 100e6  # bytes a second, of a state that is committed before the end
+_SLOW_DISK: Final = 100e6  # bytes a second, of a state that is saved before the end
 
 
 class Launch(NamedTuple):
@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
     nproc: int
     nnodes: str = "1"
-    state_bytes: int = 0  # what all ranks commit before they end
+    state_bytes: int = 0  # what all ranks checkpoint before they end
     options: tuple[str, ...] = ()  # further flags of torchrun, each `--name=value`
 
 
@@ -77,7 +77,7 @@ def run_on_all(launch: Launch, arguments: Sequence[str]) -> int:
                 return int(word)
             raise TrainingError(word)
     raise TrainingError(
-        "the run was ended before it could commit; the last commit stands: "
+        "the run was ended before it could checkpoint; the last checkpoint stands: "
         "run the same command again"
     )
 
@@ -120,5 +120,5 @@ def _run_on_all(launch: Launch, arguments: Sequence[str]) -> None:
         rank, first = error.get_first_failure()
         raise TrainingError(
             f"rank {rank} ended with exit code {first.exitcode}; what it said stands above, "
-            "and the last commit stands: run the same command again"
+            "and the last checkpoint stands: run the same command again"
         ) from error

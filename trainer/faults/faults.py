@@ -31,7 +31,7 @@ def named_faults(world: World) -> Iterator[None]:
         if world.world_size > 1 and any(word in str(error) for word in _TRANSPORTS):
             first = re.sub(r"^\[[^]]*\]\s*", "", str(error)).partition("\n")[0].partition(". ")[0]
             raise LostRankError(
-                f"rank {world.rank} lost another rank ({first}); the last commit stands: "
+                f"rank {world.rank} lost another rank ({first}); the last checkpoint stands: "
                 "torchrun starts all ranks again, as often as --max-restarts says"
             ) from error
         raise

@@ -4,7 +4,7 @@ An update is refused when the gradient's norm is not finite, or is a spike: its 
 than `sigma` standard deviations above the mean of the last `window` accepted norms, and the norm is
 at least `ratio` times their geometric mean. All of that is computed on the device from the reduced
 gradient, which is the same on every rank: nobody waits and nobody asks. The window goes into every
-commit, as the host reads it (trainer/session/state.py).
+checkpoint, as the host reads it (trainer/session/state.py).
 
 Six standard deviations over 128 steps, judged once half of them are there, is the rule of OLMo-core
 (SkipStepOptimizer, rolling_interval_length=128, sigma_factor=6). Ours differs in three ways. It
@@ -13,11 +13,11 @@ so that one spike does not hide the next. And it refuses nothing below `ratio`: 
 six standard deviations can be a few percent, and what clipping mends is no reason to lose a step.
 
 More than `patience` refusals in a row mean that the weights or the data are at fault. Then the run
-goes back to the newest commit from before them and leaves out all samples from there to here, as
-was done by hand for PaLM (Chowdhery et al. 2022, section 5.1: 100 steps back, 200 to 500 batches
+goes back to the newest checkpoint from before them and leaves out all samples from there to here,
+as was done by hand for PaLM (Chowdhery et al. 2022, section 5.1: 100 steps back, 200 to 500 batches
 left out). Each refusal and each return is a line in events.jsonl; a run that goes on from an
-earlier commit, or begins again beside these events, does the same again: bit for bit, whether or
-not what caused them still happens. Events from before a changed configuration, or from before an
+earlier checkpoint, or begins again beside these events, does the same again: bit for bit, whether
+or not what caused them still happens. Events from before a changed configuration, or from before an
 explicit --resume, do not count: that is another history.
 """
 
@@ -91,7 +91,7 @@ class Guard:
 
 
 class Recorded(NamedTuple):
-    """What events.jsonl says of a run's history that its commits may not know yet."""
+    """What events.jsonl says of a run's history that its checkpoints may not know yet."""
 
     refused: frozenset[int]  # the first sample of each step whose update was refused
     skipped: tuple[tuple[int, int], ...]  # samples [begin, end) left out

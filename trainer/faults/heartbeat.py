@@ -6,7 +6,7 @@ seen that way. A line that does not change: that process is stopped, gone, or it
 lines that change while no loop gets on: then the rank that is furthest behind holds up the rest.
 
 A rank waits for the others inside a collective, where no signal handler and no exception reaches
-it; so the thread ends the process. torchrun then starts all ranks again, from the last commit.
+it; so the thread ends the process. torchrun then starts all ranks again, from the last checkpoint.
 """
 
 from __future__ import annotations

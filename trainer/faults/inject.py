@@ -30,7 +30,7 @@ KINDS: Final = {
     "sigint": "the rank is asked to stop",
     "sigkill": "the rank is killed",
     "sigstop": "the rank is stopped and stays so",
-    "full-disk": "the rank can write no file beyond 4 KiB until a commit has been refused",
+    "full-disk": "the rank can write no file beyond 4 KiB until a checkpoint has been refused",
     "rot": "a bit flips in the first row that the rank is about to read for the step",
     "worker": "one of the rank's loader workers is killed",
 }
@@ -110,7 +110,7 @@ class Faults:
 
     def _empty_disk(self) -> None:
         if self._room and any(
-            e["event"] == "commit refused" for e in read_lines(self._run / EVENTS)
+            e["event"] == "checkpoint refused" for e in read_lines(self._run / EVENTS)
         ):
             resource.setrlimit(resource.RLIMIT_FSIZE, self._room)
             self._room = None

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish: the step under way is finished, committed, and then it ends."""
+"""SIGTERM and Ctrl-C as a wish: the step under way is finished, saved, and then it ends."""
 
 from __future__ import annotations
 

@@ -4,15 +4,15 @@ compute        training steps, less what follows
 data           waiting for the loader
 communication  waiting for other ranks: gradients that the backward pass did not hide (as DDP
                samples them, every hundredth step), and a step's sums, where the host reduces them
-checkpoint     commits, as long as training stood still for them
+checkpoint     checkpoints, as long as training stood still for them
 evaluation     held-out rows
 start          from the run's first start to its first step
-restarts       lost to every further start: from the commit that it went on from to its first step,
-               so the steps made again, the time the machine was away, and starting up; not the time
-               after a stop that was asked for
+restarts       lost to every further start: from the checkpoint that it went on from to its first
+               step, so the steps made again, the time the machine was away, and starting up; not
+               the time after a stop that was asked for
 
 All is read off the host's clock: nothing waits for a device. What a device still has to do when a
-commit or an evaluation begins is therefore counted there, at most one step each time.
+checkpoint or an evaluation begins is therefore counted there, at most one step each time.
 """
 
 from __future__ import annotations
@@ -80,17 +80,17 @@ def total(time_s: float, spent_s: Mapping[str, float]) -> float:
 
 
 def count_start(
-    spent_s: Spent, began: float, committed: float | None, events: Sequence[Mapping[str, Any]]
+    spent_s: Spent, began: float, saved: float | None, events: Sequence[Mapping[str, Any]]
 ) -> None:
     """Count the time up to now as that of a start, or as lost to a restart.
 
-    `began` is when this process came to train, `committed` when the state that it goes on from was
+    `began` is when this process came to train, `saved` when the state that it goes on from was
     that of the run, `events` are the run's so far. All in Unix seconds.
     """
     kind = "restarts" if events else "start"
     since = began
     if events:
-        since = events[0]["unix_s"] if committed is None else committed
+        since = events[0]["unix_s"] if saved is None else saved
     away = sum(
         after["unix_s"] - before["unix_s"]
         for before, after in pairwise([*events, {"event": "", "unix_s": began}])

@@ -2,8 +2,8 @@
 
 A number read at once makes the processor wait for the device, and the device for the processor.
 So each step sends a few to the host and goes on; a step later they have long arrived. Wishes travel
-with them (one rank was asked to stop, the main rank's clock says commit), so that all ranks act on
-the same wish at the same step.
+with them (one rank was asked to stop, the main rank's clock says checkpoint), so that all ranks act
+on the same wish at the same step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Wishes(NamedTuple):
     """What a rank knows at a step and the others do not."""
 
     stop: bool  # it was asked to stop
-    commit: bool  # its clock says so
+    checkpoint: bool  # its clock says so
     refuse: bool  # the update was refused when this step was made before
     damaged: bool  # a row of this step, or of one before, could not be read
     budget: int  # what the main rank's purse asks for (trainer/session/budget.py)
@@ -79,12 +79,12 @@ class Late:
         if self._arrived is not None:
             self._arrived.synchronize()
         loss_sum, n_targets, *wishes, grad_norm, refused = self._host.tolist()
-        stop, commit, refuse, damaged, budget = wishes
+        stop, checkpoint, refuse, damaged, budget = wishes
         return Reading(
             loss=loss_sum / n_targets if n_targets else float("nan"),
             n_targets=int(n_targets),
             grad_norm=grad_norm,
             refused=refused > 0,
             first_index=self._first_index,
-            wished=Wishes(stop > 0, commit > 0, refuse > 0, damaged > 0, int(budget)),
+            wished=Wishes(stop > 0, checkpoint > 0, refuse > 0, damaged > 0, int(budget)),
         )

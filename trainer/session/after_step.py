@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from shards.errors import ShardError
-from trainer.checkpoint.checkpoint import read_record
 from trainer.checkpoint.retention import abandon_after, mirror_of
-from trainer.checkpoint.runs import commits
+from trainer.checkpoint.runs import checkpoints
+from trainer.checkpoint.storage import read_record
 from trainer.data.loader import Loader
 from trainer.errors import TrainingError
 from trainer.faults.guard import REFUSED, ROLLBACK
@@ -18,7 +18,7 @@ from trainer.faults.inject import Faults
 from trainer.metrics.step_metrics import Reading
 from trainer.session.budget import heed
 from trainer.session.logbook import Arrived
-from trainer.session.save import Committer
+from trainer.session.save import CheckpointSaver
 from trainer.session.session import Session
 from trainer.session.state import State
 
@@ -29,18 +29,19 @@ class Job(NamedTuple):
     session: Session
     state: State
     loader: Loader
-    committer: Committer
+    saver: CheckpointSaver
     heart: Heart
     faults: Faults
     asked_to_stop: Callable[[], bool]
 
 
 class RolledBackError(Exception):
-    """The run is to go on from an earlier commit, without the samples from there to here."""
+    """The run is to go on from an earlier checkpoint, without the samples from there to here."""
 
 
 def look_at(arrived: Arrived, job: Job) -> tuple[bool, bool]:
-    """Whether some rank wishes to stop, and to commit; what the step's numbers ask for is done."""
+    """Whether some rank wishes to stop, and to checkpoint; what the step's numbers ask for is
+    done."""
     if arrived is None:
         return False, False
     step, reading = arrived
@@ -58,7 +59,7 @@ def look_at(arrived: Arrived, job: Job) -> tuple[bool, bool]:
             state.norms = [*state.norms, reading.grad_norm][-config.window :]
     if news := heed(reading.wished.budget, state, job.session.plan.config.max_steps):
         job.session.tell(news, "anneal", step=state.step, anneal=state.anneal)
-    return reading.wished.stop, reading.wished.commit or bool(news)
+    return reading.wished.stop, reading.wished.checkpoint or bool(news)
 
 
 def _tell_refused(step: int, reading: Reading, session: Session) -> None:
@@ -74,34 +75,35 @@ def _tell_refused(step: int, reading: Reading, session: Session) -> None:
 
 
 def _stop_before(step: int, reading: Reading, job: Job) -> None:
-    """Commit as of before `step`, of which a row is damaged, and raise what is wrong with it.
+    """Checkpoint as of before `step`, of which a row is damaged, and raise what is wrong with it.
 
     Every update since has been refused, on all ranks: weights and moments are those of then.
     """
     session, state = job.session, job.state
     found = [error for error in session.world.gather(job.loader.damage) if error is not None]
     state.step, state.next_index = step - 1, reading.first_index
-    job.committer.commit(last=True)
+    job.saver.checkpoint(last=True)
     session.journal.event("damaged", step=step, reason=str(found[0]))
     raise ShardError(
-        f"{found[0]}; the run is committed at step {step - 1} and goes on from there with the same "
+        f"{found[0]}; the run is saved at step {step - 1} and goes on from there with the same "
         "command"
     )
 
 
 def _roll_back(step: int, job: Job) -> None:
-    """Leave out the samples from the last good commit to here, and have the run go on from it."""
+    """Leave out the samples from the last good checkpoint to here, and have the run go on from
+    it."""
     session, state = job.session, job.state
     most = session.plan.config.guard.max_rollbacks
     refused = f"step {step}: {state.refused_in_a_row} updates in a row were refused"
     if session.recorded.rollbacks >= most:
-        job.committer.commit(last=True)
+        job.saver.checkpoint(last=True)
         raise TrainingError(
-            f"{refused}, after {most} rollbacks; the run is committed: go on from an earlier "
-            "commit (--resume runs/NAME/checkpoints/step-N) with a lower optim.lr or with "
+            f"{refused}, after {most} rollbacks; the run is saved: go on from an earlier "
+            "checkpoint (--resume runs/NAME/checkpoints/step-N) with a lower optim.lr or with "
             "--set precision=fp32, or raise guard.max_rollbacks"
         )
-    job.committer.finish()
+    job.saver.finish()
     to_step, begin = session.world.on_main(lambda: _last_good(session))
     session.tell(
         f"! {refused}: back to step {to_step}, without samples {begin} to {state.next_index - 1}",
@@ -111,10 +113,11 @@ def _roll_back(step: int, job: Job) -> None:
 
 
 def _last_good(session: Session) -> tuple[int, int]:
-    """Step and next sample of the newest commit that no refusal precedes; later ones set aside."""
+    """Step and next sample of the newest checkpoint that no refusal precedes; later ones set
+    aside."""
     mirror = mirror_of(session.run, session.plan.config.checkpoint)
-    for commit in reversed(commits(session.run)):
-        record = read_record(commit)
+    for checkpoint in reversed(checkpoints(session.run)):
+        record = read_record(checkpoint)
         if not record.get("refused_in_a_row"):
             abandon_after(session.run, int(record["step"]), mirror)
             return int(record["step"]), int(record["next_index"])

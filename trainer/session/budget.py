@@ -1,6 +1,6 @@
-"""A budget in dollars: when to begin to anneal, so that the last commit is inside it.
+"""A budget in dollars: when to begin to anneal, so that the last checkpoint is inside it.
 
-The clock decides, so the decision is recorded: it is part of the state that is committed before the
+The clock decides, so the decision is recorded: it is part of the state that is saved before the
 first annealed step, and from there on the learning rate is again a function of the step alone.
 """
 
@@ -49,13 +49,13 @@ class Budget:
         left_s = self._config.max_dollars / self._config.dollars_per_hour * 3600 - spent_s
         if left_s <= reserve_s:
             return END
-        affordable = (left_s - 2 * reserve_s) / step_s  # the beginning is committed too
+        affordable = (left_s - 2 * reserve_s) / step_s  # the beginning is saved too
         if state.anneal is None and affordable < self._config.max_steps - state.step:
             return ANNEAL if affordable <= annealing_steps(state.step) else NOTHING
         return NOTHING
 
     def _step_s(self) -> float:
-        """Seconds of a step, with its share of commits and evaluations."""
+        """Seconds of a step, with its share of checkpoints and evaluations."""
         state = self._state
         (first, since), (last, until) = self._marks[0], self._marks[-1]
         many = last - first >= _RECENT // 4  # few steps may be those that compile

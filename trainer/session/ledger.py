@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.checkpoint import read_record
-from trainer.checkpoint.runs import COMMIT, commits
+from trainer.checkpoint.runs import RECORD, checkpoints
+from trainer.checkpoint.storage import read_record
 from trainer.config.plan import Plan
 from trainer.errors import CheckpointError, ConfigError
 from trainer.session.state import State, fresh, state_from
@@ -16,11 +16,11 @@ Ledger = dict[str, dict[str, Any]]
 
 
 def standing(plan: Plan, run: Path, resume: str) -> State:
-    """The state that a run would go on from, by what its newest readable commit says."""
+    """The state that a run would go on from, by what its newest readable checkpoint says."""
     place = run if resume in ("auto", "never") else Path(resume)
-    for commit in [place] if (place / COMMIT).exists() else reversed(commits(place)):
+    for checkpoint in [place] if (place / RECORD).exists() else reversed(checkpoints(place)):
         try:
-            return state_from(read_record(commit), plan)[0]
+            return state_from(read_record(checkpoint), plan)[0]
         except CheckpointError:
             continue  # told when it is to be loaded
     return fresh(plan)

@@ -146,7 +146,7 @@ def _shard(bare: Transformer, config: RunConfig, world: World) -> None:
     common: dict[str, Any] = {
         "mesh": make_mesh(world, config.shard_degree),
         "ignored_params": vectors,
-        "reshard_after_forward": True,  # the root's too: commits look at slices
+        "reshard_after_forward": True,  # the root's too: checkpoints look at slices
     }
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the residual stream is fp32
     if config.precision == "bf16":

@@ -1,11 +1,11 @@
-"""When a run commits, and what becomes of its commits, all of it beside training.
+"""When a run checkpoints, and what becomes of its checkpoints, all of it beside training.
 
     on the step     each rank copies its share of the tensors to host memory, and the record
-    in a thread     the share is written and proven, the mark set; older commits are purged
-    in another      the commit is copied to the mirror, if there is one
+    in a thread     the share is written and proven, the mark set; older checkpoints are purged
+    in another      the checkpoint is copied to the mirror, if there is one
 
-The first thread speaks to the other ranks' on a group of its own. A commit that is due while one is
-under way waits for it; a stop, and the end of the run, wait for everything.
+The first thread speaks to the other ranks' on a group of its own. A checkpoint that is due while
+one is under way waits for it; a stop, and the end of the run, wait for everything.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from trainer.background import beside
-from trainer.checkpoint import checkpoint, retention
-from trainer.checkpoint.checkpoint import Record
-from trainer.checkpoint.runs import COMMIT, commit_path, commits, step_of
+from trainer.checkpoint import retention, storage
+from trainer.checkpoint.runs import RECORD, checkpoint_path, checkpoints, step_of
+from trainer.checkpoint.storage import Record
 from trainer.distributed.devices import available_memory_bytes
 from trainer.distributed.world import World, holders, own_part
 from trainer.errors import CheckpointError
@@ -33,9 +33,9 @@ from trainer.session.session import Session
 from trainer.session.state import State
 
 _STAGED: Final = 3
-"""Host memory of a commit in sizes of the share: the copy, and safetensors' two of a file."""
+"""Host memory of a checkpoint in sizes of the share: the copy, and safetensors' two of a file."""
 
-_GRACE_S: Final = 60.0  # for a commit under way when training fails: a rank may be gone
+_GRACE_S: Final = 60.0  # for a checkpoint under way when training fails: a rank may be gone
 
 
 class News(NamedTuple):
@@ -47,14 +47,14 @@ class News(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_committer(session: Session, state: State) -> Iterator[Committer]:
-    """The committer of a session. What is under way when the block ends badly is not given up."""
-    committer = Committer(session, state)
-    with checkpoint.no_warning_of_being_alone():
+def open_saver(session: Session, state: State) -> Iterator[CheckpointSaver]:
+    """The saver of a session. What is under way when the block ends badly is not given up."""
+    saver = CheckpointSaver(session, state)
+    with storage.no_warning_of_being_alone():
         try:
-            yield committer
+            yield saver
         finally:
-            committer.close()
+            saver.close()
 
 
 def share_of(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
@@ -74,16 +74,18 @@ def share_of(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     return share
 
 
-class Committer:
-    """Says when a commit is due, writes it, and keeps what must be kept."""
+class CheckpointSaver:
+    """Says when a checkpoint is due, writes it, and keeps what must be kept."""
 
     def __init__(self, session: Session, state: State) -> None:
         self._session, self._state = session, state
         self._config = session.plan.config.checkpoint
         self._mirror = retention.mirror_of(session.run, self._config)
-        self._committed_at = time.monotonic()
-        own = session.world.on_main(lambda: commits(session.run))  # not one resumed from elsewhere
-        self._committed_step = state.step if commit_path(session.run, state.step) in own else None
+        self._saved_at = time.monotonic()
+        own = session.world.on_main(
+            lambda: checkpoints(session.run)
+        )  # not one resumed from elsewhere
+        self._saved_step = state.step if checkpoint_path(session.run, state.step) in own else None
         self._world = session.world.apart()
         self._news: deque[News] = deque()
         self._under_way: tuple[int, Future[CheckpointError | None]] | None = None
@@ -92,30 +94,31 @@ class Committer:
         self._staging = self._make_staging() if self._config.asynchronous else None
         if own and self._mirror is not None and self._world.is_main:
             newest = own[-1]  # a kill may have kept it from being copied
-            if not (commit_path(self._mirror, step_of(newest)) / COMMIT).exists():
-                self._mirroring = beside("commit", lambda: self._copy(newest))
+            if not (checkpoint_path(self._mirror, step_of(newest)) / RECORD).exists():
+                self._mirroring = beside("checkpoint", lambda: self._copy(newest))
 
     def clock_wishes(self) -> bool:
         """Whether this rank, if it is the main one, finds that enough time has passed."""
-        minutes = (time.monotonic() - self._committed_at) / 60
+        minutes = (time.monotonic() - self._saved_at) / 60
         interval = self._config.interval_minutes
         return self._session.world.is_main and 0 < interval <= minutes
 
     def due(self) -> bool:
-        """Whether a commit is due by the number of steps. What became of the last one is told."""
+        """Whether a checkpoint is due by the number of steps. What became of the last one is
+        told."""
         self._tell_news()
         interval = self._config.interval_steps
         return interval > 0 and self._state.step % interval == 0
 
-    def commit(self, *, last: bool = False) -> None:
-        """Commit the state, unless it is. A failure is told; only that of the last is fatal.
+    def checkpoint(self, *, last: bool = False) -> None:
+        """Checkpoint the state, unless it is. A failure is told; only that of the last is fatal.
 
         Returns when the values of this step are safe from the next; with `last`, when all is done.
         """
         self.wait()
         step = self._state.step
-        if step != self._committed_step:
-            self._committed_at = time.monotonic()  # a failure too: the next try is an interval away
+        if step != self._saved_step:
+            self._saved_at = time.monotonic()  # a failure too: the next try is an interval away
             share = self._share()
             record = copy.deepcopy(self._state.record(self._session.plan))
             if self._staging is None or last:
@@ -125,7 +128,10 @@ class Committer:
                     raise failure
             else:
                 staged = self._staging.hold(share)
-                self._under_way = step, beside("commit", lambda: self._write(step, staged, record))
+                self._under_way = (
+                    step,
+                    beside("checkpoint", lambda: self._write(step, staged, record)),
+                )
         if last:
             self.finish()
             self._complete_mirror()
@@ -138,7 +144,7 @@ class Committer:
         self._tell_news()
 
     def wait(self) -> None:
-        """Wait for the commit under way, if there is one, and tell what became of it."""
+        """Wait for the checkpoint under way, if there is one, and tell what became of it."""
         if self._under_way is not None:
             step, future = self._under_way
             failure = future.result()
@@ -155,76 +161,81 @@ class Committer:
 
     def _settle(self, step: int, failure: CheckpointError | None) -> None:
         if failure is None:
-            self._committed_step = step
+            self._saved_step = step
         self._tell_news()
 
     def _share(self) -> dict[str, Tensor]:
-        tensors = checkpoint.tensors_of(self._session.network.bare, self._session.optimizer)
+        tensors = storage.tensors_of(self._session.network.bare, self._session.optimizer)
         return share_of(tensors, self._session.world)
 
     def _make_staging(self) -> _Staging | None:
         """Host memory for this rank's share, on all ranks or on none."""
         session, share = self._session, self._share()
-        size = _STAGED * checkpoint.share_bytes(share)
+        size = _STAGED * storage.share_bytes(share)
         free = available_memory_bytes()
         needed = size * session.world.local_world_size
         fits = session.world.gather(free is None or needed <= free)
         amount = f"{needed / 1e9:.3g} GB of host memory"
         if not all(fits):
             there = f"{(free or 0) / 1e9:.3g} GB are free"
-            session.screen.say(f"! commits need {amount} to be written beside training, and {there}"
+            session.screen.say(f"! asynchronous checkpoints need {amount}, and {there}"
                                ": training waits for each")  # fmt: skip
             return None
-        session.screen.say(f"commits are written beside training, with {amount}")
+        session.screen.say(f"checkpoints are written beside training, with {amount}")
         return _Staging(share)
 
     def _write(
         self, step: int, share: Mapping[str, Tensor], record: Record
     ) -> CheckpointError | None:
-        """Write a commit, and see to the others; what it failed for, the same on every rank."""
+        """Write a checkpoint, and see to the others; what it failed for, the same on every rank."""
         run, started = self._session.run, time.monotonic()
         try:
-            folder = checkpoint.save_from_any_thread(run, share, record, self._world)
+            folder = storage.save_from_any_thread(run, share, record, self._world)
         except CheckpointError as error:
             facts = {"step": step, "reason": str(error)}
-            self._news.append(News(f"! {error}; TRAINING GOES ON", "commit refused", facts))
+            self._news.append(News(f"! {error}; TRAINING GOES ON", "checkpoint refused", facts))
             return error
         seconds = round(time.monotonic() - started, 3)
-        text = f"committed {folder} in {seconds:.1f} s"
-        self._news.append(News(text, "commit", {"step": step, "took_s": seconds}))
+        text = f"saved {folder} in {seconds:.1f} s"
+        self._news.append(News(text, "checkpoint", {"step": step, "took_s": seconds}))
         if self._world.is_main:
             self._purge(run)
             if self._mirror is not None and (self._mirroring is None or self._mirroring.done()):
-                self._mirroring = beside("commit", lambda: self._copy(folder))
+                self._mirroring = beside("checkpoint", lambda: self._copy(folder))
         return None
 
     def _purge(self, run: Path) -> None:
         try:
             retention.purge(run, self._config)
         except OSError as error:
-            text = f"! an older commit of {run} could not be removed ({error}); TRAINING GOES ON"
+            text = (
+                f"! an older checkpoint of {run} could not be removed ({error}); TRAINING GOES ON"
+            )
             self._news.append(News(text, "purge refused", {"reason": str(error)}))
 
-    def _copy(self, commit: Path) -> None:
-        """Copy a commit to the mirror. Whatever happens there is told and harms nothing here."""
+    def _copy(self, checkpoint: Path) -> None:
+        """Copy a checkpoint to the mirror. Whatever happens there is told and harms nothing
+        here."""
         assert self._mirror is not None
         started = time.monotonic()
         try:
-            folder = retention.copy_commit(commit, self._mirror)
+            folder = retention.copy_checkpoint(checkpoint, self._mirror)
         except (OSError, CheckpointError) as error:
-            text = f"! {commit.name} was not copied to {self._mirror} ({error}); TRAINING GOES ON"
+            text = (
+                f"! {checkpoint.name} was not copied to {self._mirror} ({error}); TRAINING GOES ON"
+            )
             self._news.append(News(text, "mirror refused", {"reason": str(error)}))
             return
-        self._mirrored = commit
+        self._mirrored = checkpoint
         seconds = round(time.monotonic() - started, 3)
         text = f"copied to {folder} in {seconds:.1f} s"
         self._news.append(News(text, "mirrored", {"commit": str(folder), "took_s": seconds}))
         self._purge(self._mirror)
 
     def _complete_mirror(self) -> None:
-        """Copy the last commit too, if it came while the mirror was busy."""
+        """Copy the last checkpoint too, if it came while the mirror was busy."""
         if self._mirroring is not None:
-            newest = commits(self._session.run)[-1]
+            newest = checkpoints(self._session.run)[-1]
             if newest != self._mirrored:
                 self._copy(newest)
                 self._tell_news()
@@ -236,7 +247,7 @@ class Committer:
 
 
 class _Staging:
-    """Host memory with room for a share, kept from one commit to the next."""
+    """Host memory with room for a share, kept from one checkpoint to the next."""
 
     def __init__(self, share: Mapping[str, Tensor]) -> None:
         self._copies = {

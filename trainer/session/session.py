@@ -17,9 +17,9 @@ from model.transformer import Transformer
 from shards.files import publish_bytes
 from shards.format import TOKENIZER
 from shards.reader import ShardReader
-from trainer.checkpoint import checkpoint
+from trainer.checkpoint import storage
 from trainer.checkpoint.retention import abandon_after, mirror_of
-from trainer.checkpoint.runs import CONFIG, EVENTS, commits, newest_commit
+from trainer.checkpoint.runs import CONFIG, EVENTS, checkpoints, newest_checkpoint
 from trainer.config.config import differences, load_config, save_config
 from trainer.config.plan import Plan
 from trainer.data.batches import MicroBatches, Stretch
@@ -85,12 +85,12 @@ def claim(run: Path, world: World) -> Iterator[None]:
 def begin(
     plan: Plan, run: Path, resume: str, world: World, screen: Screen, *, again: bool = False
 ) -> Iterator[tuple[Session, State]]:
-    """The session and the state to go on from: that of a commit, or of the very beginning.
+    """The session and the state to go on from: that of a checkpoint, or of the very beginning.
 
     `again`: the same job goes on by itself, after a rank was lost or the run rolled back.
     """
     began, config = time.time(), plan.config
-    if again and world.on_main(lambda: bool(commits(run))):
+    if again and world.on_main(lambda: bool(checkpoints(run))):
         resume = "auto"
     mirror = mirror_of(run, config.checkpoint)
     found = find(run, resume, world, mirror)
@@ -104,7 +104,7 @@ def begin(
     network = build_network(config, world)
     optimizer = make_optimizer(network.bare, config.optim)
     if found is not None:
-        checkpoint.restore(found.commit, network.bare, optimizer, world)
+        storage.restore(found.checkpoint, network.bare, optimizer, world)
     elif config.init_from:
         _start_from(Path(config.init_from), network.bare)
     anew = not again and world.on_main(lambda: _another_history(plan, run, resume))
@@ -124,8 +124,8 @@ def begin(
         recorded=known,
         first_index=state.next_index,
     )
-    committed = None if found is None else float(found.record.get("unix_s", began))
-    goodput.count_start(state.spent_s, began, committed, read_lines(run / EVENTS))
+    saved = None if found is None else float(found.record.get("unix_s", began))
+    goodput.count_start(state.spent_s, began, saved, read_lines(run / EVENTS))
     _announce(session, state, found, [*network.notes, *notes], {"anew": True} if anew else {})
     yield session, state
 
@@ -191,9 +191,10 @@ def _read_held_out(plan: Plan, world: World) -> HeldOut:
 
 
 def _start_from(source: Path, model: Transformer) -> None:
-    """Give the model the weights of another run's newest commit, or of one of its commits."""
-    commit = newest_commit(source)
-    weights = checkpoint.load_weights(commit)
+    """Give the model the weights of another run's newest checkpoint, or of one of its
+    checkpoints."""
+    checkpoint = newest_checkpoint(source)
+    weights = storage.load_weights(checkpoint)
     with torch.no_grad(), filled_whole():
         for name, parameter in model.named_parameters():
             stored = weights.get(name)
@@ -226,7 +227,7 @@ def _announce(
         return
     for complaint in found.complaints:
         session.tell(
-            f"! {complaint}; GOING ON FROM {found.commit.name}", "fallback", reason=complaint
+            f"! {complaint}; GOING ON FROM {found.checkpoint.name}", "fallback", reason=complaint
         )
     if state.phases[-1].first_index == state.next_index:
         weights = dict(state.phases[-1].weights)
@@ -234,9 +235,11 @@ def _announce(
     if state.step >= state.last_step(session.plan.config.max_steps):
         say(f"{session.run}: already at step {state.step}; --set max_steps=N takes it further")
     else:
-        commit = str(found.commit)
-        text = f"resumed {commit} at step {state.step}"
-        session.tell(text, "resume", commit=commit, notes=notes, **mark, **_place(session, state))
+        checkpoint = str(found.checkpoint)
+        text = f"resumed {checkpoint} at step {state.step}"
+        session.tell(
+            text, "resume", commit=checkpoint, notes=notes, **mark, **_place(session, state)
+        )
 
 
 def _place(session: Session, state: State) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What changes while a run trains, how it is written into a commit, and how it is found again."""
+"""What changes while a run trains, how it is written into a checkpoint, and how it is found
+again."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from shards.versions import writer_of
-from trainer.checkpoint import checkpoint
-from trainer.checkpoint.checkpoint import Record
+from trainer.checkpoint import storage
 from trainer.checkpoint.retention import newest_proven
-from trainer.checkpoint.runs import COMMIT, commits
+from trainer.checkpoint.runs import RECORD, checkpoints
+from trainer.checkpoint.storage import Record
 from trainer.config.config import differences, from_stored, spell_value
 from trainer.config.plan import Plan, SourceFacts
 from trainer.data.mixture import DataOrder, Phase, leave_out
@@ -91,7 +92,7 @@ class State:
         }
 
     def record(self, plan: Plan) -> Record:
-        """What COMMIT.json says of the run; `checkpoint.save` adds files and versions."""
+        """What COMMIT.json says of the run; `storage.save` adds files and versions."""
         return {
             "step": self.step,
             "next_index": self.next_index,
@@ -118,32 +119,33 @@ def fresh(plan: Plan) -> State:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A commit to go on from."""
+    """A checkpoint to go on from."""
 
-    commit: Path
+    checkpoint: Path
     record: Record
     complaints: tuple[str, ...]  # what was wrong with newer ones
 
 
 def find(run: Path, resume: str, world: World, mirror: Path | None = None) -> Found | None:
-    """The commit that `--resume auto|never|PATH` means, proven; None to start at the beginning."""
+    """The checkpoint that `--resume auto|never|PATH` means, proven; None to start at the
+    beginning."""
     if resume == "never":
-        if there := commits(run):
+        if there := checkpoints(run):
             raise ConfigError(
-                f"{run} holds a run with commits up to {there[-1].name}: --resume never would mix "
-                "two runs; give another --out, or remove it"
+                f"{run} holds a run with checkpoints up to {there[-1].name}: --resume never would "
+                "mix two runs; give another --out, or remove it"
             )
         return None
     place = run if resume == "auto" else Path(resume)
-    if (place / COMMIT).exists():
-        return Found(commit=place, record=checkpoint.prove(place, world), complaints=())
+    if (place / RECORD).exists():
+        return Found(checkpoint=place, record=storage.prove(place, world), complaints=())
     found = newest_proven(place, world, mirror if resume == "auto" else None)
     if found is None:
         if resume == "auto":
             return None
-        raise CheckpointError(f"--resume {resume}: no commit there; name a run or its step-N")
-    commit, record, complaints = found
-    return Found(commit=commit, record=record, complaints=tuple(complaints))
+        raise CheckpointError(f"--resume {resume}: no checkpoint there; name a run or its step-N")
+    checkpoint, record, complaints = found
+    return Found(checkpoint=checkpoint, record=record, complaints=tuple(complaints))
 
 
 def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
@@ -154,10 +156,10 @@ def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
     for key in ("config", "next_index", "tokenizer_sha256", "data", "phases"):
         if key not in record:
             raise ConfigError(
-                f"this commit (it has no {key}) holds weights and no state of training: start from "
-                "it with --set init_from=ITS_RUN and another --out"
+                f"this checkpoint (it has no {key}) holds weights and no training state: start "
+                "from it with --set init_from=ITS_RUN and another --out"
             )
-    where, writer = f"{COMMIT} of step {record['step']}", writer_of(record)
+    where, writer = f"{RECORD} of step {record['step']}", writer_of(record)
     before = from_stored(type(plan.config), record["config"], where, writer)
     changes = differences(before, plan.config)
     for key, (old, new) in changes.items():

@@ -1,12 +1,12 @@
-"""What commits cost training: `tiny` with commits written beside it, waited for, or none.
+"""What checkpoints cost training: `tiny` with checkpoints written beside it, waited for, or none.
 
-    python tools/benchmarks/commit.py --shards shards/ [--steps 80] [--every 10] [--rounds 3]
+    python tools/benchmarks/checkpoint.py --shards shards/ [--steps 80] [--every 10] [--rounds 3]
 
-Each round trains three runs one after the other, in a process each: without commits but the last,
-with commits that training waits for, and with commits written beside it. The time is that between
-the log's lines of step 5 and of the last step, the commits in between with it. Commits come ten
-times as often as the 100 steps of the bar, or their cost would be lost in the noise; it is told for
-one in 100 steps.
+Each round trains three runs one after the other, in a process each: without checkpoints but the
+last, with checkpoints that training waits for, and with checkpoints written beside it. The time is
+that between the log's lines of step 5 and of the last step, the checkpoints in between with it.
+Checkpoints come ten times as often as the 100 steps of the bar, or their cost would be lost in the
+noise; it is told for one in 100 steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tools.rehearsal.runs import train
 from trainer.checkpoint.runs import EVENTS
 from trainer.metrics.metrics import read_lines
 
-WARM = 5  # below the first commit, whose pause is in the sum of pauses
+WARM = 5  # below the first checkpoint, whose pause is in the sum of pauses
 KINDS = {
     "none": ["checkpoint.interval_steps=0"],
     "waited for": ["checkpoint.interval_steps={every}", "checkpoint.asynchronous=false"],
@@ -30,14 +30,14 @@ KINDS = {
 
 
 def seconds(shards: str, steps: int, sets: list[str], run: Path) -> float:
-    """Wall seconds from step 5 to the last, commits with them, by the run's own clocks."""
+    """Wall seconds from step 5 to the last, checkpoints with them, by the run's own clocks."""
     arguments = ["--shards", shards, "--preset", "tiny"]
     for change in (*sets, f"max_steps={steps}", "validation.interval=0"):
         arguments += ["--set", change]
     train(arguments, run)
     lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl")}
     done = [event for event in read_lines(run / EVENTS) if event["event"] == "done"][-1]
-    last = [event for event in read_lines(run / EVENTS) if event["event"] == "commit"][-1]
+    last = [event for event in read_lines(run / EVENTS) if event["event"] == "checkpoint"][-1]
     trained = lines[steps]["time_s"] - lines[WARM]["time_s"]
     return float(trained + done["spent_s"]["checkpoint"] - last["took_s"])
 
@@ -59,12 +59,12 @@ def main() -> None:
                 took[kind].append(seconds(wish.shards, wish.steps, sets, run))
     timed = wish.steps - WARM
     step_s = statistics.median(took["none"]) / timed
-    commits = wish.steps // wish.every - 1  # the last one is waited for, and left out
-    print(f"a step without commits: {step_s:.3f} s")
+    checkpoints = wish.steps // wish.every - 1  # the last one is waited for, and left out
+    print(f"a step without checkpoints: {step_s:.3f} s")
     for kind in ("waited for", "beside"):
-        each = [(a - b) / commits for a, b in zip(took[kind], took["none"], strict=True)]
+        each = [(a - b) / checkpoints for a, b in zip(took[kind], took["none"], strict=True)]
         share = [100 * one / (100 * step_s) for one in each]
-        print(f"{kind}: {spread(each, 's')} a commit, {spread(share, '%')} of 100 steps")
+        print(f"{kind}: {spread(each, 's')} a checkpoint, {spread(share, '%')} of 100 steps")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Commits: everything a run needs to go on, on disk and proven, or as if it had never been.
+"""Checkpoints: everything a run needs to go on, on disk and proven, or as if it had never been.
 
     checkpoints/step-40/
       shard-00001-model-00001-of-00002.safetensors   rank 0's part of the weights
@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 
 from shards.files import fsync_folder, json_bytes, publish_bytes, sha256_file
 from shards.versions import CHECKPOINT, STAMP, check_format, check_keys, stamp, writer_of
-from trainer.checkpoint.runs import COMMIT, commit_path
+from trainer.checkpoint.runs import RECORD, checkpoint_path
 from trainer.distributed.world import World, own_part
 from trainer.errors import CheckpointError, at_least
 
@@ -58,10 +58,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to commit, by steps or by minutes (0: not by that), and what to keep.
+    """When to checkpoint, by steps or by minutes (0: not by that), and what to keep.
 
-    The last `keep_last` commits stay, and each whose step is a multiple of `keep_every` (0: none).
-    `mirror` is a folder on another disk or machine, where a copy of each goes (empty: nowhere).
+    The last `keep_last` checkpoints stay, and each whose step is a multiple of `keep_every` (0:
+    none). `mirror` is a folder on another disk or machine, where a copy of each goes (empty:
+    nowhere).
     """
 
     interval_steps: int = 0
@@ -77,7 +78,8 @@ class CheckpointConfig:
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The weights and moments themselves (not copies), by name; all that a commit stores of them.
+    """The weights and moments themselves (not copies), by name; all that a checkpoint stores of
+    them.
 
     `optim.updates` counts the updates made, which AdamW's bias correction needs.
     """
@@ -97,7 +99,7 @@ def share_bytes(share: Mapping[str, Tensor]) -> int:
 
 
 def save(run: Path, share: Mapping[str, Tensor], record: Record, world: World) -> Path:
-    """The new commit of `record["step"]`, of which every rank gives its share.
+    """The new checkpoint of `record["step"]`, of which every rank gives its share.
 
     CheckpointError, on every rank, leaves the older ones as they are.
     """
@@ -109,7 +111,7 @@ def save_from_any_thread(
     run: Path, share: Mapping[str, Tensor], record: Record, world: World
 ) -> Path:
     """What `save` returns; torch's warnings, which only the main thread can silence, are heard."""
-    folder = commit_path(run, int(record["step"]))
+    folder = checkpoint_path(run, int(record["step"]))
     size = sum(world.gather(share_bytes(share)))
     try:
         world.on_main(lambda: make_room(folder, size))
@@ -123,64 +125,66 @@ def save_from_any_thread(
             with contextlib.suppress(OSError):
                 remove(folder)
         raise CheckpointError(
-            f"{folder} could not be written ({cause_of(error)}); older commits stand: "
+            f"{folder} could not be written ({cause_of(error)}); older checkpoints stand: "
             "make room or repair the disk"
         ) from error
     return folder
 
 
 def make_room(folder: Path, size: int) -> None:
-    """Make the folder of a commit of `size` bytes; CheckpointError where they would not fit."""
-    remove(folder)  # a try that was not committed, or a commit found damaged
+    """Make the folder of a checkpoint of `size` bytes; CheckpointError where they would not fit."""
+    remove(folder)  # a try that was not saved, or a checkpoint found damaged
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if free < size + (1 << 20):
         raise CheckpointError(
             f"{folder} needs {size / 1e9:.3f} GB and the disk has {free / 1e9:.3f} GB left; "
-            "older commits stand: make room"
+            "older checkpoints stand: make room"
         )
     folder.mkdir()
 
 
 def remove(folder: Path) -> None:
-    """Remove a commit, its mark first: what is left of it after a kill is no commit."""
+    """Remove a checkpoint, its mark first: what is left of it after a kill is no checkpoint."""
     if folder.exists():
-        (folder / COMMIT).unlink(missing_ok=True)
+        (folder / RECORD).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a disk that fails: digests will find what is left
             fsync_folder(folder)
         shutil.rmtree(folder)
 
 
-def restore(commit: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
-    """Fill weights and moments, in place, from a commit whose files have been proven."""
+def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
+    """Fill weights and moments, in place, from a checkpoint whose files have been proven."""
     tensors = tensors_of(model, optimizer)
-    _read_tensors(commit, dict(tensors), world)
+    _read_tensors(checkpoint, dict(tensors), world)
     for state in optimizer.state.values():
         state["step"].copy_(tensors["optim.updates"][0])
 
 
-def load_weights(commit: Path) -> dict[str, Tensor]:
-    """The weights of a commit by parameter name, fp32 on the CPU, proven by their digests."""
-    record = read_record(commit)
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint by parameter name, fp32 on the CPU, proven by their digests."""
+    record = read_record(checkpoint)
     names = [name for name in record["files"] if f"-model-{_WEIGHTS:05d}-of-" in name]
-    if complaint := _complaint(commit, record, names):
+    if complaint := _complaint(checkpoint, record, names):
         raise CheckpointError(complaint)
     try:
-        stored = HuggingFaceStorageReader(str(commit)).read_metadata().state_dict_metadata
+        stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     except Exception as error:  # safetensors has its own family of errors for damaged headers
-        raise CheckpointError(f"{commit} is damaged ({error}); use another commit") from error
+        raise CheckpointError(
+            f"{checkpoint} is damaged ({error}); use another checkpoint"
+        ) from error
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
-    _read_tensors(commit, tensors, None)
+    _read_tensors(checkpoint, tensors, None)
     return {name.removeprefix("model."): tensor.float() for name, tensor in tensors.items()}
 
 
-def read_record(commit: Path) -> Record:
+def read_record(checkpoint: Path) -> Record:
     """What COMMIT.json says; CheckpointError unless it is whole, VersionError if it is unknown."""
-    path = commit / COMMIT
+    path = checkpoint / RECORD
     try:
         data = path.read_bytes()
         record = json.loads(data)
@@ -188,25 +192,25 @@ def read_record(commit: Path) -> Record:
         digest = record.pop("sha256")
     except FileNotFoundError:
         raise CheckpointError(
-            f"{commit}: no {COMMIT} there, so nothing was committed; name a folder "
+            f"{checkpoint}: no {RECORD} there, so nothing was saved; name a folder "
             "runs/NAME/checkpoints/step-N that holds one"
         ) from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged; use another commit") from error
+        raise CheckpointError(f"{path} is damaged; use another checkpoint") from error
     if not as_written or hashlib.sha256(json_bytes(record)).hexdigest() != digest:
-        raise CheckpointError(f"{path} is damaged (its digest differs); use another commit")
+        raise CheckpointError(f"{path} is damaged (its digest differs); use another checkpoint")
     check_format(record, CHECKPOINT, path)
     check_keys(record, _KNOWN, path, writer_of(record))
     if absent := [key for key in _NEEDED if key not in record]:
-        raise CheckpointError(f"{path} lacks {absent[0]}; use another commit")
+        raise CheckpointError(f"{path} lacks {absent[0]}; use another checkpoint")
     return dict(record)
 
 
-def prove(commit: Path, world: World) -> Record:
-    """The record of a commit, every file of which is what it was when it was written."""
-    record: Record = world.on_main(lambda: read_record(commit))
+def prove(checkpoint: Path, world: World) -> Record:
+    """The record of a checkpoint, every file of which is what it was when it was written."""
+    record: Record = world.on_main(lambda: read_record(checkpoint))
     mine = sorted(record["files"])[world.rank :: world.world_size]
-    complaints = [text for text in world.gather(_complaint(commit, record, mine)) if text]
+    complaints = [text for text in world.gather(_complaint(checkpoint, record, mine)) if text]
     if complaints:
         raise CheckpointError(complaints[0])
     return record
@@ -234,16 +238,16 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) ->
     save_tensors(dict(tensors), storage_writer=writer, process_group=world.group, no_dist=alone)
 
 
-def _read_tensors(commit: Path, tensors: dict[str, Any], world: World | None) -> None:
-    """Fill tensors from a commit, with the other ranks of a world or in this process alone."""
+def _read_tensors(checkpoint: Path, tensors: dict[str, Any], world: World | None) -> None:
+    """Fill tensors from a checkpoint, with the other ranks of a world or in this process alone."""
     group = None if world is None else world.group
     alone = world is None or world.world_size == 1
-    reader = HuggingFaceStorageReader(str(commit))
+    reader = HuggingFaceStorageReader(str(checkpoint))
     try:
         with no_warning_of_being_alone():
             load(tensors, storage_reader=reader, process_group=group, no_dist=alone)
     except CheckpointException as error:
-        raise CheckpointError(f"{commit} cannot be loaded ({cause_of(error)})") from error
+        raise CheckpointError(f"{checkpoint} cannot be loaded ({cause_of(error)})") from error
 
 
 @contextlib.contextmanager
@@ -285,18 +289,18 @@ def _settled(path: Path) -> dict[str, Any]:
 def _publish_record(folder: Path, record: Record) -> None:
     fsync_folder(folder)  # the names of the tensors' files, before the mark that vouches for them
     digest = hashlib.sha256(json_bytes(record)).hexdigest()
-    publish_bytes(folder / COMMIT, json_bytes({**record, "sha256": digest}))
+    publish_bytes(folder / RECORD, json_bytes({**record, "sha256": digest}))
     fsync_folder(folder.parent)
 
 
-def _complaint(commit: Path, record: Record, names: list[str]) -> str:
-    """What is wrong with one of these files of a commit, or nothing."""
+def _complaint(checkpoint: Path, record: Record, names: list[str]) -> str:
+    """What is wrong with one of these files of a checkpoint, or nothing."""
     for name in names:
-        path = commit / name
+        path = checkpoint / name
         with contextlib.suppress(FileNotFoundError):
             if sha256_file(path) == record["files"][name]["sha256"]:
                 continue
-        return f"{path} is damaged or missing (its digest differs); use another commit"
+        return f"{path} is damaged or missing (its digest differs); use another checkpoint"
     return ""
 
 
