@@ -21,8 +21,9 @@ VERSION: Final = "0.1.0"
 SHARDS: Final = "summerlm-shards/1"  # manifest.json and the units' records
 UNITS: Final = "summerlm-units/1"  # units.json
 RUN: Final = "summerlm-run/1"  # a run's config.json
-CHECKPOINT: Final = "summerlm-commit/1"  # COMMIT.json
+CHECKPOINT: Final = "summerlm-checkpoint/1"  # checkpoint.json
 CERTIFICATE: Final = "summerlm-certificate/1"  # certificate.json
+_FORMER: Final = {"summerlm-commit/1": CHECKPOINT}  # written until 0.1.0
 
 FORMAT_KEY: Final = "format"
 WRITER_KEY: Final = "summerlm_version"
@@ -43,7 +44,7 @@ def writer_of(table: Mapping[str, Any]) -> str:
 def check_format(table: Mapping[str, Any], wanted: str, where: object) -> None:
     """Refuse, with VersionError, a file of another format."""
     found = table.get(FORMAT_KEY)
-    if found != wanted:
+    if found != wanted and _FORMER.get(str(found)) != wanted:
         raise VersionError(
             f"{where} is of format {found!r}, written by SummerLM {writer_of(table)}, and this "
             f"version ({VERSION}) reads {wanted!r}: upgrade"

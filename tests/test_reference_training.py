@@ -27,7 +27,7 @@ from shards.reader import ShardReader
 from shards.writer import ShardWriter, write_manifest
 from shards_samples import TOKENIZER, sample_facts
 from trainer.checkpoint.runs import newest_checkpoint
-from trainer.config.plan import Plan
+from trainer.config.plan import TrainPlan
 from trainer.data.mixture import DataOrder, Phase
 from trainer.metrics.metrics import read_lines
 from trainer.optimizer.optimizer import update
@@ -85,7 +85,7 @@ def make_data(folder: Path) -> None:
         write_manifest(folder / name, facts, [Part(file="0.txt", first=0, last=1)], 1)
 
 
-def batches_of(plan: Plan) -> list[Batch]:
+def batches_of(plan: TrainPlan) -> list[Batch]:
     """The samples of each step, in the data order, which has tests of its own."""
     rows = {name: facts.n_rows for name, facts in plan.sources.items()}
     order = DataOrder(seed=SEED, rows=rows, phases=[Phase(0, plan.weights)])
@@ -115,7 +115,7 @@ def first_weights(shape: Shape) -> dict[str, Tensor]:
     return weights
 
 
-def plan_of(folder: Path, shape: Shape, layout: Layout) -> Plan:
+def plan_of(folder: Path, shape: Shape, layout: Layout) -> TrainPlan:
     """A run of this model."""
     sets = {f"model.{key}": value for key, value in asdict(shape).items()}
     sets |= {f"optim.{key}": value for key, value in asdict(Optim()).items()}

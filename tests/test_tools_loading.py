@@ -60,7 +60,7 @@ def test_without_a_name_the_newest_run_is_taken(run: Path, monkeypatch: pytest.M
 def test_a_model_that_is_not_there_or_does_not_fit_is_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(LoadingError, match="name one of --run"):
         load(Choice(run=run, checkpoint=run))
-    with pytest.raises(LoadingError, match=r"no COMMIT\.json there"):
+    with pytest.raises(LoadingError, match=r"no checkpoint\.json there"):
         load(Choice(checkpoint=run))
     with pytest.raises(SummerError, match="no run of summer-train"):
         load(Choice(run=tmp_path))

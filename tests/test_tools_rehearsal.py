@@ -17,7 +17,7 @@ def make_checkpoint(run: Path, step: int, digests: dict[str, str]) -> None:
     folder = run / "checkpoints" / f"step-{step}"
     folder.mkdir(parents=True)
     files = {name: {"bytes": 1, "sha256": digest} for name, digest in digests.items()}
-    (folder / "COMMIT.json").write_text(json.dumps({"files": files}))
+    (folder / "checkpoint.json").write_text(json.dumps({"files": files}))
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_other_shards_are_refused(folder: Path, tmp_path: Path) -> None:
     record = folder / "run" / "config.json"
     config = json.loads(record.read_text())
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    for path in (folder / "run" / "checkpoints").glob("*/COMMIT.json"):
+    for path in (folder / "run" / "checkpoints").glob("*/checkpoint.json"):
         (tmp_path / "run" / "checkpoints" / path.parent.name).mkdir()
         (tmp_path / "run" / "checkpoints" / path.parent.name / path.name).write_bytes(
             path.read_bytes()

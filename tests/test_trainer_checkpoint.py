@@ -21,9 +21,9 @@ from torch import nn
 
 from conftest import REPOSITORY
 from shards.errors import VersionError
-from test_house import FLOORS, imports
+from test_house import LAYERS, imports
 from trainer.checkpoint import storage
-from trainer.checkpoint.retention import newest_proven, purge
+from trainer.checkpoint.retention import newest_intact, purge, resumable
 from trainer.checkpoint.runs import (
     RECORD,
     checkpoint_path,
@@ -31,11 +31,11 @@ from trainer.checkpoint.runs import (
     newest_checkpoint,
     newest_run,
 )
-from trainer.checkpoint.storage import CheckpointConfig, load_weights, prove, restore, save
+from trainer.checkpoint.storage import CheckpointConfig, load_weights, restore, save, verify
 from trainer.errors import CheckpointError, ConfigError
 from trainer.optimizer.optimizer import make_optimizer
 from trainer.optimizer.schedule import OptimConfig
-from trainer.session.save import share_of
+from trainer.session.save import tensors_to_save
 from trainer_samples import ALONE
 
 
@@ -64,14 +64,14 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     restore(checkpoint, model, optimizer, ALONE)
     for name, tensor in storage.tensors_of(model, optimizer).items():
         assert torch.equal(tensor, tensors(0)[name]), name
-    record = prove(checkpoint, ALONE)
+    record = verify(checkpoint, ALONE)
     assert (record["step"], record["world_size"]) == (3, 7)
     assert set(record["files"]) == {path.name for path in checkpoint.glob("*.safetensors")}
     assert record["versions"]["torch"] == torch.__version__
 
 
 def test_equal_tensors_make_equal_files(tmp_path: Path) -> None:
-    digests = [prove(saved(tmp_path / str(n), 3), ALONE)["files"] for n in range(4)]
+    digests = [verify(saved(tmp_path / str(n), 3), ALONE)["files"] for n in range(4)]
     assert all(digest == digests[0] for digest in digests)
 
 
@@ -96,7 +96,7 @@ def test_200_flips_and_cuts_fall_back_and_say_so(tmp_path: Path) -> None:
         else:
             data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
         path.write_bytes(data)
-        found = newest_proven(tmp_path, ALONE)
+        found = newest_intact(*resumable(tmp_path), ALONE)
         assert found is not None
         assert found[0] == older, path
         [complaint] = found[2]
@@ -126,7 +126,7 @@ def test_a_planted_pickle_is_never_read(tmp_path: Path, vouched_for: bool) -> No
         for entry in record["files"].values():
             entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         storage._publish_record(checkpoint, record)
-        prove(checkpoint, ALONE)
+        verify(checkpoint, ALONE)
     with pytest.raises(CheckpointError, match="damaged"):
         load_weights(checkpoint)
     with pytest.raises(CheckpointError):
@@ -137,7 +137,7 @@ def test_a_planted_pickle_is_never_read(tmp_path: Path, vouched_for: bool) -> No
 def test_nothing_unpickles() -> None:
     unpicklers = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve",
                   "marshal", "pandas"}  # fmt: skip
-    files = [p for floor in FLOORS for p in (REPOSITORY / floor).rglob("*.py")]
+    files = [p for floor in LAYERS for p in (REPOSITORY / floor).rglob("*.py")]
     assert len(files) > 80
     for path in files:
         assert not unpicklers & {name for name, _ in imports(path)}, path
@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path) -> None:
     older, newer = saved(tmp_path, 3), saved(tmp_path, 6)
     victim = sorted(newer.glob("*.safetensors"))[0]
     victim.write_bytes(victim.read_bytes()[:-1])
-    found = newest_proven(tmp_path, ALONE)
+    found = newest_intact(*resumable(tmp_path), ALONE)
     assert found is not None
     assert found[0] == older
     assert found[2] == [
@@ -165,14 +165,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path) -> None:
 def test_no_checkpoint_is_whole(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, 3)
     (checkpoint / RECORD).write_text("{")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole"):
-        newest_proven(tmp_path, ALONE)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is intact"):
+        newest_intact(*resumable(tmp_path), ALONE)
 
 
 def test_without_a_mark_nothing_is_saved(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, 3)
     (checkpoint / RECORD).unlink()
-    assert newest_proven(tmp_path, ALONE) is None
+    assert newest_intact(*resumable(tmp_path), ALONE) is None
     with pytest.raises(CheckpointError, match="nothing was saved"):
         load_weights(checkpoint)
     assert saved(tmp_path, 3, seed=1) == checkpoint  # the try is made again
@@ -180,14 +180,14 @@ def test_without_a_mark_nothing_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_future_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "CHECKPOINT", "summerlm-commit/2")
+    monkeypatch.setattr(storage, "CHECKPOINT", "summerlm-checkpoint/2")
     checkpoint = saved(tmp_path, 3)
     monkeypatch.undo()
-    refusal = r"of format 'summerlm-commit/2', written by .* reads 'summerlm-commit/1': upgrade"
+    refusal = r"of format 'summerlm-checkpoint/2', written by .* reads 'summerlm-checkpoint/1'"
     with pytest.raises(VersionError, match=refusal):
-        prove(checkpoint, ALONE)
+        verify(checkpoint, ALONE)
     with pytest.raises(VersionError, match=refusal):
-        newest_proven(tmp_path, ALONE)
+        newest_intact(*resumable(tmp_path), ALONE)
     assert checkpoints(tmp_path) == [checkpoint]  # it is not damaged, and not marked so
 
 
@@ -216,7 +216,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_done(
     monkeypatch.undo()
     assert checkpoints(tmp_path) == [older]
     assert not (tmp_path / "checkpoints" / "step-6").exists()
-    prove(older, ALONE)
+    verify(older, ALONE)
 
 
 def save_on_two_and_load(rank: int, folder: Path, port: int) -> None:
@@ -226,13 +226,13 @@ def save_on_two_and_load(rank: int, folder: Path, port: int) -> None:
               for n in (1, 2, 4)}  # fmt: skip
     checkpoint = checkpoint_path(folder, 3)
     if rank < 2:
-        share = share_of(tensors(0), worlds[2])
+        share = tensors_to_save(tensors(0), worlds[2])
         assert 0 < len(share) < len(tensors(0))
         save(folder, share, {"step": 3}, worlds[2])
     dist.barrier()
     for n, world in worlds.items():
         if rank < n:
-            prove(checkpoint, world)
+            verify(checkpoint, world)
             model, optimizer = toy(1)
             restore(checkpoint, model, optimizer, world)
             for name, tensor in storage.tensors_of(model, optimizer).items():
@@ -254,7 +254,7 @@ def test_saved_on_two_processes_it_loads_on_one_two_and_four(tmp_path: Path) -> 
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * 4
-    record = prove(checkpoints(tmp_path)[0], ALONE)
+    record = verify(checkpoints(tmp_path)[0], ALONE)
     assert {name.split("-model")[0] for name in record["files"]} == {"shard-00001", "shard-00002"}
     assert torch.equal(
         load_weights(checkpoints(tmp_path)[0])["0.weight"], tensors(0)["model.0.weight"]
@@ -265,7 +265,7 @@ def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next_purge(tmp_path: Pat
     for step in (2, 4, 6):
         saved(tmp_path, step)
     damaged, left = (tmp_path / "checkpoints" / f"step-{step}" for step in (2, 4))
-    (damaged / RECORD).rename(damaged / "COMMIT.damaged.json")  # is for people to look at
+    (damaged / RECORD).rename(damaged / "damaged.json")  # is for people to look at
     (left / RECORD).unlink()
     saved(tmp_path, 8)
     purge(tmp_path, CheckpointConfig())

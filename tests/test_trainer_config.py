@@ -144,7 +144,7 @@ def test_fine_tuning_starts_from_the_newest_run_that_was_not_fine_tuned(
         configure(preset="chat")
     tiny = configure(preset="tiny").config
     for age, (name, start) in enumerate([("old", ""), ("base", ""), ("chat", "runs/base")]):
-        mark = Path("runs", name, "checkpoints", "step-1", "COMMIT.json")
+        mark = Path("runs", name, "checkpoints", "step-1", "checkpoint.json")
         mark.parent.mkdir(parents=True)
         mark.write_text("{}")
         os.utime(mark, (age, age))

@@ -245,7 +245,7 @@ def test_no_fault_strikes_twice(
 ) -> None:
     injected("sigterm:0:4", shards, tmp_path, monkeypatch)
     assert newest_checkpoint(tmp_path).name == "step-5"
-    (tmp_path / "checkpoints" / "step-5" / "COMMIT.json").unlink()  # step 4 is made again
+    (tmp_path / "checkpoints" / "step-5" / "checkpoint.json").unlink()  # step 4 is made again
     injected("sigterm:0:4", shards, tmp_path, monkeypatch)
     assert newest_checkpoint(tmp_path).name == "step-14"
 

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.checkpoint.storage import load_weights
+from trainer.data.mixture import DataOrder
 from trainer.errors import ConfigError
 from trainer.metrics import goodput
 from trainer.metrics.goodput import Stopwatch, count_start, parts, total
 from trainer.metrics.metrics import read_lines
 from trainer.optimizer.schedule import Anneal, OptimConfig, lr_at
 from trainer.session.budget import END, annealing_steps, heed
-from trainer.session.state import State, fresh
+from trainer.session.state import State, initial_state
 from trainer.train import train
 from trainer_samples import make_shards, small_plan
 
@@ -139,7 +140,7 @@ def test_annealing_is_a_line_down_to_min_lr() -> None:
 def test_a_tenth_of_the_steps_anneal(step: int, more: int) -> None:
     n_steps = annealing_steps(step)
     assert n_steps == 1 or (n_steps - 1) / (step + n_steps - 1) < 0.1 <= n_steps / (step + n_steps)
-    state = State(step=step, phases=(), data={})
+    state = State(step=step, order=DataOrder(seed=0, rows={}, phases=()), data={})
     assert "anneal" in heed(1, state, step + more)
     assert state.last_step(step + more) == min(step + n_steps, step + more)
     assert heed(1, state, step + more) == ""
@@ -207,9 +208,9 @@ def test_a_budget_that_runs_out_early_ends_the_annealing(
     happened = read_lines(tmp_path / "events.jsonl")
     assert [event["event"] for event in happened].count("anneal") == 2
     assert 600 < sum(happened[-1]["spent_s"].values()) <= 800
-    record = json.loads((newest_checkpoint(tmp_path) / "COMMIT.json").read_text())
+    record = json.loads((newest_checkpoint(tmp_path) / "checkpoint.json").read_text())
     assert sum(record["anneal"]) == record["step"]
-    state = fresh(plan)
+    state = initial_state(plan)
     assert "used up: step 0 is the last" in heed(END, state, 1000)
     assert state.last_step(1000) == 0
     # another budget is another decision

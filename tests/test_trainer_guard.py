@@ -193,7 +193,7 @@ def test_bad_steps_that_persist_are_left_behind_with_their_data(
         *((step, 8 * step) for step in range(1, 7)),
         *((step, 8 * step + 40) for step in range(7, 17)),
     ]
-    record = json.loads((newest_checkpoint(run) / "COMMIT.json").read_text())
+    record = json.loads((newest_checkpoint(run) / "checkpoint.json").read_text())
     assert record["skipped"] == [[48, 88]]
     assert sum(entry["rows"] for entry in record["ledger"].values()) == 16 * 8
 
@@ -214,7 +214,7 @@ def test_a_rollback_outlives_a_kill_before_the_next_checkpoint(
     log, files = log_of(run), files_of(newest_checkpoint(run))
     for checkpoint in checkpoints(run):
         if checkpoint.name not in ("step-3", "step-6"):
-            (checkpoint / "COMMIT.json").unlink()
+            (checkpoint / "checkpoint.json").unlink()
     train(plan, run)
     assert (log_of(run), files_of(newest_checkpoint(run))) == (log, files)
 
@@ -232,8 +232,8 @@ def test_a_refused_update_is_refused_again_when_its_step_is(
     log, files = log_of(run), files_of(newest_checkpoint(run))
     assert [event["step"] for event in events_of(run, "refused")] == [6, 9]
     assert events_of(run, "refused")[1]["grad_norm"] > 1000
-    (run / "checkpoints" / "step-8" / "COMMIT.json").unlink()
-    (run / "checkpoints" / "step-9" / "COMMIT.json").unlink()
+    (run / "checkpoints" / "step-8" / "checkpoint.json").unlink()
+    (run / "checkpoints" / "step-9" / "checkpoint.json").unlink()
     made = small_plan(shards, max_steps=9, checkpoint__interval_steps=4, guard__window=8)
     train(made, run, resume="auto")
     assert len(events_of(run, "refused")) == 2

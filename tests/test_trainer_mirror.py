@@ -1,4 +1,4 @@
-"""Checkpoints copied elsewhere: proven there, harmless when that fails, used when the own are
+"""Checkpoints copied elsewhere: verified there, harmless when that fails, used when the own are
 gone."""
 
 import shutil
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from trainer.checkpoint.retention import newest_proven
+from trainer.checkpoint.retention import newest_intact, resumable
 from trainer.checkpoint.runs import RECORD, checkpoints, newest_checkpoint
-from trainer.checkpoint.storage import prove
+from trainer.checkpoint.storage import verify
 from trainer.errors import CheckpointError
 from trainer.train import train
 from trainer_samples import (
@@ -49,7 +49,7 @@ def test_each_checkpoint_is_copied_and_kept_by_the_same_rule(shards: Path, tmp_p
         assert {path.name: path.read_bytes() for path in ours.iterdir()} == {
             path.name: path.read_bytes() for path in theirs.iterdir()
         }
-        prove(theirs, ALONE)
+        verify(theirs, ALONE)
     assert f"copied to {copy / 'checkpoints' / 'step-7'} in" in said
     assert (copy / "config.json").read_bytes() == (run / "config.json").read_bytes()
     assert (copy / "tokenizer.model").read_bytes() == b"a model"
@@ -123,7 +123,7 @@ def test_what_is_set_aside_is_set_aside_in_the_mirror(shards: Path, tmp_path: Pa
     train(small_plan(shards, max_steps=6, **changes), run)
     other = small_plan(shards, max_steps=3, optim__lr=1e-3, **changes)
     train(other, run, resume=str(run / "checkpoints" / "step-2"))
-    found = newest_proven(run, ALONE, tmp_path / "mirror" / "run")
+    found = newest_intact(*resumable(run, tmp_path / "mirror" / "run"), ALONE)
     assert found is not None
     assert found[0] == run / "checkpoints" / "step-3"
 
@@ -134,10 +134,10 @@ def test_the_run_before_its_mirror(shards: Path, tmp_path: Path) -> None:
         shards, max_steps=4, checkpoint__interval_steps=2, checkpoint__mirror=mirror
     )  # fmt: skip
     train(plan, run)
-    found = newest_proven(run, ALONE, mirror / "run")
+    found = newest_intact(*resumable(run, mirror / "run"), ALONE)
     assert found is not None
     assert found[0] == run / "checkpoints" / "step-4"
     for checkpoint in [*checkpoints(run), *checkpoints(mirror / "run")]:
         (checkpoint / RECORD).write_text("{")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole"):
-        newest_proven(run, ALONE, mirror / "run")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is intact"):
+        newest_intact(*resumable(run, mirror / "run"), ALONE)

@@ -109,7 +109,7 @@ def test_with_everything_on_and_resumed_again_and_again_it_is_the_same_run(
                 torch.manual_seed(stop)  # nothing depends on what the process did before
                 step = train(plan, tmp_path / name).step
             assert step == stop
-    record = json.loads((newest_checkpoint(tmp_path / "parted") / "COMMIT.json").read_text())
+    record = json.loads((newest_checkpoint(tmp_path / "parted") / "checkpoint.json").read_text())
     assert [first for first, _ in record["phases"]] == [0, 48]
     assert all(entry["epochs"] > 1 for entry in record["ledger"].values())
     assert log_of(tmp_path / "parted") == log_of(tmp_path / "whole")
@@ -180,7 +180,7 @@ def test_a_mixture_changed_in_the_middle_goes_on_from_the_counts(
     said = Said()
     train(small_plan(shards, max_steps=9, mixture__pg19=6), tmp_path, screen=said)
     assert "the mixture is now {'fineweb': 10, 'pg19': 1}" in said
-    record = json.loads((newest_checkpoint(tmp_path) / "COMMIT.json").read_text())
+    record = json.loads((newest_checkpoint(tmp_path) / "checkpoint.json").read_text())
     assert [first for first, _ in record["phases"]] == [0, 40]
     assert sum(entry["rows"] for entry in record["ledger"].values()) == 72
     assert "mixture" in events_of(tmp_path)

@@ -50,7 +50,7 @@ def test_a_last_checkpoint_that_fails_is_an_error(
     plan = small_plan(shards, max_steps=2)
     train(plan, tmp_path)
     monkeypatch.setattr("trainer.checkpoint.storage.os.fsync", full)
-    monkeypatch.setattr("trainer.session.session._introduce", lambda plan, run: None)
+    monkeypatch.setattr("trainer.session.resume.save_config", lambda run, config: None)
     with pytest.raises(CheckpointError, match="No space left on device"):
         train(small_plan(shards, max_steps=4), tmp_path)
     assert [checkpoint.name for checkpoint in checkpoints(tmp_path)] == ["step-2"]

@@ -22,7 +22,7 @@ from trainer.metrics.metrics import read_lines
 from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
 from trainer.optimizer.schedule import OptimConfig
 from trainer.session.network import Network, build_network, filled_whole, no_sync_unless_last
-from trainer.session.save import share_of
+from trainer.session.save import tensors_to_save
 from trainer.train import train
 from trainer_samples import (
     ALONE,
@@ -224,7 +224,9 @@ def check_two_by_two(rank: int, port: int) -> None:
         for one, other in ((0, 2), (1, 3)):  # the replicas' slices, bit for bit
             pairs = [(everything[one][name], everything[other][name]) for name in everything[one]]
             assert all(torch.equal(*pair) for pair in pairs)
-        shares = world.gather(list(share_of(storage.tensors_of(network.bare, optimizer), world)))
+        shares = world.gather(
+            list(tensors_to_save(storage.tensors_of(network.bare, optimizer), world))
+        )
         for name, tensor in everything[0].items():  # each is written once, by one replica
             assert sum(name in share for share in shares) == min(2, tensor.ndim), name
 

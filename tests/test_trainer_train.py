@@ -50,7 +50,7 @@ def test_a_run_learns_and_explains_itself(shards: Path, tmp_path: Path) -> None:
     assert load_config(run) == plan.config
     assert (run / "tokenizer.model").read_bytes() == b"a model"
     assert events_of(run) == ["start", "checkpoint", "done"]
-    record = json.loads((outcome.checkpoint / "COMMIT.json").read_text())
+    record = json.loads((outcome.checkpoint / "checkpoint.json").read_text())
     assert (record["step"], record["next_index"]) == (20, 160)
     assert {name: entry["rows"] for name, entry in record["ledger"].items()} == {
         "fineweb": 137,

@@ -143,7 +143,7 @@ def test_watching_changes_nothing(shards: Path, tmp_path: Path) -> None:
     train(small_plan(shards, **common, **quiet), tmp_path / "off")
     train(small_plan(shards, **common, **WATCHED), tmp_path / "on")
     runs = [tmp_path / "off", tmp_path / "on"]
-    records = [json.loads((newest_checkpoint(run) / "COMMIT.json").read_text()) for run in runs]
+    records = [json.loads((newest_checkpoint(run) / "checkpoint.json").read_text()) for run in runs]
     assert records[0]["files"] == records[1]["files"]
     keys = ("step", "loss", "lr", "grad_norm", "n_targets", "next_index", "ledger")
     logs = [[[line[k] for k in keys] for line in read_lines(r / "metrics.jsonl")] for r in runs]

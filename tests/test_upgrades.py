@@ -35,7 +35,7 @@ from trainer.checkpoint.storage import read_record
 from trainer.cli import main as train
 from trainer.config import config as config_module
 from trainer.config.config import RunConfig, configure, load_config
-from trainer.config.plan import Plan, make_plan
+from trainer.config.plan import TrainPlan, make_plan
 from trainer.errors import ConfigError
 from trainer.session.state import state_from
 
@@ -103,7 +103,7 @@ def newer(section: str, **default: Any) -> type[RunConfig]:
     )
 
 
-def golden_plan(*sets: str) -> Plan:
+def golden_plan(*sets: str) -> TrainPlan:
     return make_plan(configure(file=Path("alibi.toml"), sets=sets, shards="shards"))
 
 
@@ -247,7 +247,7 @@ def test_each_command_says_so_in_one_line_and_harms_nothing(
         main, *arguments = known[command]
         line = golden.refused(main, *arguments)
         assert re.search(unknown(said), line), (command, line)
-        assert str(file) in line or "COMMIT.json of step 4" in line
+        assert str(file) in line or "the record of step 4" in line
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -271,7 +271,7 @@ def test_what_transformers_adds_to_an_export_is_known() -> None:
 def test_what_is_written_names_its_version() -> None:
     golden.train_on("alibi")
     golden.export("alibi", Path("again"))
-    written = [RUN / "config.json", RUN / "checkpoints" / "step-6" / "COMMIT.json",
+    written = [RUN / "config.json", RUN / "checkpoints" / "step-6" / "checkpoint.json",
                Path("again", "config.json")]  # fmt: skip
     assert [json.loads(path.read_text())[WRITER_KEY] for path in written] == 3 * [VERSION]
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())

@@ -15,7 +15,7 @@ from shards_samples import make_source
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.checkpoint.storage import _read_tensors, load_weights
 from trainer.config.config import configure
-from trainer.config.plan import Plan, make_plan
+from trainer.config.plan import TrainPlan, make_plan
 from trainer.distributed.world import World
 from trainer.metrics.metrics import read_lines
 
@@ -54,7 +54,7 @@ def set_texts(**changes: Any) -> list[str]:
     return [f"{key}={value}" for key, value in {**SMALL, **named}.items()]
 
 
-def small_plan(shards: Path, /, ranks: int = 1, **changes: Any) -> Plan:
+def small_plan(shards: Path, /, ranks: int = 1, **changes: Any) -> TrainPlan:
     sets = set_texts(**changes)
     return make_plan(configure(preset="tiny", sets=sets, shards=str(shards)), ranks)
 

@@ -12,9 +12,9 @@ from typing import TextIO
 import torch
 
 from model.config import count_params
-from trainer.checkpoint.runs import METRICS, checkpoints
+from trainer.checkpoint.runs import checkpoints
 from trainer.config.config import Configured, configure
-from trainer.config.plan import Plan, describe, make_plan
+from trainer.config.plan import TrainPlan, make_plan
 from trainer.distributed.devices import pick_device
 from trainer.distributed.launch import (
     ASKED_TO_STOP,
@@ -28,8 +28,8 @@ from trainer.distributed.world import launched_by_torchrun
 from trainer.errors import ConfigError
 from trainer.faults.inject import ordered_faults
 from trainer.metrics.display import Screen, Silent, open_screen
-from trainer.metrics.metrics import read_lines
-from trainer.session.ledger import describe_ledger, refuse_repeats, standing
+from trainer.session.resume import measured_rate, peek_state, show_plan
+from trainer.session.state import check_max_epochs
 from trainer.train import train
 
 
@@ -76,8 +76,8 @@ def start(request: Request, stream: TextIO) -> int:
     plan = make_plan(configured, n_local * _count_nodes(request.nnodes), n_local)
     screen = open_screen(stream)
     with contextlib.closing(screen):
-        _show(plan, run, request.resume, screen)
         if request.dry_run:
+            _show(plan, run, request.resume, screen)
             return 0
         if plan.shape.world_size == 1:
             return _train(plan, run, request, screen)
@@ -90,19 +90,16 @@ def start(request: Request, stream: TextIO) -> int:
 def _train_as_rank(configured: Configured, run: Path, request: Request, stream: TextIO) -> int:
     plan = make_plan(configured, _count("WORLD_SIZE"), _count("LOCAL_WORLD_SIZE"))
     screen = open_screen(stream) if _count("RANK") == 0 else Silent()
-    if OUTCOME not in os.environ:  # our own launcher has shown it
-        _show(plan, run, request.resume, screen)
     return _train(plan, run, request, screen)
 
 
-def _show(plan: Plan, run: Path, resume: str, screen: Screen) -> None:
-    state = standing(plan, run, resume)
-    for line in (*describe(plan, _measured_rate(run)), *describe_ledger(plan, state)):
-        screen.say(line)
-    refuse_repeats(plan, state)
+def _show(plan: TrainPlan, run: Path, resume: str, screen: Screen) -> None:
+    state = peek_state(plan, run, resume)
+    show_plan(plan, state, measured_rate(run), screen)
+    check_max_epochs(plan, state)
 
 
-def _train(plan: Plan, run: Path, request: Request, screen: Screen) -> int:
+def _train(plan: TrainPlan, run: Path, request: Request, screen: Screen) -> int:
     with contextlib.closing(screen):
         outcome = train(plan, run, resume=request.resume, screen=screen)
         return ASKED_TO_STOP if outcome.stopped else 0
@@ -134,9 +131,3 @@ def _count(variable: str) -> int:
 
 def _options(torchrun: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"--{name.replace('_', '-')}={value}" for name, value in torchrun.items())
-
-
-def _measured_rate(run: Path) -> float | None:
-    """Tokens a second of this run's last logged step, if it has one."""
-    lines = read_lines(run / METRICS)
-    return float(lines[-1]["tokens_per_s"]) if lines else None

@@ -21,53 +21,78 @@ What happens to a step's tokens:
 from __future__ import annotations
 
 import gc
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from trainer.checkpoint.runs import newest_checkpoint
-from trainer.config.plan import Plan
+from shards.errors import ShardError
+from trainer.checkpoint.retention import invalidate_after, mirror_of
+from trainer.checkpoint.runs import checkpoints, newest_checkpoint
+from trainer.checkpoint.storage import read_record
+from trainer.config.plan import TrainPlan
+from trainer.data.loader import Loader
 from trainer.distributed.allocator import keep_freed_memory
 from trainer.distributed.world import join_world, restarted_by_torchrun
+from trainer.errors import TrainingError
 from trainer.faults.faults import named_faults
-from trainer.faults.guard import Guard
-from trainer.faults.heartbeat import beating
+from trainer.faults.guard import REFUSED, ROLLBACK, Guard
+from trainer.faults.heartbeat import Heart, beating
 from trainer.faults.inject import Faults, ordered_faults, refuse_unmet
 from trainer.faults.signals import listen_for_stop
 from trainer.metrics import goodput
 from trainer.metrics.display import Screen, Silent
 from trainer.metrics.profiling import StepProfiler, parse_steps
-from trainer.metrics.step_metrics import Late, Tally, Wishes, refusal_wished
+from trainer.metrics.step_metrics import Late, Reading, Tally, Wishes, refusal_wished
 from trainer.optimizer.optimizer import finish_gradients, set_lr, update
 from trainer.optimizer.schedule import lr_at
-from trainer.session.after_step import Job, RolledBackError, look_at
-from trainer.session.budget import Budget
-from trainer.session.logbook import Logbook, spent_line
+from trainer.session.budget import Budget, heed
+from trainer.session.logbook import Arrived, Logbook, spent_line
 from trainer.session.network import (
     autocast,
     exposed_exchange_s,
     no_sync_unless_last,
     reseed_attention_dropout,
 )
-from trainer.session.save import open_saver
-from trainer.session.session import Session, begin, claim, open_held_out, open_loader
+from trainer.session.resume import begin
+from trainer.session.save import CheckpointSaver, open_saver
+from trainer.session.session import Session, claim, open_held_out, open_loader
 from trainer.session.state import State
 
 STOPPED: Final = "stopped"
 """The event of a run that was asked to stop and has saved."""
 
 
+class Job(NamedTuple):
+    """What the loop of one rank works with."""
+
+    session: Session
+    state: State
+    loader: Loader
+    saver: CheckpointSaver
+    heart: Heart
+    faults: Faults
+    asked_to_stop: Callable[[], bool]
+
+
+class RolledBackError(Exception):
+    """The run is to go on from an earlier checkpoint, without the samples from there to here."""
+
+
 class Outcome(NamedTuple):
-    """How a run ended: after which step, whether because it was asked to, and its last
-    checkpoint."""
+    """How a run ended: its last step and checkpoint, and whether it was asked to stop."""
 
     step: int
     stopped: bool
     checkpoint: Path
 
 
-def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None = None) -> Outcome:
+def train(
+    plan: TrainPlan, run: Path, *, resume: str = "auto", screen: Screen | None = None
+) -> Outcome:
     """How the run ended. It is saved then; `train` with the same plan goes on from there."""
-    orders, again = ordered_faults(), restarted_by_torchrun()
+    screen = screen or Silent()
+    orders, restarted = ordered_faults(), restarted_by_torchrun()
     refuse_unmet(orders, plan.shape.world_size, plan.config.max_steps)
     with (
         listen_for_stop() as asked_to_stop,
@@ -82,13 +107,13 @@ def train(plan: Plan, run: Path, *, resume: str = "auto", screen: Screen | None 
         while True:
             try:
                 with (
-                    begin(plan, run, resume, world, screen or Silent(), again=again) as found,
+                    begin(plan, run, resume, world, screen, restarted=restarted) as found,
                     open_loader(*found, faults) as loader,
                     open_saver(*found) as saver,
                 ):
                     return _go_on(Job(*found, loader, saver, heart, faults, asked_to_stop))
             except RolledBackError:
-                again = True
+                restarted = True
             gc.collect()  # the model that is left behind, before another is made
 
 
@@ -178,3 +203,89 @@ def _ended(session: Session, state: State) -> Outcome:
     else:
         session.tell(f"done: {checkpoint}", "done", step=state.step, spent_s=seconds)
     return Outcome(state.step, stopped, checkpoint)
+
+
+def look_at(arrived: Arrived, job: Job) -> tuple[bool, bool]:
+    """Whether some rank wishes to stop, and to checkpoint; what the step's numbers ask for is
+    done."""
+    if arrived is None:
+        return False, False
+    step, reading = arrived
+    state, config = job.state, job.session.plan.config.guard
+    if reading.wished.damaged:
+        _stop_before(step, reading, job)
+    if reading.refused:
+        state.refused_in_a_row += 1
+        _tell_refused(step, reading, job.session)
+        if state.refused_in_a_row > config.patience:
+            _roll_back(step, job)
+    else:
+        state.refused_in_a_row = 0
+        if reading.grad_norm > 0:
+            state.norms = [*state.norms, reading.grad_norm][-config.window :]
+    if news := heed(reading.wished.budget, state, job.session.plan.config.max_steps):
+        job.session.tell(news, "anneal", step=state.step, anneal=state.anneal)
+    return reading.wished.stop, reading.wished.checkpoint or bool(news)
+
+
+def _tell_refused(step: int, reading: Reading, session: Session) -> None:
+    facts = {"step": step, "first_index": reading.first_index}
+    if reading.wished.refuse:  # and written down already
+        session.screen.say(f"! step {step}: update refused, as it was before")
+    elif math.isfinite(reading.grad_norm):
+        text = f"! step {step}: gradient norm {reading.grad_norm:.2f} is a spike, update refused"
+        session.tell(text, REFUSED, **facts, grad_norm=reading.grad_norm)
+    else:
+        text = f"! step {step}: gradient not finite, update refused"
+        session.tell(text, REFUSED, **facts, grad_norm=None)
+
+
+def _stop_before(step: int, reading: Reading, job: Job) -> None:
+    """Checkpoint as of before `step`, of which a row is damaged, and raise what is wrong with it.
+
+    Every update since has been refused, on all ranks: weights and moments are those of then.
+    """
+    session, state = job.session, job.state
+    found = [error for error in session.world.gather(job.loader.damage) if error is not None]
+    state.step, state.next_index = step - 1, reading.first_index
+    job.saver.checkpoint(last=True)
+    session.journal.event("damaged", step=step, reason=str(found[0]))
+    raise ShardError(
+        f"{found[0]}; the run is saved at step {step - 1} and goes on from there with the same "
+        "command"
+    )
+
+
+def _roll_back(step: int, job: Job) -> None:
+    """Leave out the samples from the last good checkpoint to here, and have the run go on from
+    it."""
+    session, state = job.session, job.state
+    most = session.plan.config.guard.max_rollbacks
+    refused = f"step {step}: {state.refused_in_a_row} updates in a row were refused"
+    if session.recorded.rollbacks >= most:
+        job.saver.checkpoint(last=True)
+        raise TrainingError(
+            f"{refused}, after {most} rollbacks; the run is saved: go on from an earlier "
+            "checkpoint (--resume runs/NAME/checkpoints/step-N) with a lower optim.lr or with "
+            "--set precision=fp32, or raise guard.max_rollbacks"
+        )
+    job.saver.finish()
+    to_step, begin = session.world.on_main(lambda: _last_good(session))
+    session.tell(
+        f"! {refused}: back to step {to_step}, without samples {begin} to {state.next_index - 1}",
+        ROLLBACK, step=step, to_step=to_step, skipped=[begin, state.next_index],
+    )  # fmt: skip
+    raise RolledBackError
+
+
+def _last_good(session: Session) -> tuple[int, int]:
+    """Step and next sample of the newest checkpoint that no refusal precedes; later ones set
+    aside."""
+    mirror = mirror_of(session.run, session.plan.config.checkpoint)
+    for checkpoint in reversed(checkpoints(session.run)):
+        record = read_record(checkpoint)
+        if not record.get("refused_in_a_row"):
+            invalidate_after(session.run, int(record["step"]), mirror)
+            return int(record["step"]), int(record["next_index"])
+    invalidate_after(session.run, -1, mirror)
+    return 0, session.first_index

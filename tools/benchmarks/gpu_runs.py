@@ -25,7 +25,7 @@ from shards.format import Facts, Part, TokenizerInfo, token_dtype
 from shards.writer import ShardWriter, write_manifest
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.config.config import configure
-from trainer.config.plan import Plan, make_plan
+from trainer.config.plan import TrainPlan, make_plan
 from trainer.metrics.metrics import read_lines
 from trainer.session import network as parallel
 from trainer.session.save import CheckpointSaver
@@ -117,7 +117,7 @@ def losses_of(work: Path, sets: list[str]) -> list[float]:
     return [line["loss"] for line in read_lines(run / "metrics.jsonl")]
 
 
-def plan_of(work: Path, sets: list[str]) -> Plan:
+def plan_of(work: Path, sets: list[str]) -> TrainPlan:
     """The plan of a run on the made-up rows."""
     return make_plan(configure(preset="tiny", sets=sets, shards=str(work / "shards")), 1)
 

@@ -33,7 +33,7 @@ from tools.models.hf_folder import (
 )
 from tools.models.loading import Choice, LoadedModel, load, refuse_misfit
 from tools.models.vocabulary import Vocabulary
-from trainer.checkpoint.runs import RECORD, newest_checkpoint
+from trainer.checkpoint.runs import is_checkpoint, newest_checkpoint
 from trainer.checkpoint.storage import save
 from trainer.config.config import RunConfig, save_config
 from trainer.distributed.world import World
@@ -111,7 +111,7 @@ def _to_summer(source: Path, folder: Path) -> _Checked:
 def _to_hugging_face(source: Path, folder: Path) -> _Checked:
     if not source.is_dir():
         raise ConversionError(f"{source}: no such folder: name a run or a Hugging Face folder")
-    checkpoint = source if (source / RECORD).is_file() else newest_checkpoint(source)
+    checkpoint = source if is_checkpoint(source) else newest_checkpoint(source)
     loaded = load(Choice(checkpoint=checkpoint, device="cpu", dtype="fp32"))
     tokenizer = Tokenizer.load(checkpoint.resolve().parents[1] / TOKENIZER)
     write_folder(folder, loaded.model.config, loaded.model.state_dict(), tokenizer)

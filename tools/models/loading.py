@@ -20,7 +20,14 @@ from shards.format import TOKENIZER
 from tools.errors import LoadingError
 from tools.models.hf_folder import read_folder
 from tools.models.vocabulary import Vocabulary
-from trainer.checkpoint.runs import CONFIG, RECORD, newest_checkpoint, newest_run, step_of
+from trainer.checkpoint.runs import (
+    CONFIG,
+    RECORD,
+    is_checkpoint,
+    newest_checkpoint,
+    newest_run,
+    step_of,
+)
 from trainer.checkpoint.storage import load_weights
 from trainer.config.config import load_config
 from trainer.distributed.allocator import keep_freed_memory
@@ -121,7 +128,7 @@ def load(choice: Choice) -> LoadedModel:
 
 def _from_checkpoint(checkpoint: Path) -> _Parts:
     """A checkpoint inside its run, which holds the configuration and the tokenizer."""
-    if not (checkpoint / RECORD).is_file():
+    if not is_checkpoint(checkpoint):
         raise LoadingError(
             f"{checkpoint}: no {RECORD} there: name a checkpoint such as "
             "runs/NAME/checkpoints/step-1000, or a run with --run"

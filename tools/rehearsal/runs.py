@@ -112,7 +112,7 @@ def compare_checkpoints(here: Path, there: Path, step: int) -> Comparison:
 
 def record_of(run: Path, step: int) -> Path:
     """Where the checkpoint of `step` is recorded."""
-    return run / "checkpoints" / f"step-{step}" / "COMMIT.json"
+    return run / "checkpoints" / f"step-{step}" / "checkpoint.json"
 
 
 def last_step(run: Path) -> int:

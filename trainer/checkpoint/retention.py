@@ -1,6 +1,6 @@
-"""Which checkpoints stand: the newest that is whole, those set aside, purged, or copied elsewhere.
+"""Which checkpoints stay: the newest that is intact, those set aside, purged, or mirrored.
 
-A folder step-<n> is a checkpoint while it holds COMMIT.json. That mark is taken away before
+A folder step-<n> is a checkpoint while it holds checkpoint.json. That record is removed before
 anything else of it, so that a kill at any moment leaves a checkpoint or none, never half of one.
 """
 
@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,24 +19,24 @@ from shards.format import TOKENIZER
 from trainer.checkpoint.runs import (
     CHECKPOINTS,
     CONFIG,
-    RECORD,
     checkpoint_path,
     checkpoints,
+    record_path,
     step_of,
 )
 from trainer.checkpoint.storage import (
     CheckpointConfig,
     Record,
     make_room,
-    prove,
     read_record,
     remove,
+    verify,
 )
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError
 
-_DAMAGED: Final = "COMMIT.damaged.json"
-_ABANDONED: Final = "COMMIT.abandoned.json"
+_DAMAGED: Final = "damaged.json"
+_INVALIDATED: Final = "invalidated.json"
 
 
 def mirror_of(run: Path, config: CheckpointConfig) -> Path | None:
@@ -43,45 +44,53 @@ def mirror_of(run: Path, config: CheckpointConfig) -> Path | None:
     return Path(config.mirror) / run.resolve().name if config.mirror else None
 
 
-def newest_proven(
-    run: Path, world: World, mirror: Path | None = None
-) -> tuple[Path, Record, list[str]] | None:
-    """The newest checkpoint that is whole, its record, and what was wrong with newer ones.
+def resumable(run: Path, mirror: Path | None = None) -> tuple[list[Path], list[str]]:
+    """The checkpoints that a run can go on from, newest first, its own before its mirror's.
 
-    A run's own comes before the mirror's of the same step. None if there is none at all. A damaged
-    one loses its COMMIT.json's name, so that it is neither loaded by anyone else nor counted among
-    those that are kept.
+    With them a line that says so where it has none of its own and its mirror has.
     """
-    own, copies = world.on_main(lambda: (checkpoints(run), checkpoints(mirror) if mirror else []))
-    complaints: list[str] = []
+    own, copies = checkpoints(run), checkpoints(mirror) if mirror else []
+    notes = []
     if copies and not own:
-        complaints.append(f"{run} has no checkpoint of its own left; its mirror {mirror} has")
-    for checkpoint in sorted([*own, *copies], key=step_of, reverse=True):
+        notes.append(f"{run} has no checkpoint of its own left; its mirror {mirror} has")
+    return sorted([*own, *copies], key=step_of, reverse=True), notes
+
+
+def newest_intact(
+    candidates: Sequence[Path], notes: Sequence[str], world: World
+) -> tuple[Path, Record, list[str]] | None:
+    """The first of the checkpoints that is intact, its record, and what was wrong with others.
+
+    None if there are none. A damaged one's record is renamed, so that it is neither loaded by
+    anyone else nor counted among those that are kept.
+    """
+    damage = list(notes)
+    for checkpoint in candidates:
         try:
-            return checkpoint, prove(checkpoint, world), complaints
+            return checkpoint, verify(checkpoint, world), damage
         except CheckpointError as error:
-            complaints.append(str(error))
+            damage.append(str(error))
             world.on_main(functools.partial(_mark_damaged, checkpoint))
-    if complaints:
+    if candidates:
         raise CheckpointError(
-            f"no checkpoint of {run} is whole ({complaints[-1]}); restore a copy, "
-            "or start anew with --out"
+            f"no checkpoint of {candidates[0].parents[1]} is intact ({damage[-1]}); restore a "
+            "copy, or start a new run with --out"
         )
     return None
 
 
-def abandon_after(run: Path, step: int, mirror: Path | None = None) -> list[str]:
-    """The names of checkpoints after `step`, which lose their mark: the run goes on from before
-    them.
+def invalidate_after(run: Path, step: int, mirror: Path | None = None) -> list[str]:
+    """The names of checkpoints after `step`, whose records are renamed: the run goes on
+    from before them.
 
     Left as they are they would be what the next resume finds newest, on another path.
     """
     newer = [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) > step]
     for checkpoint in newer:
-        _rename_mark(checkpoint, _ABANDONED)
+        _rename_record(checkpoint, _INVALIDATED)
     if mirror is not None:
         with contextlib.suppress(OSError):  # away, or it can only be read: the run goes on
-            abandon_after(mirror, step)
+            invalidate_after(mirror, step)
     return [checkpoint.name for checkpoint in newer]
 
 
@@ -92,12 +101,12 @@ def purge(run: Path, config: CheckpointConfig) -> None:
         if not config.keep_every or step_of(folder) % config.keep_every:
             remove(folder)
     for folder in (run / CHECKPOINTS).glob("step-*"):
-        if step_of(folder) >= 0 and not any(folder.glob("COMMIT*.json")):
+        if step_of(folder) >= 0 and not any(folder.glob("*.json")):
             remove(folder)
 
 
 def copy_checkpoint(checkpoint: Path, mirror: Path) -> Path:
-    """The copy of a checkpoint in its mirror: every file proven there, and then the mark."""
+    """The copy of a checkpoint in its mirror: every file verified there, the record last."""
     record = read_record(checkpoint)
     folder = checkpoint_path(mirror, int(record["step"]))
     make_room(folder, sum(entry["bytes"] for entry in record["files"].values()))
@@ -111,7 +120,7 @@ def copy_checkpoint(checkpoint: Path, mirror: Path) -> Path:
         if (source := checkpoint.parents[1] / name).exists():
             publish_bytes(mirror / name, source.read_bytes())
     fsync_folder(folder)
-    publish_bytes(folder / RECORD, (checkpoint / RECORD).read_bytes())
+    publish_bytes(folder / record_path(checkpoint).name, record_path(checkpoint).read_bytes())
     fsync_folder(folder.parent)
     return folder
 
@@ -125,10 +134,10 @@ def _flush(path: Path) -> None:
 
 
 def _mark_damaged(checkpoint: Path) -> None:
-    with contextlib.suppress(OSError):  # where it can only be read it is found again, and refused
-        _rename_mark(checkpoint, _DAMAGED)
+    with contextlib.suppress(OSError):  # where it can only be read it is found again
+        _rename_record(checkpoint, _DAMAGED)
 
 
-def _rename_mark(checkpoint: Path, name: str) -> None:
-    (checkpoint / RECORD).replace(checkpoint / name)
+def _rename_record(checkpoint: Path, name: str) -> None:
+    record_path(checkpoint).replace(checkpoint / name)
     fsync_folder(checkpoint)

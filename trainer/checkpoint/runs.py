@@ -6,7 +6,7 @@ runs/<name>/
   metrics.jsonl          one line for each logged step
   events.jsonl           starts, resumes, checkpoints refused, updates refused, rollbacks
   ranks/, stacks/        signs of life of each rank; what each was doing when one hung
-  checkpoints/step-<n>/  weights and moments as safetensors; saved when COMMIT.json is there
+  checkpoints/step-<n>/  weights and moments as safetensors; complete when checkpoint.json is there
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ CONFIG: Final = "config.json"
 METRICS: Final = "metrics.jsonl"
 EVENTS: Final = "events.jsonl"
 CHECKPOINTS: Final = "checkpoints"
-RECORD: Final = "COMMIT.json"
+RECORD: Final = "checkpoint.json"
+FORMER_RECORD: Final = "COMMIT.json"  # its name until version 0.1
 EVALUATIONS: Final = "evaluations"
 
 _STEP: Final = re.compile(r"step-(\d+)")
@@ -32,6 +33,17 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"step-{step}"
 
 
+def record_path(checkpoint: Path) -> Path:
+    """The file that makes a folder a checkpoint, under the name that it has or would get."""
+    former = checkpoint / FORMER_RECORD
+    return former if former.exists() else checkpoint / RECORD
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a complete checkpoint: its record is there."""
+    return record_path(folder).is_file()
+
+
 def step_of(checkpoint: Path) -> int:
     """The updates that a checkpoint holds, from its folder's name; -1 if that is no such name."""
     match = _STEP.fullmatch(checkpoint.name)
@@ -39,9 +51,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint of a run, oldest first."""
-    found = [path.parent for path in (run / CHECKPOINTS).glob(f"step-*/{RECORD}")]
-    return sorted((path for path in found if step_of(path) >= 0), key=step_of)
+    """The complete checkpoints of a run, oldest first."""
+    found = (path for path in (run / CHECKPOINTS).glob("step-*") if step_of(path) >= 0)
+    return sorted(filter(is_checkpoint, found), key=step_of)
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -56,7 +68,7 @@ def newest_checkpoint(run: Path) -> Path:
 def runs_by_age(runs: Path = Path("runs")) -> list[Path]:
     """The runs under `runs` that have a checkpoint, the most recently saved first."""
     found = {run.parent: checkpoints(run.parent) for run in runs.glob(f"*/{CONFIG}")}
-    dated = {run: (done[-1] / RECORD).stat().st_mtime_ns for run, done in found.items() if done}
+    dated = {run: record_path(done[-1]).stat().st_mtime_ns for run, done in found.items() if done}
     return sorted(dated, key=lambda run: -dated[run])
 
 

@@ -1,13 +1,13 @@
-"""Checkpoints: everything a run needs to go on, on disk and proven, or as if it had never been.
+"""Writes and reads checkpoints: a run's weights, moments and record, complete or not at all.
 
     checkpoints/step-40/
       shard-00001-model-00001-of-00002.safetensors   rank 0's part of the weights
       shard-00001-model-00002-of-00002.safetensors   rank 0's part of the moments
       ...                                            the other ranks' parts
-      COMMIT.json     written last: SHA-256 of each file, step, next_index, data, versions
+      checkpoint.json                                written last: SHA-256 of each file, step, data
 
 torch.distributed.checkpoint writes the tensors from all ranks at once and lays them out anew for
-any number of ranks on loading. Nothing is pickled. Loading proves every byte first: without that,
+any number of ranks on loading. Nothing is pickled. Loading verifies every byte first: without that,
 36 of 40 single-bit flips loaded without a word.
 """
 
@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 
 from shards.files import fsync_folder, json_bytes, publish_bytes, sha256_file
 from shards.versions import CHECKPOINT, STAMP, check_format, check_keys, stamp, writer_of
-from trainer.checkpoint.runs import RECORD, checkpoint_path
+from trainer.checkpoint.runs import FORMER_RECORD, RECORD, checkpoint_path, record_path
 from trainer.distributed.world import World, own_part
 from trainer.errors import CheckpointError, at_least
 
@@ -103,7 +103,7 @@ def save(run: Path, share: Mapping[str, Tensor], record: Record, world: World) -
 
     CheckpointError, on every rank, leaves the older ones as they are.
     """
-    with no_warning_of_being_alone():
+    with no_single_process_warning():
         return save_from_any_thread(run, share, record, world)
 
 
@@ -145,16 +145,17 @@ def make_room(folder: Path, size: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, its mark first: what is left of it after a kill is no checkpoint."""
+    """Remove a checkpoint, its record first: what is left of it after a kill is no checkpoint."""
     if folder.exists():
-        (folder / RECORD).unlink(missing_ok=True)
+        for name in (RECORD, FORMER_RECORD):
+            (folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a disk that fails: digests will find what is left
             fsync_folder(folder)
         shutil.rmtree(folder)
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
-    """Fill weights and moments, in place, from a checkpoint whose files have been proven."""
+    """Fill weights and moments, in place, from a checkpoint whose files have been verified."""
     tensors = tensors_of(model, optimizer)
     _read_tensors(checkpoint, dict(tensors), world)
     for state in optimizer.state.values():
@@ -162,11 +163,11 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer, world: Wor
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint by parameter name, fp32 on the CPU, proven by their digests."""
+    """The weights of a checkpoint by parameter name, fp32 on the CPU, their digests verified."""
     record = read_record(checkpoint)
     names = [name for name in record["files"] if f"-model-{_WEIGHTS:05d}-of-" in name]
-    if complaint := _complaint(checkpoint, record, names):
-        raise CheckpointError(complaint)
+    if damage := _damage(checkpoint, record, names):
+        raise CheckpointError(damage)
     try:
         stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     except Exception as error:  # safetensors has its own family of errors for damaged headers
@@ -183,8 +184,8 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def read_record(checkpoint: Path) -> Record:
-    """What COMMIT.json says; CheckpointError unless it is whole, VersionError if it is unknown."""
-    path = checkpoint / RECORD
+    """The record of a checkpoint; CheckpointError if it is damaged, VersionError if unknown."""
+    path = record_path(checkpoint)
     try:
         data = path.read_bytes()
         record = json.loads(data)
@@ -206,13 +207,13 @@ def read_record(checkpoint: Path) -> Record:
     return dict(record)
 
 
-def prove(checkpoint: Path, world: World) -> Record:
+def verify(checkpoint: Path, world: World) -> Record:
     """The record of a checkpoint, every file of which is what it was when it was written."""
     record: Record = world.on_main(lambda: read_record(checkpoint))
     mine = sorted(record["files"])[world.rank :: world.world_size]
-    complaints = [text for text in world.gather(_complaint(checkpoint, record, mine)) if text]
-    if complaints:
-        raise CheckpointError(complaints[0])
+    damage = [text for text in world.gather(_damage(checkpoint, record, mine)) if text]
+    if damage:
+        raise CheckpointError(damage[0])
     return record
 
 
@@ -244,15 +245,15 @@ def _read_tensors(checkpoint: Path, tensors: dict[str, Any], world: World | None
     alone = world is None or world.world_size == 1
     reader = HuggingFaceStorageReader(str(checkpoint))
     try:
-        with no_warning_of_being_alone():
+        with no_single_process_warning():
             load(tensors, storage_reader=reader, process_group=group, no_dist=alone)
     except CheckpointException as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded ({cause_of(error)})") from error
 
 
 @contextlib.contextmanager
-def no_warning_of_being_alone() -> Iterator[None]:
-    """A block in which torch saves on one process without remarking on it."""
+def no_single_process_warning() -> Iterator[None]:
+    """A block in which torch saves on one process without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
@@ -287,13 +288,13 @@ def _settled(path: Path) -> dict[str, Any]:
 
 
 def _publish_record(folder: Path, record: Record) -> None:
-    fsync_folder(folder)  # the names of the tensors' files, before the mark that vouches for them
+    fsync_folder(folder)  # the names of the tensors' files, before the record that lists them
     digest = hashlib.sha256(json_bytes(record)).hexdigest()
     publish_bytes(folder / RECORD, json_bytes({**record, "sha256": digest}))
     fsync_folder(folder.parent)
 
 
-def _complaint(checkpoint: Path, record: Record, names: list[str]) -> str:
+def _damage(checkpoint: Path, record: Record, names: list[str]) -> str:
     """What is wrong with one of these files of a checkpoint, or nothing."""
     for name in names:
         path = checkpoint / name

@@ -38,7 +38,7 @@ class SourceFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainPlan:
     """A run that can be: its configuration with nothing left open, its data, its batch."""
 
     config: RunConfig
@@ -73,7 +73,7 @@ class Plan:
         return known.bf16_tflops * 1e12 * self.shape.world_size
 
 
-def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> Plan:
+def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> TrainPlan:
     """The plan of a run on `world_size` ranks, `sharers` of them on one machine.
 
     Raises ConfigError, or ShardError where the shards themselves are wrong.
@@ -92,7 +92,7 @@ def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> 
     limit = device_memory_bytes(device, sharers)
     config, shape = _deal_out(config, world_size, device, limit)
     facts = next(iter(drawn.values())).facts
-    return Plan(
+    return TrainPlan(
         config=config,
         weights=shares.weights,
         sources={name: _source_facts(manifest) for name, manifest in drawn.items()},
@@ -228,7 +228,7 @@ def _source_facts(manifest: Manifest) -> SourceFacts:
     )
 
 
-def describe(plan: Plan, tokens_per_s: float | None = None) -> Iterator[str]:
+def describe(plan: TrainPlan, tokens_per_s: float | None = None) -> Iterator[str]:
     """The plan in lines, for people: configuration, data, batch, memory, length."""
     config, shape = plan.config, plan.shape
     model, n_params = config.model, count_params(config.model)
@@ -266,7 +266,7 @@ def _spell(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str("auto" if value is None else value)
 
 
-def _describe_sources(plan: Plan) -> Iterator[str]:
+def _describe_sources(plan: TrainPlan) -> Iterator[str]:
     total = sum(plan.weights.values())
     for name, facts in plan.sources.items():
         share = plan.weights[name] / total

@@ -9,7 +9,7 @@ from typing import Any
 
 from model.config import flops_per_token
 from trainer.config.config import RunConfig
-from trainer.config.plan import Plan
+from trainer.config.plan import TrainPlan
 from trainer.metrics import goodput
 from trainer.metrics.display import Screen
 from trainer.metrics.metrics import Journal
@@ -39,9 +39,9 @@ class _Entry:
 class Logbook:
     """Takes in each step as it is sent off, and writes it down when its numbers have arrived."""
 
-    def __init__(self, plan: Plan, journal: Journal, screen: Screen, state: State) -> None:
+    def __init__(self, plan: TrainPlan, journal: Journal, screen: Screen, state: State) -> None:
         self._plan, self._journal, self._screen = plan, journal, screen
-        self._state, self._order = state, state.order(plan.config.seed)
+        self._state = state
         self._under_way: _Entry | None = None
         self._waited_s = 0.0
         self._written = (state.step, state.time_s, 0.0)  # step, time_s, waited_s of the last line
@@ -102,7 +102,7 @@ class Logbook:
             **self._derived(rate, sum(seconds.values()), left_s),
             **self._held_out(entry.val),
             "spent_s": {part: round(value, 3) for part, value in seconds.items()},
-            "ledger": self._state.ledger(self._order, entry.next_index),
+            "ledger": self._state.data_use(entry.next_index),
         }
         self._journal.metrics(line)
         self._screen.step({**line, "max_steps": entry.last_step, "eta_s": left_s})

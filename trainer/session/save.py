@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trainer.background import beside
 from trainer.checkpoint import retention, storage
-from trainer.checkpoint.runs import RECORD, checkpoint_path, checkpoints, step_of
+from trainer.checkpoint.runs import checkpoint_path, checkpoints, is_checkpoint, step_of
 from trainer.checkpoint.storage import Record
 from trainer.distributed.devices import available_memory_bytes
 from trainer.distributed.world import World, holders, own_part
@@ -50,14 +50,14 @@ class News(NamedTuple):
 def open_saver(session: Session, state: State) -> Iterator[CheckpointSaver]:
     """The saver of a session. What is under way when the block ends badly is not given up."""
     saver = CheckpointSaver(session, state)
-    with storage.no_warning_of_being_alone():
+    with storage.no_single_process_warning():
         try:
             yield saver
         finally:
             saver.close()
 
 
-def share_of(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+def tensors_to_save(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """What this rank writes of what several ranks hold alike: as many bytes as any other.
 
     Of sharded tensors it writes its slices, unless another replica writes that tensor.
@@ -82,19 +82,19 @@ class CheckpointSaver:
         self._config = session.plan.config.checkpoint
         self._mirror = retention.mirror_of(session.run, self._config)
         self._saved_at = time.monotonic()
-        own = session.world.on_main(
-            lambda: checkpoints(session.run)
-        )  # not one resumed from elsewhere
-        self._saved_step = state.step if checkpoint_path(session.run, state.step) in own else None
+        here = (
+            checkpoint_path(session.run, state.step) in session.saved
+        )  # not resumed from elsewhere
+        self._saved_step = state.step if here else None
         self._world = session.world.apart()
         self._news: deque[News] = deque()
         self._under_way: tuple[int, Future[CheckpointError | None]] | None = None
         self._mirroring: Future[None] | None = None
         self._mirrored: Path | None = None
         self._staging = self._make_staging() if self._config.asynchronous else None
-        if own and self._mirror is not None and self._world.is_main:
-            newest = own[-1]  # a kill may have kept it from being copied
-            if not (checkpoint_path(self._mirror, step_of(newest)) / RECORD).exists():
+        if session.saved and self._mirror is not None and self._world.is_main:
+            newest = session.saved[-1]  # a kill may have kept it from being copied
+            if not is_checkpoint(checkpoint_path(self._mirror, step_of(newest))):
                 self._mirroring = beside("checkpoint", lambda: self._copy(newest))
 
     def clock_wishes(self) -> bool:
@@ -119,7 +119,7 @@ class CheckpointSaver:
         step = self._state.step
         if step != self._saved_step:
             self._saved_at = time.monotonic()  # a failure too: the next try is an interval away
-            share = self._share()
+            share = self._tensors()
             record = copy.deepcopy(self._state.record(self._session.plan))
             if self._staging is None or last:
                 failure = self._write(step, share, record)
@@ -164,13 +164,13 @@ class CheckpointSaver:
             self._saved_step = step
         self._tell_news()
 
-    def _share(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         tensors = storage.tensors_of(self._session.network.bare, self._session.optimizer)
-        return share_of(tensors, self._session.world)
+        return tensors_to_save(tensors, self._session.world)
 
     def _make_staging(self) -> _Staging | None:
         """Host memory for this rank's share, on all ranks or on none."""
-        session, share = self._session, self._share()
+        session, share = self._session, self._tensors()
         size = _STAGED * storage.share_bytes(share)
         free = available_memory_bytes()
         needed = size * session.world.local_world_size

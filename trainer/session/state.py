@@ -1,28 +1,25 @@
-"""What changes while a run trains, how it is written into a checkpoint, and how it is found
-again."""
+"""What changes while a run trains: where it stands, what it has drawn, its checkpoint's record."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shards.versions import writer_of
-from trainer.checkpoint import storage
-from trainer.checkpoint.retention import newest_proven
-from trainer.checkpoint.runs import RECORD, checkpoints
 from trainer.checkpoint.storage import Record
 from trainer.config.config import differences, from_stored, spell_value
-from trainer.config.plan import Plan, SourceFacts
+from trainer.config.plan import SourceFacts, TrainPlan
 from trainer.data.mixture import DataOrder, Phase, leave_out
-from trainer.distributed.world import World
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import ConfigError
 from trainer.faults.guard import add_skipped
 from trainer.optimizer.schedule import Anneal
+
+DataUse = dict[str, dict[str, Any]]
+"""Of each source: rows, tokens, epochs."""
 
 
 @dataclass(kw_only=True)
@@ -31,17 +28,17 @@ class State:
 
     step: int = 0
     next_index: int = 0
-    time_s: float = 0.0  # spent in training steps, over all sessions
-    refused_in_a_row: int = 0
+    time_s: float = 0.0  # spent in training steps, over all starts
+    refused_in_a_row: int = 0  # updates skipped without one between them
     norms: list[float] = field(default_factory=list)  # the last accepted ones: the guard's window
     skipped: tuple[tuple[int, int], ...] = ()  # samples [begin, end) that the run leaves out
-    phases: tuple[Phase, ...]
+    order: DataOrder  # past and to come
     data: dict[str, SourceFacts]  # of every source drawn so far, retired ones too
     anneal: Anneal | None = None  # a budget's end of the run, once it has begun
     spent_s: dict[str, float] = field(default_factory=dict)  # see trainer/metrics/goodput.py
 
     def advance(self, n_rows: int, seconds: float) -> None:
-        """One more step of `n_rows` samples has been made."""
+        """Count one more step, of `n_rows` samples."""
         self.step += 1
         self.next_index = self._place(n_rows - 1) + 1
         self.time_s += seconds
@@ -59,28 +56,18 @@ class State:
         return int(leave_out(self.next_index, np.array(number), self.skipped))
 
     def leave_out(self, skipped: Sequence[tuple[int, int]]) -> None:
-        """Leave out these stretches of samples too, those that are new."""
+        """Leave out these ranges of samples too, those that are new."""
         for begin, end in skipped:
             if not self.skipped or end > self.skipped[-1][1]:
                 self.skipped = add_skipped(self.skipped, begin, end)
 
-    def _counts(self, order: DataOrder, index: int) -> dict[str, int]:
-        """How often each source has been drawn before sample `index`, but for what was left out."""
-        counts = order.counts(index)
+    def data_use(self, index: int) -> DataUse:
+        """What the run has drawn of each source before sample `index`, skipped ranges left out."""
+        counts = self.order.counts(index)
         for begin, end in self.skipped:
             if end <= index:
-                before, after = order.counts(begin), order.counts(end)
+                before, after = self.order.counts(begin), self.order.counts(end)
                 counts = {name: n - after[name] + before[name] for name, n in counts.items()}
-        return counts
-
-    def order(self, seed: int) -> DataOrder:
-        """The data order, past and to come."""
-        rows = {name: facts.n_rows for name, facts in self.data.items()}
-        return DataOrder(seed=seed, rows=rows, phases=self.phases)
-
-    def ledger(self, order: DataOrder, index: int) -> dict[str, dict[str, Any]]:
-        """Of each source, its rows, tokens and epochs before sample `index`."""
-        counts = self._counts(order, index)
         return {
             name: {
                 "rows": counts[name],
@@ -91,8 +78,13 @@ class State:
             if name in counts
         }
 
-    def record(self, plan: Plan) -> Record:
-        """What COMMIT.json says of the run; `storage.save` adds files and versions."""
+    def data_use_at_end(self, plan: TrainPlan) -> DataUse:
+        """What the run will have drawn of each source after its last step."""
+        steps = max(0, self.last_step(plan.config.max_steps) - self.step)
+        return self.data_use(self.next_index + steps * plan.shape.global_batch_size)
+
+    def record(self, plan: TrainPlan) -> Record:
+        """What a checkpoint's record says of the run; `storage.save` adds files and versions."""
         return {
             "step": self.step,
             "next_index": self.next_index,
@@ -100,10 +92,10 @@ class State:
             "refused_in_a_row": self.refused_in_a_row,
             "norms": self.norms,
             "skipped": self.skipped,
-            "phases": [[phase.first_index, dict(phase.weights)] for phase in self.phases],
+            "phases": [[phase.first_index, dict(phase.weights)] for phase in self.order.phases],
             "data": {name: asdict(facts) for name, facts in self.data.items()},
             "tokenizer_sha256": plan.tokenizer_sha256,
-            "ledger": self.ledger(self.order(plan.config.seed), self.next_index),
+            "ledger": self.data_use(self.next_index),
             "anneal": self.anneal,
             "spent_s": dict(self.spent_s),
             "unix_s": time.time(),  # when the run was in this state
@@ -112,46 +104,16 @@ class State:
         }
 
 
-def fresh(plan: Plan) -> State:
+def initial_state(plan: TrainPlan) -> State:
     """The state of a run that has not begun."""
-    return State(phases=(Phase(0, plan.weights),), data=dict(plan.sources))
+    order = _order(plan, dict(plan.sources), (Phase(0, plan.weights),))
+    return State(order=order, data=dict(plan.sources))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """A checkpoint to go on from."""
-
-    checkpoint: Path
-    record: Record
-    complaints: tuple[str, ...]  # what was wrong with newer ones
-
-
-def find(run: Path, resume: str, world: World, mirror: Path | None = None) -> Found | None:
-    """The checkpoint that `--resume auto|never|PATH` means, proven; None to start at the
-    beginning."""
-    if resume == "never":
-        if there := checkpoints(run):
-            raise ConfigError(
-                f"{run} holds a run with checkpoints up to {there[-1].name}: --resume never would "
-                "mix two runs; give another --out, or remove it"
-            )
-        return None
-    place = run if resume == "auto" else Path(resume)
-    if (place / RECORD).exists():
-        return Found(checkpoint=place, record=storage.prove(place, world), complaints=())
-    found = newest_proven(place, world, mirror if resume == "auto" else None)
-    if found is None:
-        if resume == "auto":
-            return None
-        raise CheckpointError(f"--resume {resume}: no checkpoint there; name a run or its step-N")
-    checkpoint, record, complaints = found
-    return Found(checkpoint=checkpoint, record=record, complaints=tuple(complaints))
-
-
-def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
+def state_from(record: Record, plan: TrainPlan) -> tuple[State, list[str]]:
     """The state in a record, and the lines that say what differs from the plan.
 
-    ConfigError for what must not: the model, the seed, the tokenizer, a source's content.
+    ConfigError for what must not differ: the model, the seed, the tokenizer, a source's content.
     """
     for key in ("config", "next_index", "tokenizer_sha256", "data", "phases"):
         if key not in record:
@@ -159,49 +121,93 @@ def state_from(record: Record, plan: Plan) -> tuple[State, list[str]]:
                 f"this checkpoint (it has no {key}) holds weights and no training state: start "
                 "from it with --set init_from=ITS_RUN and another --out"
             )
-    where, writer = f"{RECORD} of step {record['step']}", writer_of(record)
+    where, writer = f"the record of step {record['step']}", writer_of(record)
     before = from_stored(type(plan.config), record["config"], where, writer)
     changes = differences(before, plan.config)
-    for key, (old, new) in changes.items():
-        if key.startswith("model.") or key == "seed":
-            raise ConfigError(
-                f"{key} is {spell_value(new)} and was {spell_value(old)} in this run: go on with "
-                f"--set {key}={spell_value(old)} (or the same --preset: it was {before.preset}), "
-                "or start anew with --out"
-            )
-    if record["tokenizer_sha256"] != plan.tokenizer_sha256:
-        raise ConfigError(
-            "the shards were made with another tokenizer than this run has learned; "
-            "train on the old ones, or start anew with --out"
-        )
+    _check_changes(changes, before.preset)
     data = {
         name: from_stored(SourceFacts, facts, where, writer, f"data.{name}.")
         for name, facts in record["data"].items()
     }
+    _check_data(record, data, plan)
+    phases = tuple(Phase(int(first), dict(weights)) for first, weights in record["phases"])
+    next_index, norms = int(record["next_index"]), [float(n) for n in record.get("norms", [])]
+    if phases[-1].weights != plan.weights:
+        phases += (Phase(next_index, plan.weights),)
+        norms = []  # other data may have gradients of another size
+    if "global_batch_tokens" in changes:
+        norms = []
+    another_budget = changes.keys() & {"max_dollars", "dollars_per_hour"}
+    anneal = None if another_budget else record.get("anneal")
+    state = State(
+        step=int(record["step"]),
+        next_index=next_index,
+        time_s=float(record.get("time_s", 0.0)),
+        refused_in_a_row=int(record.get("refused_in_a_row", 0)),
+        norms=norms,
+        skipped=tuple((int(begin), int(end)) for begin, end in record.get("skipped", [])),
+        order=_order(plan, data, phases),
+        data=data,
+        anneal=Anneal(*anneal) if anneal else None,
+        spent_s=dict(record.get("spent_s", {})),
+    )
+    return state, [f"changed: {key} was {old}, is {new}" for key, (old, new) in changes.items()]
+
+
+def _check_changes(changes: dict[str, tuple[object, object]], preset: str) -> None:
+    for key, (old, new) in changes.items():
+        if key.startswith("model.") or key == "seed":
+            raise ConfigError(
+                f"{key} is {spell_value(new)} and was {spell_value(old)} in this run: go on with "
+                f"--set {key}={spell_value(old)} (or the same --preset: it was {preset}), "
+                "or start a new run with --out"
+            )
+
+
+def _check_data(record: Record, data: dict[str, SourceFacts], plan: TrainPlan) -> None:
+    """Refuse another tokenizer or changed sources; add the plan's new sources to `data`."""
+    if record["tokenizer_sha256"] != plan.tokenizer_sha256:
+        raise ConfigError(
+            "the shards were made with another tokenizer than this run has learned; "
+            "train on the old ones, or start a new run with --out"
+        )
     for name, facts in plan.sources.items():
         if data.setdefault(name, facts).root != facts.root:
             raise ConfigError(
-                f"{plan.config.shards}/{name} is not the data this run has read (root "
+                f"{plan.config.shards}/{name} is not the data this run has read (dataset hash "
                 f"{facts.root[:12]}, was {data[name].root[:12]}): bring the old shards back, "
-                "or start anew with --out"
+                "or start a new run with --out"
             )
-    state = State(
-        step=int(record["step"]),
-        next_index=int(record["next_index"]),
-        time_s=float(record.get("time_s", 0.0)),
-        refused_in_a_row=int(record.get("refused_in_a_row", 0)),
-        norms=[float(norm) for norm in record.get("norms", [])],
-        skipped=tuple((int(begin), int(end)) for begin, end in record.get("skipped", [])),
-        phases=tuple(Phase(int(first), dict(weights)) for first, weights in record["phases"]),
-        data=data,
-        anneal=Anneal(*record["anneal"]) if record.get("anneal") else None,
-        spent_s=dict(record.get("spent_s", {})),
-    )
-    if changes.keys() & {"max_dollars", "dollars_per_hour"}:
-        state.anneal = None  # another budget decides anew
-    if state.phases[-1].weights != plan.weights:
-        state.phases += (Phase(state.next_index, plan.weights),)
-        state.norms = []  # other data may have gradients of another size
-    if "global_batch_tokens" in changes:
-        state.norms = []
-    return state, [f"changed: {key} was {old}, is {new}" for key, (old, new) in changes.items()]
+
+
+def _order(plan: TrainPlan, data: dict[str, SourceFacts], phases: tuple[Phase, ...]) -> DataOrder:
+    rows = {name: facts.n_rows for name, facts in data.items()}
+    return DataOrder(seed=plan.config.seed, rows=rows, phases=phases)
+
+
+def check_max_epochs(plan: TrainPlan, state: State) -> None:
+    """ConfigError if a source would be drawn more often than `max_epochs` allows."""
+    data_use = state.data_use_at_end(plan)
+    for name, limit in plan.config.max_epochs.items():
+        if name not in data_use:
+            raise ConfigError(
+                f"max_epochs.{name}={limit}: no such source is drawn; "
+                f"there are: {', '.join(data_use)}"
+            )
+        if (epochs := data_use[name]["epochs"]) > limit:
+            raise ConfigError(
+                f"{name} would be seen {epochs:.3g} times, max_epochs.{name}={limit}: prepare more "
+                "of it, lower its share, or train for fewer steps"
+            )
+
+
+def describe_data_use(plan: TrainPlan, state: State) -> Iterator[str]:
+    """Of each source what the run will have drawn, and what it has, in lines for people."""
+    now = state.data_use(state.next_index)
+    for name, end in state.data_use_at_end(plan).items():
+        so_far = f" (so far {_spell(now[name])})" if state.step else ""
+        yield f"data use {name}: {_spell(end)} at the end{so_far}"
+
+
+def _spell(use: dict[str, Any]) -> str:
+    return f"{use['rows']:,} sequences, {use['tokens']:,} tokens, {use['epochs']:.3g} epochs"

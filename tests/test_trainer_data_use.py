@@ -12,8 +12,8 @@ import pytest
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.errors import ConfigError
 from trainer.metrics.metrics import read_lines
-from trainer.session.ledger import at_end, refuse_repeats, standing
-from trainer.session.state import fresh
+from trainer.session.resume import peek_state
+from trainer.session.state import check_max_epochs, initial_state
 from trainer.start import Request, start
 from trainer.train import train
 from trainer_samples import make_shards, set_texts, small_plan
@@ -43,8 +43,8 @@ def test_every_line_says_what_each_source_gave(folder: Path) -> None:
         "global_batch_tokens": 512,
     }
     plan = small_plan(folder / "shards", max_steps=7, **changes)
-    state = standing(plan, folder / "run", "auto")
-    order = state.order(0)
+    state = peek_state(plan, folder / "run", "auto")
+    order = state.order
     located = order.locate(np.arange(72))
     names = [order.sources[number] for number in located.source]
     for line in lines:
@@ -54,7 +54,7 @@ def test_every_line_says_what_each_source_gave(folder: Path) -> None:
             assert entry["tokens"] == 32 * counts[name]
             assert entry["epochs"] == counts[name] / ROWS[name]
         assert sum(entry["rows"] for entry in line["ledger"].values()) == line["next_index"]
-    record = json.loads((newest_checkpoint(folder / "run") / "COMMIT.json").read_text())
+    record = json.loads((newest_checkpoint(folder / "run") / "checkpoint.json").read_text())
     assert record["ledger"] == lines[-1]["ledger"]
     assert "fineweb" not in names[24:]
     assert "python-docs" not in names[:24] + names[40:]
@@ -63,7 +63,7 @@ def test_every_line_says_what_each_source_gave(folder: Path) -> None:
 def test_no_row_comes_twice_in_an_epoch_whatever_changed(folder: Path) -> None:
     """Across two changes of mixture, one of them with another batch size."""
     plan = small_plan(folder / "shards", mixture__fineweb=0, mixture__pg19=1)
-    order = standing(plan, folder / "run", "auto").order(0)
+    order = peek_state(plan, folder / "run", "auto").order
     located = order.locate(np.arange(72))
     seen = Counter(zip(*(column.tolist() for column in located), strict=True))
     assert set(seen.values()) == {1}
@@ -88,17 +88,19 @@ def dry_run(folder: Path, run: str, **changes: Any) -> str:
 
 def test_a_dry_run_shows_the_ledger_at_the_end(folder: Path) -> None:
     said = dry_run(folder, "new", max_steps=40)
-    assert "ledger fineweb: 274 rows, 8,768 tokens, 4.57 epochs at the end" in said
+    assert "data use fineweb: 274 sequences, 8,768 tokens, 4.57 epochs at the end" in said
     assert "so far" not in said
     said = dry_run(folder, "run", max_steps=9, mixture__fineweb=0)
-    assert "ledger fineweb: 21 rows, 672 tokens, 0.35 epochs at the end (so far 21 rows" in said
-    assert "ledger pg19: " in said and "(so far 39 rows" in said
+    assert (
+        "data use fineweb: 21 sequences, 672 tokens, 0.35 epochs at the end (so far 21 seq" in said
+    )
+    assert "data use pg19: " in said and "(so far 39 sequences" in said
 
 
 def test_max_epochs_refuses(folder: Path) -> None:
     def refuse(**changes: Any) -> None:
         plan = small_plan(folder / "shards", **changes)
-        refuse_repeats(plan, fresh(plan))
+        check_max_epochs(plan, initial_state(plan))
 
     refuse(max_steps=10, max_epochs__pg19=1)
     with pytest.raises(ConfigError, match=r"pg19 would be seen 0\.75 times, max_epochs\.pg19=0\.5"):
@@ -113,7 +115,7 @@ def test_max_epochs_counts_what_the_run_has_really_drawn(folder: Path, tmp_path:
     train(small_plan(shards, max_steps=6, mixture__pg19=0), tmp_path)
     late: dict[str, Any] = {"max_steps": 9, "mixture__fineweb": 0, "mixture__pg19": 1}
     plan = small_plan(shards, max_epochs__pg19=2, **late)
-    assert at_end(plan, standing(plan, tmp_path, "auto"))["pg19"]["epochs"] == 2.0
+    assert peek_state(plan, tmp_path, "auto").data_use_at_end(plan)["pg19"]["epochs"] == 2.0
     with pytest.raises(ConfigError, match=r"pg19 would be seen 2 times, max_epochs\.pg19=1\.5"):
         train(small_plan(shards, max_epochs__pg19=1.5, **late), tmp_path)
     train(plan, tmp_path)

@@ -1,0 +1,262 @@
+"""Opens a session where a run goes on from: its folder is read once, by the main rank, for all."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.transformer import Transformer
+from shards.files import publish_bytes
+from shards.format import TOKENIZER
+from trainer.checkpoint import storage
+from trainer.checkpoint.retention import invalidate_after, mirror_of, newest_intact, resumable
+from trainer.checkpoint.runs import (
+    CONFIG,
+    EVENTS,
+    METRICS,
+    checkpoints,
+    is_checkpoint,
+    newest_checkpoint,
+)
+from trainer.checkpoint.storage import read_record
+from trainer.config.config import differences, load_config, save_config
+from trainer.config.plan import TrainPlan, describe
+from trainer.distributed.world import World, make_deterministic
+from trainer.errors import CheckpointError, ConfigError
+from trainer.faults.guard import NOTHING_RECORDED, Recorded, recorded
+from trainer.metrics import goodput
+from trainer.metrics.display import Screen
+from trainer.metrics.metrics import Journal, read_lines
+from trainer.optimizer.optimizer import make_optimizer
+from trainer.session.network import build_network, filled_whole
+from trainer.session.session import Session
+from trainer.session.state import (
+    State,
+    check_max_epochs,
+    describe_data_use,
+    initial_state,
+    state_from,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHistory:
+    """What the folder of a run says of it so far."""
+
+    candidates: list[Path]  # checkpoints to go on from, the newest first
+    fallbacks: list[str]  # why none is taken from the run itself
+    explicit: bool  # one checkpoint was named: no other will do
+    events: list[dict[str, Any]]
+    recorded: Recorded  # skipped updates and rollbacks that hold for the steps to come
+    tokens_per_s: float | None  # of its last logged step, if it has one
+    new_history: bool  # what events.jsonl says of earlier steps need not hold for them
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """The state to go on from, and the checkpoint that holds its weights and moments."""
+
+    checkpoint: Path | None  # None: the beginning
+    state: State
+    notes: list[str]  # what differs from the configuration so far
+    fallbacks: list[str]  # what is wrong with newer checkpoints
+    saved_unix_s: float | None = None  # when the run was in that state
+
+
+@contextlib.contextmanager
+def begin(
+    plan: TrainPlan, run: Path, resume: str, world: World, screen: Screen, *, restarted: bool
+) -> Iterator[tuple[Session, State]]:
+    """The session and the state to go on from: that of a checkpoint, or of the very beginning.
+
+    `restarted`: the same job goes on by itself, after a rank was lost or the run rolled back.
+    """
+    began, config = time.time(), plan.config
+    history = world.on_main(lambda: read_history(plan, run, resume, restarted=restarted))
+    point = find_checkpoint(plan, history, world)
+    state = point.state
+    if not restarted:
+        show_plan(plan, state, history.tokens_per_s, screen)
+    check_max_epochs(plan, state)
+    if config.deterministic:
+        make_deterministic(world.device)
+    network = build_network(config, world)
+    optimizer = make_optimizer(network.bare, config.optim)
+    if point.checkpoint is not None:
+        storage.restore(point.checkpoint, network.bare, optimizer, world)
+    elif config.init_from:
+        _load_initial_weights(Path(config.init_from), network.bare)
+    state.leave_out(history.recorded.skipped)
+    set_aside, saved = world.on_main(lambda: _prepare_folder(plan, run, state.step))
+    session = Session(
+        plan=plan,
+        run=run,
+        world=world,
+        screen=screen,
+        journal=Journal(run, state.step, writes=world.is_main, tensorboard=config.tensorboard),
+        network=network,
+        optimizer=optimizer,
+        recorded=history.recorded,
+        first_index=state.next_index,
+        saved=saved,
+    )
+    goodput.count_start(state.spent_s, began, point.saved_unix_s, history.events)
+    aside = [f"! {name} is set aside: the run goes on from before it" for name in set_aside]
+    mark = {"anew": True} if history.new_history else {}
+    _announce(session, point, [*network.notes, *point.notes, *aside], mark)
+    yield session, state
+
+
+def show_plan(plan: TrainPlan, state: State, tokens_per_s: float | None, screen: Screen) -> None:
+    """Print what the run will do from a state on; the rate is that of its last logged step."""
+    for line in (*describe(plan, tokens_per_s), *describe_data_use(plan, state)):
+        screen.say(line)
+
+
+def _prepare_folder(plan: TrainPlan, run: Path, step: int) -> tuple[list[str], list[Path]]:
+    """Set later checkpoints aside and write what makes the run explain itself.
+
+    The names of those set aside, and the checkpoints that stay.
+    """
+    set_aside = invalidate_after(run, step, mirror_of(run, plan.config.checkpoint))
+    save_config(run, plan.config)
+    tokenizer = next(iter(plan.folders.values())) / TOKENIZER
+    if tokenizer.exists():
+        publish_bytes(run / TOKENIZER, tokenizer.read_bytes())
+    return set_aside, checkpoints(run)
+
+
+def _load_initial_weights(source: Path, model: Transformer) -> None:
+    """Give the model the weights of another run's newest checkpoint, or of one of its
+    checkpoints."""
+    checkpoint = newest_checkpoint(source)
+    weights = storage.load_weights(checkpoint)
+    with torch.no_grad(), filled_whole():
+        for name, parameter in model.named_parameters():
+            stored = weights.get(name)
+            if stored is None or stored.shape != parameter.shape:
+                raise ConfigError(
+                    f"init_from={source}: its {name} is "
+                    f"{'missing' if stored is None else tuple(stored.shape)}, this run's is "
+                    f"{tuple(parameter.shape)}: use shards of its tokenizer and no --set model."
+                )
+            parameter.copy_(stored)
+
+
+def _announce(
+    session: Session, point: ResumePoint, notes: list[str], mark: dict[str, bool]
+) -> None:
+    state, say = point.state, session.screen.say
+    for note in notes:
+        say(note)
+    if point.checkpoint is None:
+        text = f"{session.run}: starting at step 0"
+        session.tell(text, "start", notes=notes, **mark, **_place(session, state))
+        return
+    for reason in point.fallbacks:
+        text = f"! {reason}; GOING ON FROM {point.checkpoint.name}"
+        session.tell(text, "fallback", reason=reason)
+    if state.order.phases[-1].first_index == state.next_index:
+        weights = dict(state.order.phases[-1].weights)
+        session.tell(f"the mixture is now {weights}", "mixture", step=state.step, weights=weights)
+    if state.step >= state.last_step(session.plan.config.max_steps):
+        say(f"{session.run}: already at step {state.step}; --set max_steps=N takes it further")
+    else:
+        text = f"resumed {point.checkpoint} at step {state.step}"
+        place = _place(session, state)
+        session.tell(text, "resume", commit=str(point.checkpoint), notes=notes, **mark, **place)
+
+
+def _place(session: Session, state: State) -> dict[str, Any]:
+    """All that says which samples the steps from here on take, and on which rank."""
+    phases = [[phase.first_index, dict(phase.weights)] for phase in state.order.phases]
+    shape = session.plan.shape._asdict()
+    place = {"step": state.step, "next_index": state.next_index, "skipped": state.skipped}
+    return {**place, "phases": phases, "shape": shape}
+
+
+def read_history(plan: TrainPlan, run: Path, resume: str, *, restarted: bool = False) -> RunHistory:
+    """The history that `--resume auto|never|PATH` goes on with; ConfigError where it cannot.
+
+    `restarted`: the same job goes on by itself, after a rank was lost or the run rolled back.
+    """
+    own = checkpoints(run)
+    if restarted and own:
+        resume = "auto"
+    if resume == "never" and own:
+        raise ConfigError(
+            f"{run} holds a run with checkpoints up to {own[-1].name}: --resume never would "
+            "mix two runs; give another --out, or remove it"
+        )
+    new_history = not restarted and _is_new_history(plan, run, resume)
+    candidates, fallbacks = _candidates(plan, run, resume)
+    return RunHistory(
+        candidates=candidates,
+        fallbacks=fallbacks,
+        explicit=resume not in ("auto", "never") and is_checkpoint(Path(resume)),
+        events=read_lines(run / EVENTS),
+        recorded=NOTHING_RECORDED if new_history else recorded(run),
+        tokens_per_s=measured_rate(run),
+        new_history=new_history,
+    )
+
+
+def find_checkpoint(plan: TrainPlan, history: RunHistory, world: World) -> ResumePoint:
+    """The newest intact checkpoint of a history with its state; the beginning if there is none.
+
+    All ranks verify it together. CheckpointError if there are some and none is intact.
+    """
+    if history.explicit:
+        [checkpoint] = history.candidates
+        record, fallbacks = storage.verify(checkpoint, world), history.fallbacks
+    elif (found := newest_intact(history.candidates, history.fallbacks, world)) is None:
+        return ResumePoint(checkpoint=None, state=initial_state(plan), notes=[], fallbacks=[])
+    else:
+        checkpoint, record, fallbacks = found
+    state, notes = state_from(record, plan)
+    return ResumePoint(
+        checkpoint=checkpoint,
+        state=state,
+        notes=notes,
+        fallbacks=fallbacks,
+        saved_unix_s=float(record.get("unix_s", time.time())),
+    )
+
+
+def peek_state(plan: TrainPlan, run: Path, resume: str) -> State:
+    """The state that a run would go on from, by its newest readable record; nothing is verified."""
+    for checkpoint in _candidates(plan, run, resume)[0]:
+        try:
+            return state_from(read_record(checkpoint), plan)[0]
+        except CheckpointError:
+            continue  # reported when it is to be loaded
+    return initial_state(plan)
+
+
+def measured_rate(run: Path) -> float | None:
+    """Tokens a second of a run's last logged step, if it has one."""
+    lines = read_lines(run / METRICS)
+    return float(lines[-1]["tokens_per_s"]) if lines else None
+
+
+def _candidates(plan: TrainPlan, run: Path, resume: str) -> tuple[list[Path], list[str]]:
+    if resume in ("auto", "never"):
+        return resumable(run, mirror_of(run, plan.config.checkpoint))
+    place = Path(resume)
+    found = [place] if is_checkpoint(place) else checkpoints(place)[::-1]
+    if not found:
+        raise CheckpointError(f"--resume {resume}: no checkpoint there; name a run or its step-N")
+    return found, []
+
+
+def _is_new_history(plan: TrainPlan, run: Path, resume: str) -> bool:
+    if not (run / CONFIG).exists():
+        return False
+    explicit = resume not in ("auto", "never")
+    return explicit or bool(differences(load_config(run), plan.config))
