@@ -18,6 +18,14 @@ from shards.versions import FORMAT_KEY, SHARDS, check_format
 MANIFEST: Final = "manifest.json"
 PLAN: Final = "units.json"
 TOKENIZER: Final = "tokenizer.model"
+TOKEN_BYTES: Final = "token_bytes.npy"
+"""UTF-8 bytes of text that each id stands for: [vocab_size, 2], `<u2` (`<u4` if one needs it).
+
+[:, 0] in the middle of a text, [:, 1] behind a control piece: the space that sentencepiece puts
+before each text is not the text's own. So targets `ids` that follow `before` add
+`table[ids, (table[before, 0] == 0) * 1]` bytes (control pieces and padding have 0). It is derived
+from tokenizer.model and no part of the dataset hash; folders of earlier versions have none.
+"""
 
 Split = Literal["train", "val"]
 Packing = Literal["concat", "concat+mask"]

@@ -25,7 +25,7 @@ import torch
 import torch._dynamo
 
 from trainer.config.config import configure
-from trainer.config.plan import make_plan
+from trainer.config.resolve import make_plan
 from trainer.session.state import State
 from trainer.train import train
 from trainer_samples import become

@@ -38,7 +38,7 @@ from tools_samples import (
 )
 from trainer.checkpoint.runs import METRICS
 from trainer.config.config import configure
-from trainer.config.plan import make_plan
+from trainer.config.resolve import make_plan
 from trainer.metrics.metrics import read_lines
 from trainer.train import train
 

@@ -64,7 +64,7 @@ def test_the_values_are_those_of_the_step(
     monkeypatch.setattr(storage, "save_from_any_thread", late)
     said = Said()
     plan = small_plan(shards, checkpoint__asynchronous="true", **changes)
-    train(plan, tmp_path / "beside", screen=said)
+    train(plan, tmp_path / "beside", display=said)
     assert later == [True] * 3
     ours, theirs = saved(tmp_path / "beside"), saved(tmp_path / "waiting")
     assert [checkpoint.name for checkpoint in ours] == ["step-4", "step-8", "step-9"]
@@ -138,11 +138,11 @@ def test_a_checkpoint_that_fails_in_the_thread_is_told(
     monkeypatch.setattr(storage, "save_from_any_thread", full)
     said = Said()
     changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
-    train(small_plan(shards, max_steps=6, **changes), tmp_path, screen=said)
+    train(small_plan(shards, max_steps=6, **changes), tmp_path, display=said)
     assert "! no room; older checkpoints stand: make room; TRAINING GOES ON" in said
     assert [checkpoint.name for checkpoint in saved(tmp_path)] == ["step-2", "step-6"]
     [refused] = [
-        e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "checkpoint refused"
+        e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "checkpoint failed"
     ]
     assert refused["step"] == 4
 
@@ -161,6 +161,6 @@ def test_without_memory_for_a_copy_training_waits(
     monkeypatch.setattr(storage, "save_from_any_thread", seen)
     said = Said()
     changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
-    train(small_plan(shards, max_steps=4, **changes), tmp_path, screen=said)
+    train(small_plan(shards, max_steps=4, **changes), tmp_path, display=said)
     assert threads == {threading.main_thread()}
     assert "of host memory, and 1e-06 GB are free" in said

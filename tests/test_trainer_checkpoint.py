@@ -33,13 +33,12 @@ from trainer.checkpoint.runs import (
 )
 from trainer.checkpoint.storage import CheckpointConfig, load_weights, restore, save, verify
 from trainer.errors import CheckpointError, ConfigError
-from trainer.optimizer.optimizer import make_optimizer
-from trainer.optimizer.schedule import OptimConfig
+from trainer.optimizer.optimizer import OptimConfig, make_optimizer
 from trainer.session.save import tensors_to_save
 from trainer_samples import ALONE
 
 
-def toy(seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
+def toy(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
     optimizer = make_optimizer(model, OptimConfig())

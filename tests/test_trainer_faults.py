@@ -1,4 +1,4 @@
-"""Every fault on order, met with real processes where a process is what fails."""
+"""Every injected fault, with real processes where a process is what fails."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from shards.errors import ShardError
 from shards.reader import ShardReader
 from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.errors import ConfigError
-from trainer.faults.inject import KINDS, Fault, flip_a_bit, ordered_faults
+from trainer.faults.inject import KINDS, Fault, flip_a_bit, parse_faults
+from trainer.metrics.display import Display
 from trainer.metrics.metrics import read_lines
 from trainer.train import train
-from trainer_samples import make_shards, set_texts, small_plan
+from trainer_samples import find_events, log_of, make_shards, set_texts, small_plan, tensor_files
 
 LIMIT_S = 200
 SETS: dict[str, Any] = {
@@ -38,27 +39,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("shards"), fineweb=300, pg19=90)
 
 
-def files_of(checkpoint: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
-
-
-def log_of(run: Path) -> list[tuple[Any, ...]]:
-    keys = ("step", "loss", "grad_norm", "next_index")
-    return [tuple(line[key] for key in keys) for line in read_lines(run / "metrics.jsonl")]
-
-
-def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_lines(run / "events.jsonl") if line["event"] == kind]
+def command_of(shards: Path, run: Path, **changes: Any) -> list[str]:
+    """`summer-train --nproc 2`, with one loader worker each."""
+    sets = [text for change in set_texts(loader__num_workers=1, **changes)
+            for text in ("--set", change)]  # fmt: skip
+    return [sys.executable, "-m", "trainer.cli", "--shards", str(shards), "--preset", "tiny",
+            "--nproc", "2", "--out", str(run), *sets]  # fmt: skip
 
 
 def two_ranks(
     shards: Path, run: Path, fault: str = "", **changes: Any
 ) -> subprocess.CompletedProcess[str]:
-    """`summer-train --nproc 2`, with these faults."""
-    sets = set_texts(**SETS, loader__num_workers=1, micro_batch_size=2, **changes)
-    command = [sys.executable, "-m", "trainer.cli", "--shards", str(shards), "--preset", "tiny",
-               "--nproc", "2", "--out", str(run)]  # fmt: skip
-    command += [text for change in sets for text in ("--set", change)]
+    """How that ended with these faults."""
+    command = command_of(shards, run, micro_batch_size=2, **SETS, **changes)
     environment = {**os.environ, "SUMMER_FAULT": fault}
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
@@ -75,7 +68,7 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same(run: Path, other: Path) -> None:
     assert log_of(run) == log_of(other)
-    assert files_of(newest_checkpoint(run)) == files_of(newest_checkpoint(other))
+    assert tensor_files(newest_checkpoint(run)) == tensor_files(newest_checkpoint(other))
 
 
 @pytest.mark.slow
@@ -87,9 +80,9 @@ def test_a_killed_and_a_stopped_rank_cost_a_restart_each(
         shards, run, "sigkill:1:5,sigstop:1:8", guard__hang_timeout_s=timeout_s
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    resumes = [event["step"] for event in events_of(run, "resume")]
+    resumes = [event["step"] for event in find_events(run, "resume")]
     assert resumes == [3, 6], result.stdout + result.stderr
-    [hung] = events_of(run, "hung")
+    [hung] = find_events(run, "hung")
     assert (hung["lost"], hung["step"]) == (1, 8)
     assert timeout_s <= hung["silent_s"] <= 2 * timeout_s
     assert "rank 1 (process" in result.stderr and "stopped) has shown no sign" in result.stderr
@@ -99,36 +92,36 @@ def test_a_killed_and_a_stopped_rank_cost_a_restart_each(
 
 
 @pytest.mark.slow
-def test_asked_to_stop_and_a_rotten_row_end_in_a_checkpoint(
+def test_asked_to_stop_and_a_flipped_row_end_in_a_checkpoint(
     shards: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     """One rank knows, all ranks act; torchrun starts nothing again; the same command goes on."""
     run = tmp_path / "run"
     result = two_ranks(shards, run, "sigterm:1:4")
     assert result.returncode == 75, result.stderr
-    stopped_at = events_of(run, "stopped")[0]["step"]
+    stopped_at = find_events(run, "stopped")[0]["step"]
     assert stopped_at in (4, 5) and newest_checkpoint(run).name == f"step-{stopped_at}"
     before = {path: path.read_bytes() for path in shards.glob("*/*.npy")}
-    result = two_ranks(shards, run, "rot:1:9")
-    rotten = [path for path, data in before.items() if path.read_bytes() != data]
+    result = two_ranks(shards, run, "bit-flip:1:9")
+    flipped = [path for path, data in before.items() if path.read_bytes() != data]
     try:
         assert result.returncode == 1, result.stderr
-        assert len(rotten) == 1
+        assert len(flipped) == 1
         last = result.stderr.strip().splitlines()[-1]
-        assert last.startswith("error: ") and f"{rotten[0]} row " in last
-        assert f"`summer-prep repair {rotten[0].parent}` makes it anew" in last
+        assert last.startswith("error: ") and f"{flipped[0]} row " in last
+        assert f"`summer-prep repair {flipped[0].parent}` makes it anew" in last
         assert "the run is saved at step 8 and goes on from there" in last
         assert newest_checkpoint(run).name == "step-8"
-        assert [event["step"] for event in events_of(run, "resume")] == [stopped_at]
+        assert [event["step"] for event in find_events(run, "resume")] == [stopped_at]
     finally:
-        rotten[0].write_bytes(before[rotten[0]])
+        flipped[0].write_bytes(before[flipped[0]])
     result = two_ranks(shards, run)
     assert result.returncode == 0, result.stderr
     assert_same(run, undisturbed)
 
 
 @pytest.mark.slow
-def test_a_rotten_held_out_row_stops_all_ranks_before_the_first_step(
+def test_a_flipped_held_out_row_stops_all_ranks_before_the_first_step(
     shards: Path, tmp_path: Path
 ) -> None:
     """It is read by rank 1 alone, which must not leave rank 0 waiting for it."""
@@ -141,7 +134,7 @@ def test_a_rotten_held_out_row_stops_all_ranks_before_the_first_step(
     assert result.returncode == 1, result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and f"`summer-prep repair {copy / 'fineweb'}`" in last
-    assert len(events_of(tmp_path / "run", "start")) == 1  # nothing was tried again
+    assert len(find_events(tmp_path / "run", "start")) == 1  # nothing was tried again
     assert not log_of(tmp_path / "run")
 
 
@@ -160,42 +153,42 @@ def test_a_worker_that_dies_is_named_and_replaced(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     one_reader = {"loader__num_workers": 1}
-    train(small_plan(shards, **SETS, **one_reader), tmp_path / "whole")
+    train(small_plan(shards, **SETS, **one_reader), tmp_path / "full")
     injected("worker:0:5", shards, tmp_path / "hit", monkeypatch, **one_reader)
-    [event] = events_of(tmp_path / "hit", "loader")
+    [event] = find_events(tmp_path / "hit", "loader")
     assert event["rank"] == 0 and "a loader worker died" in event["text"]
-    assert "rank 0: ! a loader worker died" in capfd.readouterr().err
-    assert_same(tmp_path / "hit", tmp_path / "whole")
+    assert "! rank 0: a loader worker died" in capfd.readouterr().err
+    assert_same(tmp_path / "hit", tmp_path / "full")
     with pytest.raises(ConfigError, match=r"there is none; set loader\.num_workers=1"):
         injected("worker:0:1", shards, tmp_path / "none", monkeypatch)
 
 
-def test_a_rotten_row_stops_one_process_too(
+def test_a_flipped_row_stops_one_process_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also a row of the very first step: the checkpoint then holds what the run began with."""
     for step in (1, 5, 14):
         shards = make_shards(tmp_path / f"shards{step}", fineweb=300, pg19=90)
         run = tmp_path / f"run{step}"
-        train(small_plan(shards, **SETS), tmp_path / f"whole{step}")
+        train(small_plan(shards, **SETS), tmp_path / f"full{step}")
         before = {path: path.read_bytes() for path in shards.glob("*/*.npy")}
         with pytest.raises(ShardError, match=f"summer-prep repair.*saved at step {step - 1} "):
-            injected(f"rot:0:{step}", shards, run, monkeypatch)
+            injected(f"bit-flip:0:{step}", shards, run, monkeypatch)
         for path, data in before.items():
             path.write_bytes(data)
         train(small_plan(shards, **SETS), run)
-        assert_same(run, tmp_path / f"whole{step}")
+        assert_same(run, tmp_path / f"full{step}")
 
 
 def test_a_disk_that_fills_up_costs_a_checkpoint(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(small_plan(shards, **SETS), tmp_path / "whole")
+    train(small_plan(shards, **SETS), tmp_path / "full")
     injected("full-disk:0:5", shards, tmp_path / "hit", monkeypatch)
-    [refused] = events_of(tmp_path / "hit", "checkpoint refused")
-    assert refused["step"] == 6
+    [failed] = find_events(tmp_path / "hit", "checkpoint failed")
+    assert failed["step"] == 6
     assert [int(c.name[5:]) for c in checkpoints(tmp_path / "hit")] == [3, 9, 12, 14]
-    assert_same(tmp_path / "hit", tmp_path / "whole")
+    assert_same(tmp_path / "hit", tmp_path / "full")
 
 
 @pytest.fixture
@@ -213,34 +206,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_full_in_earnest(shards: Path, tmp_path: Path, small_disk: Path) -> None:
     """One checkpoint fits, the second does not: training goes on until room is made."""
     filler = small_disk / "filler"
-    train(small_plan(shards, **SETS), tmp_path / "whole")
-    size = sum(path.stat().st_size for path in newest_checkpoint(tmp_path / "whole").iterdir())
+    train(small_plan(shards, **SETS), tmp_path / "full")
+    size = sum(path.stat().st_size for path in newest_checkpoint(tmp_path / "full").iterdir())
     room = os.statvfs(small_disk)
     filler.write_bytes(b"x" * (room.f_bavail * room.f_frsize - size - size // 2 - (1 << 20)))
 
-    class MakesRoom:
-        """A person who reads the screen."""
+    class MakesRoom(Display):
+        """A person who reads the display."""
 
-        lines: list[str] = []  # noqa: RUF012
-
-        def say(self, text: str) -> None:
-            self.lines.append(text)
+        def print(self, text: str) -> None:
             if "TRAINING GOES ON" in text:
                 filler.unlink(missing_ok=True)
 
-        def step(self, values: Any) -> None:
-            pass
-
-        def close(self) -> None:
-            pass
-
-    screen = MakesRoom()
-    train(small_plan(shards, **SETS), small_disk / "run", screen=screen)
-    assert [event["step"] for event in events_of(small_disk / "run", "checkpoint refused")] == [6]
-    assert_same(small_disk / "run", tmp_path / "whole")
+    train(small_plan(shards, **SETS), small_disk / "run", display=MakesRoom())
+    assert [event["step"] for event in find_events(small_disk / "run", "checkpoint failed")] == [6]
+    assert_same(small_disk / "run", tmp_path / "full")
 
 
-def test_no_fault_strikes_twice(
+def test_no_fault_happens_twice(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     injected("sigterm:0:4", shards, tmp_path, monkeypatch)
@@ -250,9 +233,10 @@ def test_no_fault_strikes_twice(
     assert newest_checkpoint(tmp_path).name == "step-14"
 
 
-def test_orders_are_read_or_refused() -> None:
-    assert ordered_faults("") == ()
-    assert ordered_faults("nan:0:3, full-disk:12:40") == (
+def test_faults_are_parsed_or_rejected() -> None:
+    assert parse_faults("") == ()
+    assert parse_faults("rot:1:2") == (Fault("bit-flip", 1, 2),)  # as version 0.1 called it
+    assert parse_faults("nan:0:3, full-disk:12:40") == (
         Fault("nan", 0, 3),
         Fault("full-disk", 12, 40),
     )
@@ -260,16 +244,13 @@ def test_orders_are_read_or_refused() -> None:
         with pytest.raises(
             ConfigError, match=rf"SUMMER_FAULT={wrong}: .* kinds are {', '.join(KINDS)}"
         ):
-            ordered_faults(wrong)
+            parse_faults(wrong)
 
 
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_reaches_a_checkpoint(shards: Path, tmp_path: Path) -> None:
     """SIGINT to the whole group, as Ctrl-C does it."""
-    sets = set_texts(max_steps=5000, loader__num_workers=1)
-    command = [sys.executable, "-m", "trainer.cli", "--shards", str(shards), "--preset", "tiny",
-               "--nproc", "2", "--out", str(tmp_path / "run")]  # fmt: skip
-    command += [text for change in sets for text in ("--set", change)]
+    command = command_of(shards, tmp_path / "run", max_steps=5000)
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -286,24 +267,18 @@ def test_a_signal_to_the_launcher_reaches_a_checkpoint(shards: Path, tmp_path: P
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def wrong_fault(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trainer.cli", *arguments]
-    environment = {**os.environ, "SUMMER_FAULT": "gremlin:0:1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
 def test_an_unknown_fault_is_one_line(shards: Path, tmp_path: Path) -> None:
-    result = wrong_fault(["--shards", str(shards), "--preset", "tiny", "--out", str(tmp_path)])
+    result = two_ranks(shards, tmp_path, "gremlin:0:1")
     assert result.returncode == 1
     assert len(result.stderr.strip().splitlines()) == 1
     assert "kinds are nan, spike, sigterm" in result.stderr
 
 
-@pytest.mark.parametrize("order", ["sigkill:1:3", "nan:0:15"])
-def test_a_fault_that_would_never_strike_is_refused(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+@pytest.mark.parametrize("fault", ["sigkill:1:3", "nan:0:15"])
+def test_a_fault_that_would_never_happen_is_an_error(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setenv("SUMMER_FAULT", order)
-    with pytest.raises(ConfigError, match=f"{order} would never strike: .* 0 to 0 .* 1 to 14"):
+    monkeypatch.setenv("SUMMER_FAULT", fault)
+    with pytest.raises(ConfigError, match=f"{fault} would never happen: .* 0 to 0 .* 1 to 14"):
         train(small_plan(shards, **SETS), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Where seconds went, and a budget that ends a run in time: all on a clock that the tests turn."""
+"""Where seconds went, and a budget that ends a run in time: on a clock that the tests set."""
 
 import json
 import time
@@ -18,8 +18,10 @@ from trainer.errors import ConfigError
 from trainer.metrics import goodput
 from trainer.metrics.goodput import Stopwatch, count_start, parts, total
 from trainer.metrics.metrics import read_lines
-from trainer.optimizer.schedule import Anneal, OptimConfig, lr_at
-from trainer.session.budget import END, annealing_steps, heed
+from trainer.optimizer.optimizer import OptimConfig
+from trainer.optimizer.schedule import Anneal, lr_at
+from trainer.session.budget import ANNEAL, END, annealing_steps, apply_request
+from trainer.session.save import CheckpointSaver
 from trainer.session.state import State, initial_state
 from trainer.train import train
 from trainer_samples import make_shards, small_plan
@@ -33,7 +35,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Clock:
-    """A clock that moves when it is told to."""
+    """A clock that the tests move."""
 
     def __init__(self) -> None:
         self.now = 1e9
@@ -141,25 +143,21 @@ def test_a_tenth_of_the_steps_anneal(step: int, more: int) -> None:
     n_steps = annealing_steps(step)
     assert n_steps == 1 or (n_steps - 1) / (step + n_steps - 1) < 0.1 <= n_steps / (step + n_steps)
     state = State(step=step, order=DataOrder(seed=0, rows={}, phases=()), data={})
-    assert "anneal" in heed(1, state, step + more)
+    assert "anneal" in apply_request(ANNEAL, state, step + more)
     assert state.last_step(step + more) == min(step + n_steps, step + more)
-    assert heed(1, state, step + more) == ""
+    assert apply_request(ANNEAL, state, step + more) == ""
 
 
-def metered(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch, *, step_s: float, commit_s: float, slows: bool
-) -> None:
+def metered(clock: Clock, monkeypatch: pytest.MonkeyPatch, *, slows: bool) -> None:
     """Let each step and each checkpoint take so long; `slows`: each step four times, once saved."""
-    from trainer.session.save import CheckpointSaver
-
     advance, checkpoint = Stopwatch.lap, CheckpointSaver.checkpoint
 
     def lap(watch: Stopwatch) -> float:
-        clock.now += step_s * clock.slower
+        clock.now += 10 * clock.slower
         return advance(watch)
 
     def saved(saver: CheckpointSaver, **how: Any) -> None:
-        clock.now += commit_s
+        clock.now += 5
         clock.slower = 4 if slows else 1
         checkpoint(saver, **how)
 
@@ -167,23 +165,23 @@ def metered(
     monkeypatch.setattr(CheckpointSaver, "checkpoint", saved)
 
 
-def test_a_budget_anneals_checkpoint_and_ends_inside_itself(
+def test_a_budget_anneals_checkpoints_and_ends_inside_itself(
     shards: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metered(clock, monkeypatch, step_s=10, commit_s=5, slows=False)
+    metered(clock, monkeypatch, slows=False)
     money: dict[str, Any] = {"dollars_per_hour": 36, "max_dollars": 6}  # a cent a second: 600 s
     plan = small_plan(shards, max_steps=1000, **money)
-    outcome = train(plan, tmp_path / "whole")
+    outcome = train(plan, tmp_path / "full")
     assert not outcome.stopped
-    happened = read_lines(tmp_path / "whole" / "events.jsonl")
+    happened = read_lines(tmp_path / "full" / "events.jsonl")
     (anneal,) = [event for event in happened if event["event"] == "anneal"]
     first, n_steps = anneal["anneal"]
     assert outcome.step == first + n_steps
     assert n_steps == annealing_steps(first)
-    assert [checkpoint.name for checkpoint in checkpoints(tmp_path / "whole")] == [
+    assert [checkpoint.name for checkpoint in checkpoints(tmp_path / "full")] == [
         f"step-{first}", f"step-{outcome.step}"
     ]  # fmt: skip
-    lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    lines = read_lines(tmp_path / "full" / "metrics.jsonl")
     assert [line["lr"] for line in lines] == [
         lr_at(step, plan.config.optim, 1000, Anneal(first, n_steps)) for step in range(len(lines))
     ]
@@ -191,9 +189,9 @@ def test_a_budget_anneals_checkpoint_and_ends_inside_itself(
     spent = 0.01 * sum(happened[-1]["spent_s"].values())
     assert 5 < spent <= 6
     # killed while it annealed: the recorded beginning is replayed, whatever the clock says now
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    train(plan, parted, resume=str(whole / "checkpoints" / f"step-{first}"))
-    a, b = load_weights(newest_checkpoint(whole)), load_weights(newest_checkpoint(parted))
+    full, parted = tmp_path / "full", tmp_path / "parted"
+    train(plan, parted, resume=str(full / "checkpoints" / f"step-{first}"))
+    a, b = load_weights(newest_checkpoint(full)), load_weights(newest_checkpoint(parted))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not train(plan, parted).stopped  # complete: nothing is added
     assert newest_checkpoint(parted).name == f"step-{outcome.step}"
@@ -202,7 +200,7 @@ def test_a_budget_anneals_checkpoint_and_ends_inside_itself(
 def test_a_budget_that_runs_out_early_ends_the_annealing(
     shards: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metered(clock, monkeypatch, step_s=10, commit_s=5, slows=True)
+    metered(clock, monkeypatch, slows=True)
     plan = small_plan(shards, max_steps=1000, dollars_per_hour=36, max_dollars=8)
     assert train(plan, tmp_path).step > 30
     happened = read_lines(tmp_path / "events.jsonl")
@@ -211,7 +209,7 @@ def test_a_budget_that_runs_out_early_ends_the_annealing(
     record = json.loads((newest_checkpoint(tmp_path) / "checkpoint.json").read_text())
     assert sum(record["anneal"]) == record["step"]
     state = initial_state(plan)
-    assert "used up: step 0 is the last" in heed(END, state, 1000)
+    assert "used up: step 0 is the last" in apply_request(END, state, 1000)
     assert state.last_step(1000) == 0
     # another budget is another decision
     more = small_plan(shards, max_steps=1000, dollars_per_hour=36, max_dollars=12)

@@ -1,4 +1,4 @@
-"""What is refused, what is left out afterwards, and that both are the same again."""
+"""Which updates are skipped, which samples are left out, and that a replay does the same."""
 
 import json
 import math
@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.checkpoint.runs import checkpoints, newest_checkpoint
-from trainer.data.batches import Stretch
+from trainer.data.batches import StepRange
 from trainer.data.mixture import BatchShape, leave_out
 from trainer.errors import ConfigError, TrainingError
-from trainer.faults.guard import NOTHING_RECORDED, Guard, GuardConfig, add_skipped, recorded
+from trainer.faults.guard import Guard, GuardConfig
+from trainer.faults.history import GuardHistory, add_left_out, read_history
 from trainer.metrics.metrics import read_lines
 from trainer.optimizer.optimizer import finish_gradients, update
 from trainer.train import train
-from trainer_samples import make_shards, small_plan
+from trainer_samples import find_events, log_of, make_shards, small_plan, tensor_files
 
 CPU = torch.device("cpu")
 QUIET = [1.0, 1.1, 0.9, 1.0, 1.05, 0.95, 1.0, 1.1]
@@ -34,8 +35,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("shards"))
 
 
-def refused(guard: Guard, norm: float, wished: float = 0.0) -> bool:
-    return bool(guard.refuse(torch.tensor(norm), torch.tensor(wished)))
+def skips(guard: Guard, norm: float, flagged: float = 0.0) -> bool:
+    return bool(guard.should_skip(torch.tensor(norm), torch.tensor(flagged)))
 
 
 @pytest.mark.parametrize(
@@ -44,36 +45,36 @@ def refused(guard: Guard, norm: float, wished: float = 0.0) -> bool:
      (math.nan, True), (math.inf, True)],
 )  # fmt: skip
 def test_a_spike_is_six_deviations_and_twice_the_mean(norm: float, expected: bool) -> None:
-    assert refused(Guard(GuardConfig(window=8), QUIET, CPU), norm) is expected
+    assert skips(Guard(GuardConfig(window=8), QUIET, CPU), norm) is expected
 
 
 def test_what_scatters_widely_is_no_spike() -> None:
     wide = [0.2, 5.0, 1.0, 0.3, 4.0, 0.5, 2.0, 1.0]
-    assert not refused(Guard(GuardConfig(window=8), wide, CPU), 50.0)
-    assert refused(Guard(GuardConfig(window=8, sigma=2), wide, CPU), 50.0)
-    assert not refused(Guard(GuardConfig(window=8, sigma=0), QUIET, CPU), 1e30)
+    assert not skips(Guard(GuardConfig(window=8), wide, CPU), 50.0)
+    assert skips(Guard(GuardConfig(window=8, sigma=2), wide, CPU), 50.0)
+    assert not skips(Guard(GuardConfig(window=8, sigma=0), QUIET, CPU), 1e30)
 
 
 def test_nothing_is_a_spike_before_half_the_window_is_known() -> None:
-    assert not refused(Guard(GuardConfig(window=16), QUIET[:7], CPU), 1e9)
-    assert refused(Guard(GuardConfig(window=16), QUIET, CPU), 1e9)
+    assert not skips(Guard(GuardConfig(window=16), QUIET[:7], CPU), 1e9)
+    assert skips(Guard(GuardConfig(window=16), QUIET, CPU), 1e9)
 
 
-def test_refused_norms_do_not_enter_the_window() -> None:
+def test_skipped_norms_do_not_enter_the_window() -> None:
     guard = Guard(GuardConfig(window=8), QUIET, CPU)
-    assert [refused(guard, 1e9) for _ in range(20)] == [True] * 20
-    assert refused(guard, 1.0, wished=1.0)
-    assert not refused(guard, 1.0)
+    assert [skips(guard, 1e9) for _ in range(20)] == [True] * 20
+    assert skips(guard, 1.0, flagged=1.0)
+    assert not skips(guard, 1.0)
 
 
-def test_a_guard_made_anew_from_the_norms_decides_the_same() -> None:
+def test_a_new_guard_made_from_the_norms_decides_the_same() -> None:
     rng = np.random.default_rng(0)
     norms = [float(np.float32(norm)) for norm in np.exp(rng.normal(size=60))]
     config = GuardConfig(window=16, sigma=1.5, ratio=1.0)
     guard, kept, decisions = Guard(config, [], CPU), list[float](), list[bool]()
     for norm in norms:
-        bad = refused(guard, norm)
-        assert refused(Guard(config, kept, CPU), norm) is bad
+        bad = skips(guard, norm)
+        assert skips(Guard(config, kept, CPU), norm) is bad
         decisions.append(bad)
         if not bad:
             kept = [*kept, norm][-16:]
@@ -81,7 +82,7 @@ def test_a_guard_made_anew_from_the_norms_decides_the_same() -> None:
 
 
 class NoReading(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses whatever makes the host wait for a value."""
+    """Fails for whatever makes the host wait for a value."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
@@ -100,28 +101,28 @@ def test_the_guard_reads_nothing_back(
         mode.__enter__()
         return finish_gradients(*args)
 
-    def leave(optimizer: torch.optim.AdamW, refused: torch.Tensor) -> None:
-        update(optimizer, refused)
+    def leave(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
+        update(optimizer, skip)
         mode.__exit__(None, None, None)
-        steps.append(refused)
+        steps.append(skip)
 
     monkeypatch.setattr("trainer.train.finish_gradients", enter)
     monkeypatch.setattr("trainer.train.update", leave)
     monkeypatch.setenv("SUMMER_FAULT", "nan:0:3")
     train(small_plan(shards, max_steps=5, guard__window=8), tmp_path)
-    assert [int(refused) for refused in steps] == [0, 0, 1, 0, 0]
+    assert [int(skip) for skip in steps] == [0, 0, 1, 0, 0]
     with pytest.raises(AssertionError, match="waits for the device"), mode:
         bool(steps[0])
 
 
-Stretches = st.lists(st.integers(1, 20), max_size=6).map(
+Ranges = st.lists(st.integers(1, 20), max_size=6).map(
     lambda gaps: [
         (sum(gaps[: 2 * k + 1]), sum(gaps[: 2 * k + 2])) for k in range(len(gaps) // 2)
     ]
 )  # fmt: skip
 
 
-@given(first=st.integers(0, 60), n=st.integers(1, 40), skipped=Stretches)
+@given(first=st.integers(0, 60), n=st.integers(1, 40), skipped=Ranges)
 def test_what_is_left_out_is_all_that_is_missing(
     first: int, n: int, skipped: list[tuple[int, int]]
 ) -> None:
@@ -131,43 +132,32 @@ def test_what_is_left_out_is_all_that_is_missing(
     assert leave_out(first, np.arange(n), skipped).tolist() == expected
 
 
-@given(skipped=Stretches, world_size=st.sampled_from([1, 2, 4]), done=st.integers(0, 3))
+@given(skipped=Ranges, world_size=st.sampled_from([1, 2, 4]), done=st.integers(0, 3))
 def test_the_steps_of_all_ranks_are_what_is_left(
     skipped: list[tuple[int, int]], world_size: int, done: int
 ) -> None:
     shape = BatchShape(8, 2, world_size)
-    stretches = [
-        Stretch(first_index=3, n_steps=4, shape=shape, rank=rank, skipped=tuple(skipped), done=done)
+    ranges = [
+        StepRange(
+            first_index=3, n_steps=4, shape=shape, rank=rank, skipped=tuple(skipped), done=done
+        )
         for rank in range(world_size)
     ]
-    drawn = [i for s in stretches for n in s.numbers for i in s.indices(0, n).tolist()]
-    whole = leave_out(3, np.arange(32), skipped).tolist()
+    drawn = [i for s in ranges for n in s.numbers for i in s.indices(0, n).tolist()]
+    kept = leave_out(3, np.arange(32), skipped).tolist()
     if not done:
-        assert sorted(drawn) == whole
-    assert set(drawn) <= set(whole) and len(drawn) == 32 - done * 2 * world_size
+        assert sorted(drawn) == kept
+    assert set(drawn) <= set(kept) and len(drawn) == 32 - done * 2 * world_size
 
 
-def test_a_later_stretch_takes_in_what_it_covers() -> None:
-    assert add_skipped([(2, 5), (8, 12)], 12, 20) == ((2, 5), (8, 12), (12, 20))
-    assert add_skipped([(2, 5), (8, 12)], 6, 20) == ((2, 5), (6, 20))
-    assert add_skipped([(2, 5), (8, 12)], 10, 20) == ((2, 5), (8, 10), (10, 20))
+def test_a_later_range_absorbs_what_it_covers() -> None:
+    assert add_left_out([(2, 5), (8, 12)], 12, 20) == ((2, 5), (8, 12), (12, 20))
+    assert add_left_out([(2, 5), (8, 12)], 6, 20) == ((2, 5), (6, 20))
+    assert add_left_out([(2, 5), (8, 12)], 10, 20) == ((2, 5), (8, 10), (10, 20))
 
 
 def poison(first: int, last: int, kind: str = "nan") -> str:
     return ",".join(f"{kind}:0:{step}" for step in range(first, last + 1))
-
-
-def log_of(run: Path) -> list[tuple[Any, ...]]:
-    keys = ("step", "loss", "lr", "grad_norm", "n_targets", "next_index")
-    return [tuple(line[key] for key in keys) for line in read_lines(run / "metrics.jsonl")]
-
-
-def files_of(checkpoint: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
-
-
-def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_lines(run / "events.jsonl") if line["event"] == kind]
 
 
 def rolled_back_run(shards: Path, run: Path, patch: pytest.MonkeyPatch, **changes: Any) -> Any:
@@ -182,12 +172,12 @@ def rolled_back_run(shards: Path, run: Path, patch: pytest.MonkeyPatch, **change
     return plan
 
 
-def test_bad_steps_that_persist_are_left_behind_with_their_data(
+def test_bad_steps_that_persist_are_left_out_with_their_data(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     plan = rolled_back_run(shards, run, monkeypatch)
-    [event] = events_of(run, "rollback")
+    [event] = find_events(run, "rollback")
     assert (event["to_step"], event["skipped"]) == (6, [48, 88])
     assert [(line["step"], line["next_index"]) for line in read_lines(run / "metrics.jsonl")] == [
         *((step, 8 * step) for step in range(1, 7)),
@@ -197,13 +187,13 @@ def test_bad_steps_that_persist_are_left_behind_with_their_data(
     assert record["skipped"] == [[48, 88]]
     assert sum(entry["rows"] for entry in record["ledger"].values()) == 16 * 8
 
-    # beside its events a run does the same again, although nothing is injected any more
+    # with its events in its folder a run does the same again, although nothing is injected any more
     again = tmp_path / "again"
     again.mkdir()
     (again / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes())
     train(plan, again)
     assert log_of(again) == log_of(run)
-    assert files_of(newest_checkpoint(again)) == files_of(newest_checkpoint(run))
+    assert tensor_files(newest_checkpoint(again)) == tensor_files(newest_checkpoint(run))
 
 
 def test_a_rollback_outlives_a_kill_before_the_next_checkpoint(
@@ -211,15 +201,15 @@ def test_a_rollback_outlives_a_kill_before_the_next_checkpoint(
 ) -> None:
     run = tmp_path / "run"
     plan = rolled_back_run(shards, run, monkeypatch)
-    log, files = log_of(run), files_of(newest_checkpoint(run))
+    log, files = log_of(run), tensor_files(newest_checkpoint(run))
     for checkpoint in checkpoints(run):
         if checkpoint.name not in ("step-3", "step-6"):
             (checkpoint / "checkpoint.json").unlink()
     train(plan, run)
-    assert (log_of(run), files_of(newest_checkpoint(run))) == (log, files)
+    assert (log_of(run), tensor_files(newest_checkpoint(run))) == (log, files)
 
 
-def test_a_refused_update_is_refused_again_when_its_step_is(
+def test_a_skipped_update_is_skipped_again_when_its_step_is_repeated(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever caused it is gone; the steps after the last checkpoint are made again all the
@@ -229,15 +219,15 @@ def test_a_refused_update_is_refused_again_when_its_step_is(
     with monkeypatch.context() as once:
         once.setenv("SUMMER_FAULT", "nan:0:6,spike:0:9")
         train(plan, run)
-    log, files = log_of(run), files_of(newest_checkpoint(run))
-    assert [event["step"] for event in events_of(run, "refused")] == [6, 9]
-    assert events_of(run, "refused")[1]["grad_norm"] > 1000
+    log, files = log_of(run), tensor_files(newest_checkpoint(run))
+    assert [event["step"] for event in find_events(run, "skipped")] == [6, 9]
+    assert find_events(run, "skipped")[1]["grad_norm"] > 1000
     (run / "checkpoints" / "step-8" / "checkpoint.json").unlink()
     (run / "checkpoints" / "step-9" / "checkpoint.json").unlink()
     made = small_plan(shards, max_steps=9, checkpoint__interval_steps=4, guard__window=8)
     train(made, run, resume="auto")
-    assert len(events_of(run, "refused")) == 2
-    assert files_of(newest_checkpoint(run)) == files
+    assert len(find_events(run, "skipped")) == 2
+    assert tensor_files(newest_checkpoint(run)) == files
     assert [line[0] for line in log_of(run)] == [line[0] for line in log]
 
 
@@ -246,11 +236,11 @@ def test_another_history_begins_with_another_configuration(
 ) -> None:
     run = tmp_path / "run"
     rolled_back_run(shards, run, monkeypatch)
-    assert recorded(run).skipped == ((48, 88),)
-    assert len(recorded(run).refused) == 3
+    assert read_history(run).left_out == ((48, 88),)
+    assert len(read_history(run).skipped) == 3
     changed = small_plan(shards, max_steps=7, optim__lr=1e-3, checkpoint__keep_last=9)
     train(changed, run, resume=str(run / "checkpoints" / "step-3"))
-    assert recorded(run) == NOTHING_RECORDED
+    assert read_history(run) == GuardHistory()
     assert log_of(run)[-1][-1] == 7 * 8
 
 
@@ -262,7 +252,7 @@ def test_rollbacks_end(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     )  # fmt: skip
     with pytest.raises(TrainingError, match=r"after 2 rollbacks; the run is saved: go on from"):
         train(plan, tmp_path)
-    assert [event["to_step"] for event in events_of(tmp_path, "rollback")] == [2, 4]
+    assert [event["to_step"] for event in find_events(tmp_path, "rollback")] == [2, 4]
     assert newest_checkpoint(tmp_path).name == "step-11"
 
 

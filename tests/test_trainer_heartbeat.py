@@ -1,4 +1,4 @@
-"""Who holds up the others: told from lines that stop, or that go on while a loop does not."""
+"""Which rank holds up the others: seen in lines that stop, or go on while a loop does not."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.faults.heartbeat import RANKS, STACKS, Beat, Heart
+from trainer.faults.heartbeat import RANKS, STACKS, Heartbeat, Watchdog
 from trainer.metrics.metrics import read_lines
 from trainer_samples import ALONE
 
@@ -33,22 +33,23 @@ class Watched:
         patch.setattr(
             "trainer.faults.heartbeat.os.kill", lambda pid, number: self.killed.append(pid)
         )
-        self.heart = Heart(run, replace(ALONE, world_size=world_size), TIMEOUT_S)
+        self.watchdog = Watchdog(run, replace(ALONE, world_size=world_size), TIMEOUT_S)
 
     def _leave(self, code: int) -> None:
         raise LeftError(code)
 
-    def hear(self, rank: int, count: int, pid: int | None = None, **facts: object) -> None:
-        beat = Beat(rank=rank, pid=pid or os.getpid(), host=self.heart._own.host, count=count)
+    def write(self, rank: int, count: int, pid: int | None = None, **facts: object) -> None:
+        host = self.watchdog._own.host
+        beat = Heartbeat(rank=rank, pid=pid or os.getpid(), host=host, count=count)
         beat = replace(beat, **{"step": 7, "doing": "gradient", **facts})  # type: ignore[arg-type]
         (self.run / RANKS / f"{rank}.json").write_text(json.dumps(asdict(beat)))
 
-    def pass_time(self, seconds: float, hear: Callable[[int], None]) -> None:
+    def pass_time(self, seconds: float, others: Callable[[int], None]) -> None:
         for number in range(int(seconds / 5)):
             self.now += 5
-            self.heart._beat()
-            hear(number)
-            self.heart._look_around()
+            self.watchdog._write()
+            others(number)
+            self.watchdog._check()
 
     def event(self) -> dict[str, object]:
         [event] = read_lines(self.run / "events.jsonl")
@@ -59,19 +60,19 @@ def test_a_rank_whose_line_stops_is_named_within_the_timeout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     watched = Watched(tmp_path, monkeypatch)
-    watched.heart.mark(7, "gradient")
+    watched.watchdog.mark(7, "gradient")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        watched.hear(2, 5, pid=other.pid)
+        watched.write(2, 5, pid=other.pid)
         monkeypatch.setattr("trainer.faults.heartbeat.os.getppid", os.getpid)
         with pytest.raises(LeftError):
-            watched.pass_time(400, lambda n: watched.hear(1, n, doing="checkpoint"))
-        watched.heart.mark(8, "data")
+            watched.pass_time(400, lambda n: watched.write(1, n, doing="checkpoint"))
+        watched.watchdog.mark(8, "data")
         other.communicate(b"\n")
     assert watched.now - 100 <= TIMEOUT_S + 10
     assert watched.event()["lost"] == 2
     assert watched.killed == [other.pid]
     assert "rank 2 (process" in capfd.readouterr().err
-    assert "_look_around" in (tmp_path / STACKS / "rank-0.txt").read_text()
+    assert "_check" in (tmp_path / STACKS / "rank-0.txt").read_text()
 
 
 def test_a_rank_that_is_gone_is_not_waited_for(
@@ -80,47 +81,47 @@ def test_a_rank_that_is_gone_is_not_waited_for(
     with subprocess.Popen([sys.executable, "-c", ""]) as other:
         pass
     watched = Watched(tmp_path, monkeypatch)
-    watched.hear(2, 5, pid=other.pid)
+    watched.write(2, 5, pid=other.pid)
     with pytest.raises(LeftError):
-        watched.pass_time(400, lambda n: watched.hear(1, n))
+        watched.pass_time(400, lambda n: watched.write(1, n))
     assert watched.now - 100 <= 20
     assert watched.killed == []
 
 
-def test_ranks_that_have_left_or_have_not_come_are_nobodys_loss(
+def test_ranks_that_have_left_or_have_not_come_are_not_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = Watched(tmp_path, monkeypatch)
-    watched.hear(2, 5, doing="left")  # and rank 1 has not said anything yet
+    watched.write(2, 5, doing="left")  # and rank 1 has not said anything yet
     watched.pass_time(400, lambda n: None)
     assert not (tmp_path / "events.jsonl").exists()
 
 
-def test_a_loop_that_stands_still_is_named_by_who_is_behind(
+def test_a_loop_without_progress_is_named_by_who_is_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every thread is alive; rank 2 has not come out of its loader."""
     watched = Watched(tmp_path, monkeypatch)
 
-    def hear(count: int) -> None:
-        watched.hear(1, count, step=9)
-        watched.hear(2, count, step=9, doing="data")
+    def others(count: int) -> None:
+        watched.write(1, count, step=9)
+        watched.write(2, count, step=9, doing="data")
 
-    watched.heart.mark(8, "gradient")
-    watched.heart.mark(9, "gradient")
+    watched.watchdog.mark(8, "gradient")
+    watched.watchdog.mark(9, "gradient")
     with pytest.raises(LeftError):
-        watched.pass_time(400, hear)
+        watched.pass_time(400, others)
     assert TIMEOUT_S <= watched.now - 100 <= TIMEOUT_S + 20  # later than a rank that is lost
     assert "rank 2 holds up the others" in str(watched.event()["text"])
 
 
 def test_one_process_alone_is_watched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(tmp_path, monkeypatch, world_size=1)
-    watched.heart.mark(8, "data")
+    watched.watchdog.mark(8, "data")
     watched.pass_time(400, lambda n: None)  # its first step, which compiles
-    watched.heart.mark(9, "checkpoint")
+    watched.watchdog.mark(9, "checkpoint")
     watched.pass_time(400, lambda n: None)  # a checkpoint may take its time
-    watched.heart.mark(9, "data")
+    watched.watchdog.mark(9, "data")
     with pytest.raises(LeftError):
         watched.pass_time(400, lambda n: None)
-    assert "the loop stands still, since" in str(watched.event()["text"])
+    assert "the loop makes no progress, since" in str(watched.event()["text"])

@@ -92,7 +92,7 @@ def test_killed_at_every_point_of_a_checkpoint(
         assert len(checkpoints(run)) >= 2, point
         assert len(checkpoints(copy)) >= 1, point
         said = Said()
-        assert train(plan, run, screen=said).step == 8
+        assert train(plan, run, display=said).step == 8
         assert "GOING ON FROM" not in said
         found.append(commits_resumed(said))
         assert log_of(run)[4:] == log_of(whole)[4:]

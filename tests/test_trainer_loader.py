@@ -14,7 +14,7 @@ from model.loss import IGNORED
 from shards.errors import ShardError
 from shards.reader import ShardReader
 from shards_samples import make_source
-from trainer.data.batches import HostBatch, MicroBatches, Stretch, to_device
+from trainer.data.batches import HostBatch, MicroBatches, StepRange, to_device
 from trainer.data.loader import Loader, LoaderConfig
 from trainer.data.mixture import BatchShape, DataOrder, Keys, Phase, dropout_keys
 from trainer.errors import TrainingError
@@ -29,8 +29,8 @@ def batches_of(
     readers = {folder.name: ShardReader(folder) for folder in sorted(shards.iterdir())}
     rows = {name: reader.n_rows for name, reader in readers.items()}
     order = DataOrder(seed=5, rows=rows, phases=[Phase(0, dict.fromkeys(rows, 1))])
-    stretch = Stretch(first_index=first_index, n_steps=n_steps, shape=shape, rank=rank)
-    return MicroBatches(order, readers, stretch)
+    steps = StepRange(first_index=first_index, n_steps=n_steps, shape=shape, rank=rank)
+    return MicroBatches(order, readers, steps)
 
 
 def gathered(batches: MicroBatches, indices: np.ndarray) -> HostBatch:
@@ -58,8 +58,8 @@ def test_workers_change_nothing(tmp_path: Path, num_workers: int) -> None:
 
 def test_ranks_and_micro_batches_read_the_same_samples(tmp_path: Path) -> None:
     shards = make_shards(tmp_path)
-    whole = next(iter(batches_of(shards, BatchShape(8, 8, 1), 1, first_index=64)))
-    assert isinstance(whole, HostBatch)
+    full = next(iter(batches_of(shards, BatchShape(8, 8, 1), 1, first_index=64)))
+    assert isinstance(full, HostBatch)
     parts = [
         batch
         for rank in range(2)
@@ -67,16 +67,16 @@ def test_ranks_and_micro_batches_read_the_same_samples(tmp_path: Path) -> None:
     ]
     tokens = torch.cat([part.tokens for part in parts if isinstance(part, HostBatch)])
     keys = torch.cat([part.dropout_key for part in parts if isinstance(part, HostBatch)])
-    rows = {tuple(row) for row in torch.cat([whole.tokens.int(), whole.dropout_key], 1).tolist()}
+    rows = {tuple(row) for row in torch.cat([full.tokens.int(), full.dropout_key], 1).tolist()}
     assert {tuple(row) for row in torch.cat([tokens.int(), keys], 1).tolist()} == rows
 
 
 def test_a_loader_that_starts_later_goes_on_as_the_first_would(tmp_path: Path) -> None:
     shards, shape = make_shards(tmp_path), BatchShape(4, 2, 1)
     config = LoaderConfig(num_workers=0)
-    whole = tokens_of(Loader(batches_of(shards, shape, 6), config, CPU, 0), 12)
+    full = tokens_of(Loader(batches_of(shards, shape, 6), config, CPU, 0), 12)
     later = tokens_of(Loader(batches_of(shards, shape, 2, first_index=16), config, CPU, 0), 4)
-    assert torch.equal(whole[8:], later)
+    assert torch.equal(full[8:], later)
 
 
 def test_rows_are_those_that_the_order_names(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_targets_are_the_row_shifted_left_without_padding() -> None:
     ]
 
 
-def test_the_loss_mask_says_which_tokens_are_targets() -> None:
+def test_the_loss_mask_names_which_tokens_are_targets() -> None:
     tokens = torch.tensor([[1, 7, 8, 9, 2, 0]], dtype=torch.uint16)
     is_target = torch.tensor([[True, False, True, True, True, True]])
     host = HostBatch(tokens, is_target, torch.zeros(1, 2, dtype=torch.int32))
@@ -112,7 +112,7 @@ def test_the_loss_mask_says_which_tokens_are_targets() -> None:
     assert targets.tolist() == [[IGNORED, 8, 9, 2, IGNORED, IGNORED]]
 
 
-def test_a_masked_source_beside_a_plain_one(tmp_path: Path) -> None:
+def test_a_masked_source_with_a_plain_one(tmp_path: Path) -> None:
     make_source(tmp_path / "plain", n_rows=20, seq_len=32)
     make_source(tmp_path / "chat", n_rows=20, seq_len=32, masked=True)
     batches = batches_of(tmp_path, BatchShape(8, 8, 1), 1)
@@ -159,19 +159,19 @@ def test_a_flipped_bit_is_named_and_never_trained_on(tmp_path: Path, num_workers
 
 
 def test_workers_that_die_are_replaced_without_a_trace(tmp_path: Path) -> None:
-    shards, told = make_shards(tmp_path), list[str]()
+    shards, logged = make_shards(tmp_path), list[str]()
     shape = BatchShape(8, 2, 1)
-    whole = tokens_of(Loader(batches_of(shards, shape, 5), LoaderConfig(num_workers=0), CPU, 0), 20)
+    full = tokens_of(Loader(batches_of(shards, shape, 5), LoaderConfig(num_workers=0), CPU, 0), 20)
     config = LoaderConfig(num_workers=2, prefetch=1)
-    loader = Loader(batches_of(shards, shape, 5), config, CPU, 0, told.append)
+    loader = Loader(batches_of(shards, shape, 5), config, CPU, 0, logged.append)
     tokens = []
     for number in range(20):
         if number == 3:
             os.kill(loader.worker_pids()[number % 2], signal.SIGKILL)
         tokens.append(loader.next().tokens)
     loader.close()
-    assert torch.equal(torch.stack(tokens), whole)
-    assert len(told) == 1 and "new ones read on from the same row" in told[0]
+    assert torch.equal(torch.stack(tokens), full)
+    assert len(logged) == 1 and "new ones continue from the same row" in logged[0]
 
 
 def deadly_loader(tmp_path: Path) -> Loader:
@@ -184,20 +184,20 @@ def deadly_loader(tmp_path: Path) -> Loader:
     return Loader(batches, LoaderConfig(num_workers=1), CPU, pad_id=0)
 
 
-def test_a_loader_leaves_no_thread_behind_that_waits_for_the_dead(tmp_path: Path) -> None:
+def test_a_loader_leaves_no_thread_behind_that_waits_for_dead_workers(tmp_path: Path) -> None:
     loader = deadly_loader(tmp_path)
     assert "loader" in {thread.name for thread in threading.enumerate()}
     loader.close()
     assert "loader" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_workers_that_always_die_are_an_error_with_a_mend(
+def test_workers_that_always_die_are_an_error_with_a_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.data.loader._LIVES", 1)  # torch takes five seconds to notice each
 
     loader = deadly_loader(tmp_path)
-    message = r"1 times a loader worker died .* the last checkpoint stands"
+    message = r"1 times a loader worker died .* the last checkpoint is intact"
     with pytest.raises(TrainingError, match=message):
         loader.next()
     loader.close()

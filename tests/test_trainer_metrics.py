@@ -1,4 +1,4 @@
-"""The logs: whole lines, no line twice, and nothing lost when the disk is full."""
+"""The logs: complete lines, no line twice, and nothing lost when the disk is full."""
 
 import errno
 import io
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.metrics.display import LiveLine, PlainLines, open_screen, step_line
-from trainer.metrics.metrics import Journal, forget_after, read_lines
+from trainer.faults.history import GuardHistory, read_history
+from trainer.metrics.display import LiveLine, PlainLines, open_display, step_line
+from trainer.metrics.metrics import Journal, drop_lines_after, read_events, read_lines
 
 VALUES = {
     "step": 3,
@@ -23,11 +24,11 @@ VALUES = {
 }
 
 
-def test_lines_after_the_step_are_forgotten(tmp_path: Path) -> None:
+def test_lines_after_the_step_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
-    forget_after(path, 2)
+    drop_lines_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     Journal(tmp_path, 1, writes=True, tensorboard=False).metrics({"step": 2, "loss": 1.0})
     assert read_lines(path) == [{"step": 1}, {"step": 2, "loss": 1.0}]
@@ -60,14 +61,24 @@ def test_lines_wait_for_a_disk_with_room(tmp_path: Path, monkeypatch: pytest.Mon
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-def test_events_say_when(tmp_path: Path) -> None:
+def test_events_have_a_time(tmp_path: Path) -> None:
     Journal(tmp_path, 0, writes=True, tensorboard=False).event("start", step=0)
     event = json.loads((tmp_path / "events.jsonl").read_text())
     assert (event["event"], event["step"]) == ("start", 0)
     assert event["unix_s"] > 1.6e9
 
 
-def test_tensorboard_is_written_beside(tmp_path: Path) -> None:
+def test_events_of_version_0_1_have_todays_names(tmp_path: Path) -> None:
+    old = {"commit": "checkpoint", "commit refused": "checkpoint failed", "refused": "skipped",
+           "mirror refused": "mirror failed", "purge refused": "purge failed"}  # fmt: skip
+    lines = [{"event": name, "first_index": n} for n, name in enumerate((*old, "rollback"))]
+    text = "".join(json.dumps({**line, "skipped": [8, 16]}) + "\n" for line in lines)
+    (tmp_path / "events.jsonl").write_text(text)
+    assert [line["event"] for line in read_events(tmp_path)] == [*old.values(), "rollback"]
+    assert read_history(tmp_path) == GuardHistory(frozenset({2}), ((8, 16),), 1)
+
+
+def test_tensorboard_is_written_too(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     journal = Journal(tmp_path, 0, writes=True, tensorboard=True)
     journal.metrics({"step": 1, "loss": 2.0, "grad_norm": None, "val": {"fineweb": 3.0}})
@@ -78,8 +89,8 @@ def test_tensorboard_is_written_beside(tmp_path: Path) -> None:
 
 def test_a_step_in_one_line() -> None:
     assert step_line(VALUES) == (
-        "step 3/60 · loss 2.5000 · lr 1.00e-03 · norm 0.50 · 12,346 tokens/s · data wait 0.1 % "
-        "· ETA 0:01:01"
+        "step 3/60 · loss 2.5000 · lr 1.00e-03 · grad norm 0.50 · 12,346 tokens/s · "
+        "data wait 0.1 % · ETA 0:01:01"
     )
     more = {"mfu": 0.412, "dollars": 1.5, "dollars_to_go": 2.25, "val_loss": 3.0}
     line = step_line({**VALUES, **more, "loss": None})
@@ -93,15 +104,15 @@ def test_a_step_in_one_line() -> None:
 
 def test_a_stream_that_is_no_terminal_gets_plain_lines() -> None:
     stream = io.StringIO()
-    screen = open_screen(stream)
-    assert isinstance(screen, PlainLines)
-    screen.say("hello")
-    screen.step(VALUES)
-    screen.close()
+    display = open_display(stream)
+    assert isinstance(display, PlainLines)
+    display.print("hello")
+    display.step(VALUES)
+    display.close()
     assert stream.getvalue().splitlines() == ["hello", step_line(VALUES)]
 
 
-def test_a_terminal_gets_a_line_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -109,12 +120,12 @@ def test_a_terminal_gets_a_line_that_lives(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     stream = Terminal()
-    screen = open_screen(stream)
-    assert isinstance(screen, LiveLine)
-    screen.step(VALUES)
-    screen.say("[a] word")
-    screen.step({**VALUES, "step": 4, "val_loss": 3.0})
-    screen.close()
+    display = open_display(stream)
+    assert isinstance(display, LiveLine)
+    display.step(VALUES)
+    display.print("[a] word")
+    display.step({**VALUES, "step": 4, "val_loss": 3.0})
+    display.close()
     text = stream.getvalue()
     assert "[a] word" in text
     assert "step 4/60" in text

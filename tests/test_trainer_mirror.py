@@ -43,7 +43,7 @@ def test_each_checkpoint_is_copied_and_kept_by_the_same_rule(shards: Path, tmp_p
         shards, max_steps=7, checkpoint__interval_steps=2, checkpoint__mirror=tmp_path / "mirror"
     )
     said = Said()
-    train(plan, run, screen=said)
+    train(plan, run, display=said)
     assert [checkpoint.name for checkpoint in checkpoints(copy)] == ["step-6", "step-7"]
     for ours, theirs in zip(checkpoints(run), checkpoints(copy), strict=True):
         assert {path.name: path.read_bytes() for path in ours.iterdir()} == {
@@ -69,7 +69,7 @@ def test_a_run_goes_on_from_its_mirror(shards: Path, tmp_path: Path, loss: str) 
     for checkpoint in checkpoints(run)[-1 if loss == "the newest damaged" else 0 :]:
         flip(next(checkpoint.glob("*.safetensors")))
     said = Said()
-    train(small_plan(shards, **changes), run, screen=said)
+    train(small_plan(shards, **changes), run, display=said)
     assert f"resumed {copy}/checkpoints/step-6 at step 6" in said
     why = (
         "has no checkpoint of its own left; its mirror" if loss == "gone" else "its digest differs"
@@ -97,7 +97,7 @@ def test_a_copy_that_went_wrong_is_no_checkpoint(
         shards, max_steps=6, checkpoint__interval_steps=2, checkpoint__mirror=tmp_path / "mirror",
         checkpoint__keep_last=9,
     )  # fmt: skip
-    train(plan, tmp_path / "run", screen=said)
+    train(plan, tmp_path / "run", display=said)
     assert [c.name for c in checkpoints(tmp_path / "mirror" / "run")][-1] == "step-6"
     assert "step-4" not in [c.name for c in checkpoints(tmp_path / "mirror" / "run")]
     assert "is not what was copied (its digest differs)); TRAINING GOES ON" in said
@@ -108,7 +108,7 @@ def test_a_mirror_that_cannot_be_written_harms_nothing(shards: Path, tmp_path: P
     (tmp_path / "mirror").write_text("a file")
     said = Said()
     plan = small_plan(shards, max_steps=2, checkpoint__mirror=tmp_path / "mirror")
-    assert train(plan, tmp_path / "run", screen=said).step == 2
+    assert train(plan, tmp_path / "run", display=said).step == 2
     assert "! step-2 was not copied to" in said
     assert events_of(tmp_path / "run")[-1] == "done"
 

@@ -1,4 +1,4 @@
-"""The data order, by its promises: shares, permutations, ranks, phases."""
+"""The data order, by its properties: shares, permutations, ranks, phases."""
 
 import math
 import tempfile
@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from shards.reader import ShardReader
 from shards_samples import make_source
 from trainer.data import mixture
-from trainer.data.batches import HostBatch, MicroBatches, Stretch
+from trainer.data.batches import HostBatch, MicroBatches, StepRange
 from trainer.data.mixture import (
     BatchShape,
     DataOrder,
     Permutation,
     Phase,
-    chairman,
+    balanced_pattern,
     dropout_keys,
     micro_batch_indices,
     splitmix64,
@@ -47,13 +47,13 @@ def excess(weights: list[int], pattern: np.ndarray) -> float:
 @given(weights)
 @settings(deadline=None)
 def test_every_prefix_has_every_source_by_its_weight(weights: list[int]) -> None:
-    pattern = chairman(weights)
+    pattern = balanced_pattern(weights)
     assert Counter(pattern.tolist()) == dict(enumerate(weights))
     assert excess(weights, pattern) < 1
 
 
 def test_the_reference_mixture_is_within_0_8() -> None:
-    assert excess([12, 4, 2, 1, 1], chairman([12, 4, 2, 1, 1])) == pytest.approx(0.8)
+    assert excess([12, 4, 2, 1, 1], balanced_pattern([12, 4, 2, 1, 1])) == pytest.approx(0.8)
 
 
 @given(st.integers(1, 20_000), st.integers(0, 2**64 - 1))
@@ -218,7 +218,7 @@ def test_find_turns_locate_back(index: int, kind: int) -> None:
     assert order.find(order.sources[source], epoch, row) == index
 
 
-def test_find_says_never_for_a_source_that_retires() -> None:
+def test_find_gives_none_for_a_source_that_leaves() -> None:
     order = order_of({"a": 100, "b": 100}, Phase(0, {"a": 1, "b": 1}), Phase(20, {"b": 1}))
     found = [order.find("a", 0, row) for row in range(100)]
     assert sum(index is not None for index in found) == 10
@@ -235,28 +235,14 @@ def test_the_far_future_is_near() -> None:
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(0, 10**9))
 @settings(deadline=None)
-def test_ranks_and_micro_batches_share_out_a_step(W: int, M: int, A: int, start: int) -> None:
-    shape = BatchShape(global_batch_size=A * W * M, micro_batch_size=M, world_size=W)
+def test_a_step_has_one_order_however_it_is_shared(W: int, M: int, A: int, start: int) -> None:
+    G = A * W * M
+    shape = BatchShape(global_batch_size=G, micro_batch_size=M, world_size=W)
     assert shape.grad_accum_steps == A
-    parts = [
-        micro_batch_indices(0, start, shape, micro_step, rank)
-        for micro_step in range(A)
-        for rank in range(W)
-    ]
-    assert sorted(np.concatenate(parts)) == list(range(start, start + A * W * M))
-
-
-def test_the_order_within_a_step_does_not_depend_on_how_it_is_shared() -> None:
-    G = 24
-    whole = micro_batch_indices(3, 240, BatchShape(G, G, 1), 0, 0)
-    for W, M in [(1, 4), (2, 3), (8, 1), (3, 8)]:
-        shape = BatchShape(G, M, W)
-        parts = [
-            micro_batch_indices(3, 240, shape, micro_step, rank)
-            for micro_step in range(shape.grad_accum_steps)
-            for rank in range(W)
-        ]
-        assert np.array_equal(np.concatenate(parts), whole)
+    parts = [micro_batch_indices(3, start, shape, a, rank) for a in range(A) for rank in range(W)]
+    full = micro_batch_indices(3, start, BatchShape(G, G, 1), 0, 0)
+    assert np.array_equal(np.concatenate(parts), full)
+    assert sorted(full) == list(range(start, start + G))
 
 
 def test_every_rank_meets_the_rarest_source() -> None:
@@ -289,8 +275,8 @@ def test_no_held_out_row_is_ever_read(a: int, b: int, seed: int, world_size: int
         shape, n_steps = BatchShape(8, 8 // world_size, world_size), max(a, b) // 2 + 1
         seen = set()
         for rank in range(world_size):
-            stretch = Stretch(first_index=0, n_steps=n_steps, shape=shape, rank=rank)
-            for batch in MicroBatches(order, readers, stretch):
+            steps = StepRange(first_index=0, n_steps=n_steps, shape=shape, rank=rank)
+            for batch in MicroBatches(order, readers, steps):
                 assert isinstance(batch, HostBatch)
                 seen |= {row.tobytes() for row in batch.tokens.numpy()}
     assert seen == train

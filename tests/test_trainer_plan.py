@@ -15,7 +15,8 @@ from shards_samples import make_source
 from trainer.config import plan as plan_module
 from trainer.config.config import configure
 from trainer.config.memory import fits, largest_micro_batch, memory_by_part
-from trainer.config.plan import describe, make_plan
+from trainer.config.plan import describe
+from trainer.config.resolve import make_plan
 from trainer.data.mixture import BatchShape
 from trainer.distributed.devices import find_accelerator
 from trainer.errors import ConfigError

@@ -164,12 +164,12 @@ def test_other_data_are_refused_on_resume(shards: Path, tmp_path: Path) -> None:
 def test_other_changes_are_shown(shards: Path, tmp_path: Path) -> None:
     train(small_plan(shards, max_steps=2), tmp_path)
     said = Said()
-    train(small_plan(shards, max_steps=4, optim__lr=1e-3), tmp_path, screen=said)
+    train(small_plan(shards, max_steps=4, optim__lr=1e-3), tmp_path, display=said)
     assert "changed: max_steps was 2, is 4" in said
     assert "changed: optim.lr was 0.003, is 0.001" in said
     assert load_config(tmp_path).max_steps == 4
     again = Said()
-    assert train(small_plan(shards, max_steps=4, optim__lr=1e-3), tmp_path, screen=again).step == 4
+    assert train(small_plan(shards, max_steps=4, optim__lr=1e-3), tmp_path, display=again).step == 4
     assert "already at step 4; --set max_steps=N takes it further" in again
 
 
@@ -178,7 +178,7 @@ def test_a_mixture_changed_in_the_middle_goes_on_from_the_counts(
 ) -> None:
     train(small_plan(shards, max_steps=5), tmp_path)
     said = Said()
-    train(small_plan(shards, max_steps=9, mixture__pg19=6), tmp_path, screen=said)
+    train(small_plan(shards, max_steps=9, mixture__pg19=6), tmp_path, display=said)
     assert "the mixture is now {'fineweb': 10, 'pg19': 1}" in said
     record = json.loads((newest_checkpoint(tmp_path) / "checkpoint.json").read_text())
     assert [first for first, _ in record["phases"]] == [0, 40]
@@ -215,7 +215,7 @@ def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(
     plan = small_plan(shards, max_steps=6, checkpoint__interval_steps=2, checkpoint__keep_last=9)
     train(plan, tmp_path)
     said, other = Said(), small_plan(shards, max_steps=3, optim__lr=1e-3)
-    train(other, tmp_path, resume=str(tmp_path / "checkpoints" / "step-2"), screen=said)
+    train(other, tmp_path, resume=str(tmp_path / "checkpoints" / "step-2"), display=said)
     assert "! step-6 is set aside: the run goes on from before it" in said
     assert [checkpoint.name for checkpoint in checkpoints(tmp_path)] == ["step-2", "step-3"]
     assert [line[0] for line in log_of(tmp_path)] == [1, 2, 3]
@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(shards: Path, tmp_pat
     train(
         small_plan(shards, max_steps=6, checkpoint__interval_steps=2),
         tmp_path / "hurt",
-        screen=said,
+        display=said,
     )
     assert "its digest differs); use another checkpoint; GOING ON FROM step-2" in said
     # the learning rate of steps 1 to 4 was that of a shorter run

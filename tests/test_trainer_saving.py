@@ -35,10 +35,10 @@ def test_a_full_disk_is_shouted_and_outlived(
     monkeypatch.setattr(storage, "save_from_any_thread", full_at_first)
     said = Said()
     plan = small_plan(shards, max_steps=6, checkpoint__interval_steps=2)
-    train(plan, tmp_path, screen=said)
+    train(plan, tmp_path, display=said)
     assert "! no room; older checkpoints stand: make room; TRAINING GOES ON" in said
     assert [checkpoint.name for checkpoint in checkpoints(tmp_path)] == ["step-2", "step-6"]
-    assert "checkpoint refused" in events_of(tmp_path)
+    assert "checkpoint failed" in events_of(tmp_path)
 
 
 def test_a_last_checkpoint_that_fails_is_an_error(

@@ -1,7 +1,8 @@
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.optimizer.schedule import OptimConfig, lr_at
+from trainer.optimizer.optimizer import OptimConfig
+from trainer.optimizer.schedule import lr_at
 
 OPTIM = OptimConfig(lr=1.0, warmup_steps=10)
 
@@ -18,6 +19,13 @@ def test_cosine_goes_from_lr_to_a_tenth() -> None:
     assert lr_at(10**6, OPTIM, 100) == pytest.approx(0.1)
     rates = [lr_at(step, OPTIM, 100) for step in range(10, 101)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_linear_goes_down_by_the_same_each_step() -> None:
+    linear = OptimConfig(lr=1.0, warmup_steps=10, schedule="linear")
+    rates = [lr_at(step, linear, 100) for step in (10, 55, 100, 10**6)]
+    assert rates == pytest.approx([1.0, 0.55, 0.1, 0.1])
+    assert lr_at(33, linear, 100) == pytest.approx(1 - 0.9 * 23 / 90)
 
 
 def test_min_lr_may_be_given() -> None:

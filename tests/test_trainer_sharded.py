@@ -16,11 +16,10 @@ from trainer.checkpoint import storage
 from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.config.config import RunConfig, configure
 from trainer.config.memory import memory_by_part
-from trainer.distributed.world import World, holders, join_world, own_part
+from trainer.distributed.world import World, join_world, local_tensor, shard_count
 from trainer.errors import ConfigError
 from trainer.metrics.metrics import read_lines
-from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
-from trainer.optimizer.schedule import OptimConfig
+from trainer.optimizer.optimizer import OptimConfig, finish_gradients, make_optimizer, update
 from trainer.session.network import Network, build_network, filled_whole, no_sync_unless_last
 from trainer.session.save import tensors_to_save
 from trainer.train import train
@@ -162,7 +161,7 @@ def gradients(network: Network, world: World, micro_steps: int = 2) -> None:
         loss.backward()
 
 
-def finished(network: Network, optimizer: torch.optim.AdamW) -> float:
+def finished(network: Network, optimizer: torch.optim.Optimizer) -> float:
     """The norm of a step's gradients, which end as the update takes them."""
     config = sharded_config(1).optim
     return finish_gradients(optimizer, 128, torch.tensor(120), config).item()
@@ -180,10 +179,10 @@ def of_four_ranks_on_one() -> tuple[float, dict[str, torch.Tensor]]:
     return norm, {n: p.grad for n, p in alone.bare.named_parameters() if p.grad is not None}
 
 
-def held(network: Network, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+def held(network: Network, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Copies of what this rank holds of everything."""
     tensors = storage.tensors_of(network.bare, optimizer)
-    return {name: own_part(tensor).clone() for name, tensor in tensors.items()}
+    return {name: local_tensor(tensor).clone() for name, tensor in tensors.items()}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -201,7 +200,7 @@ def check_two_by_two(rank: int, port: int) -> None:
         for factor in (2, 1):  # weights from elsewhere; then the seed's own again
             for name, parameter in network.bare.named_parameters():
                 assert torch.equal(whole(parameter), expected[name] * (3 - factor)), name
-                assert holders(parameter) == (2 if parameter.ndim > 1 else 1)
+                assert shard_count(parameter) == (2 if parameter.ndim > 1 else 1)
                 with torch.no_grad(), filled_whole():
                     parameter.copy_(factor * expected[name])
         norm_alone, gradients_alone = of_four_ranks_on_one()

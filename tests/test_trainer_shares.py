@@ -1,4 +1,4 @@
-"""Shares that were wished for, and the weights that the sources at hand allow."""
+"""Shares asked for, and the weights that the prepared sources allow."""
 
 from fractions import Fraction
 
@@ -6,35 +6,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config.shares import REFERENCE_SHARES, choose, integer_weights
+from trainer.config.shares import REFERENCE_SHARES, choose_weights, integer_weights
 from trainer.errors import ConfigError
 
 ALL = dict.fromkeys(REFERENCE_SHARES, 1000)
 
 
 def test_the_reference_mixture() -> None:
-    shares = choose(REFERENCE_SHARES, {}, ALL)
+    shares = choose_weights(REFERENCE_SHARES, {}, ALL)
     assert shares.weights == {"arxiv": 1, "books3": 2, "fineweb": 12, "slimorca": 1, "the-stack": 4}
     assert shares.notes == ()
 
 
 def test_a_substitute_takes_the_share() -> None:
     there = {"fineweb": 10, "the-stack": 10, "pg19": 10, "arxiv-papers": 10, "slimorca": 10}
-    shares = choose(REFERENCE_SHARES, {}, there)
+    shares = choose_weights(REFERENCE_SHARES, {}, there)
     assert shares.weights == {
         "arxiv-papers": 1, "fineweb": 12, "pg19": 2, "slimorca": 1, "the-stack": 4
     }  # fmt: skip
     assert "books3 is not prepared: its share goes to its substitute, pg19" in shares.notes
 
 
-def test_a_substitute_beside_its_principal_waits() -> None:
-    shares = choose(REFERENCE_SHARES, {}, {**ALL, "pg19": 10})
+def test_a_substitute_of_a_prepared_source_is_not_drawn() -> None:
+    shares = choose_weights(REFERENCE_SHARES, {}, {**ALL, "pg19": 10})
     assert "pg19" not in shares.weights
     assert shares.notes == ("prepared but not drawn: pg19 (--set mixture.pg19=SHARE draws it)",)
 
 
 def test_without_a_substitute_the_others_are_renormalised() -> None:
-    shares = choose(REFERENCE_SHARES, {}, {"fineweb": 10, "the-stack": 10})
+    shares = choose_weights(REFERENCE_SHARES, {}, {"fineweb": 10, "the-stack": 10})
     assert shares.weights == {"fineweb": 3, "the-stack": 1}
     assert shares.notes == (
         "not prepared: books3, arxiv, slimorca; the others are renormalised: "
@@ -43,16 +43,16 @@ def test_without_a_substitute_the_others_are_renormalised() -> None:
 
 
 def test_other_sources_only_are_drawn_by_size() -> None:
-    shares = choose(REFERENCE_SHARES, {}, {"python-code": 300, "python-docs": 100})
+    shares = choose_weights(REFERENCE_SHARES, {}, {"python-code": 300, "python-docs": 100})
     assert shares.weights == {"python-code": 3, "python-docs": 1}
     assert "drawn by size: python-code 75 %, python-docs 25 %" in shares.notes[0]
 
 
 def test_explicit_shares_hold() -> None:
     there = {"python-code": 300, "python-docs": 100}
-    shares = choose(REFERENCE_SHARES, {"python-code": 70, "python-docs": 30}, there)
+    shares = choose_weights(REFERENCE_SHARES, {"python-code": 70, "python-docs": 30}, there)
     assert shares.weights == {"python-code": 7, "python-docs": 3}
-    shares = choose(REFERENCE_SHARES, {"fineweb": 0, "pg19": 20}, {**ALL, "pg19": 9})
+    shares = choose_weights(REFERENCE_SHARES, {"fineweb": 0, "pg19": 20}, {**ALL, "pg19": 9})
     assert shares.weights == {"arxiv": 1, "books3": 2, "pg19": 4, "slimorca": 1, "the-stack": 4}
 
 
@@ -70,17 +70,17 @@ def test_explicit_shares_hold() -> None:
         ({"fineweb": float("nan")}, ALL, "a share is a number"),
         ({"fineweb": float("inf")}, ALL, "a share is a number"),
         (dict.fromkeys(ALL, 0), ALL, "every share is 0"),
-        ({}, {"fineweb": 0}, "no prepared source has a training row"),
+        ({}, {"fineweb": 0}, "no prepared source has a training sequence"),
     ],
 )
 def test_shares_that_cannot_be(
     explicit: dict[str, float], rows: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        choose(REFERENCE_SHARES, explicit, rows)
+        choose_weights(REFERENCE_SHARES, explicit, rows)
 
 
-def test_weights_are_whole_and_coprime() -> None:
+def test_weights_are_integers_and_coprime() -> None:
     assert integer_weights({"a": 60, "b": 20, "c": 10, "d": 5, "e": 5}) == {
         "a": 12, "b": 4, "c": 2, "d": 1, "e": 1
     }  # fmt: skip
@@ -95,7 +95,7 @@ def test_weights_are_near_the_shares(values: list[float]) -> None:
     weights = integer_weights(shares)
     total = sum(weights.values())
     assert total <= 10**6 + len(values)
-    whole = sum(Fraction(str(value)) for value in values)
+    total_share = sum(Fraction(str(value)) for value in values)
     for name, weight in weights.items():
         assert weight >= 1
-        assert abs(Fraction(weight, total) - Fraction(str(shares[name])) / whole) < 1e-5
+        assert abs(Fraction(weight, total) - Fraction(str(shares[name])) / total_share) < 1e-5

@@ -83,7 +83,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_without_a_target_the_update_is_refused(tmp_path: Path) -> None:
+def test_without_a_target_the_update_is_skipped(tmp_path: Path) -> None:
     folder = tmp_path / "shards" / "slimorca"
     folder.mkdir(parents=True)
     facts = sample_facts("slimorca", seq_len=32, masked=True)
@@ -95,9 +95,9 @@ def test_without_a_target_the_update_is_refused(tmp_path: Path) -> None:
 
     said, run = Said(), tmp_path / "run"
     plan = small_plan(tmp_path / "shards", max_steps=3)
-    train(plan, run, screen=said)
-    assert "! step 1: gradient not finite, update refused" in said
-    assert events_of(run).count("refused") == 3
+    train(plan, run, display=said)
+    assert "! step 1: gradient not finite, update skipped" in said
+    assert events_of(run).count("skipped") == 3
     lines = read_lines(run / "metrics.jsonl")
     assert [(line["loss"], line["n_targets"]) for line in lines] == [(None, 0)] * 3
     start = Transformer(plan.config.model)
@@ -106,7 +106,7 @@ def test_without_a_target_the_update_is_refused(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], p) for name, p in start.named_parameters())
 
 
-def test_refused_updates_without_end_are_an_error(
+def test_skipped_updates_without_end_are_an_error(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = Transformer.forward
@@ -119,7 +119,7 @@ def test_refused_updates_without_end_are_an_error(
     monkeypatch.setattr(Transformer, "forward", poisoned)
     changes = {"guard__patience": 2, "guard__max_rollbacks": 1}
     plan = small_plan(shards, checkpoint__interval_steps=1, precision="fp32", **changes)
-    message = r"step 5: 3 updates in a row were refused, after 1 rollbacks; the run is saved"
+    message = r"step 5: 3 updates in a row were skipped, after 1 rollbacks; the run is saved"
     with pytest.raises(TrainingError, match=message):
         train(plan, tmp_path)
     # a step's numbers are read one step late

@@ -1,5 +1,6 @@
-"""What is watched while a run trains leaves no trace: held-out scores, bytes of text, profiles."""
+"""What is watched while a run trains changes nothing: held-out scores, bytes of text, profiles."""
 
+import functools
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 import pipeline_samples
 from model.transformer import Transformer
 from pipeline.text.tokenizer import Tokenizer
+from shards.format import TOKEN_BYTES, TOKENIZER
 from shards.reader import ShardReader
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.checkpoint.storage import load_weights
@@ -24,7 +26,7 @@ from trainer.errors import ConfigError
 from trainer.metrics.metrics import read_lines
 from trainer.metrics.profiling import parse_steps
 from trainer.train import train
-from trainer.validation.text_bytes import TextBytes, read_text_bytes
+from trainer.validation.validation import Ids, count_bytes, read_token_bytes, token_bytes_of
 from trainer_samples import small_plan
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
@@ -48,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sources with held-out rows, and one that is held out as a whole."""
+    """Two sources with held-out rows, and one that is all held out."""
     root = tmp_path_factory.mktemp("watched")
     texts = pipeline_samples.TEXTS
     for name, part, fraction in (
@@ -109,12 +111,21 @@ def test_an_evaluation_text_of_another_row_length_is_named(shards: Path, tmp_pat
     assert any(note.startswith("wikitext2 is not scored: it has rows of 32") for note in plan.notes)
 
 
-def test_without_the_tokenizer_no_bytes_are_guessed(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.model"
-    assert read_text_bytes(path, "0" * 64) is None
-    path.write_bytes(pipeline_samples.tokenizer().model)
-    assert read_text_bytes(path, "0" * 64) is None
-    assert read_text_bytes(path, hashlib.sha256(path.read_bytes()).hexdigest()) is not None
+def test_token_bytes_need_their_tokenizer(tmp_path: Path) -> None:
+    model = pipeline_samples.tokenizer().model
+    digest, of_model = hashlib.sha256(model).hexdigest(), token_bytes_of(model).tolist()
+
+    def read(digest: str) -> Any:
+        table = read_token_bytes(tmp_path, digest)
+        return table if table is None else table.tolist()
+
+    assert read(digest) is None
+    (tmp_path / TOKENIZER).write_bytes(model)
+    assert (read("0" * 64), read(digest)) == (None, of_model)  # as in folders of version 0.1
+    (tmp_path / TOKEN_BYTES).write_bytes(b"damaged")
+    assert read(digest) == of_model
+    np.save(tmp_path / TOKEN_BYTES, np.array(of_model, np.uint16) + 1)
+    assert read(digest) == (np.array(of_model) + 1).tolist()
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -125,14 +136,13 @@ def test_bytes_of_ids_are_those_of_their_text(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]()
     ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
     ids = np.concatenate([ids, ids])  # the second document begins after an EOS and a BOS
-    counted = counter(name).count(ids[1:], ids[:-1])
+    counted = count_bytes(token_bytes(name), ids[1:], ids[:-1])
     assert counted.sum() == 2 * len(tokenizer.decode(ids[: len(ids) // 2].tolist()).encode())
 
 
-def counter(name: str, known: dict[str, TextBytes] = {}) -> TextBytes:  # noqa: B006
-    if name not in known:
-        known[name] = TextBytes(TOKENIZERS[name]().model)
-    return known[name]
+@functools.cache
+def token_bytes(name: str) -> Ids:
+    return token_bytes_of(TOKENIZERS[name]().model)
 
 
 def test_watching_changes_nothing(shards: Path, tmp_path: Path) -> None:

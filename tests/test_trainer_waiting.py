@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.faults.guard import Guard
-from trainer.metrics.step_metrics import Late, Reading
+from trainer.metrics.step_metrics import PendingMetrics, StepMetrics
 from trainer.session import network as parallel
 from trainer.session.save import CheckpointSaver
 from trainer.train import train
@@ -33,16 +33,16 @@ HOST_READS = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float_
 COPIES = {"tensor", "as_tensor", "from_numpy"}
 ALLOWED = {
     "to_device",  # from pinned memory
-    "Late.__init__",  # into pinned memory
-    "Late.read",  # a step later
+    "PendingMetrics.__init__",  # into pinned memory
+    "PendingMetrics.read",  # a step later
 }
 
 
-HOUSE = [Path(__file__).parents[1] / name for name in ("trainer", "model", "tests")]
+OURS = {Path(__file__).parents[1] / name for name in ("trainer", "model", "tests")}
 
 
 class HostTraffic(TorchFunctionMode):
-    """Notes from where a tensor's value was asked for, or was carried between host and device.
+    """Records from where a tensor's value was asked for, or was carried between host and device.
 
     On the CPU both sides are one, so it is the asking that is looked for.
     """
@@ -64,7 +64,7 @@ class HostTraffic(TorchFunctionMode):
 
 
 class InnerReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the operator in which every read of a single number ends, inside the library too."""
+    """Records the operator in which every read of a single number ends, inside the library too."""
 
     def __init__(self, places: set[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -89,7 +89,7 @@ def place() -> str:
 
 
 def is_ours(frame: FrameType) -> bool:
-    return Path(frame.f_code.co_filename).parent in HOUSE
+    return not OURS.isdisjoint(Path(frame.f_code.co_filename).parents)
 
 
 def is_device(target: object) -> bool:
@@ -128,18 +128,18 @@ def test_a_step_is_read_when_the_next_is_under_way(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    make, read = Late.__init__, Late.read
+    make, read = PendingMetrics.__init__, PendingMetrics.read
 
-    def made(late: Late, *args: Any) -> None:
+    def made(pending: PendingMetrics, *args: Any, **logged: Any) -> None:
         order.append("made")
-        make(late, *args)
+        make(pending, *args, **logged)
 
-    def looked_at(late: Late) -> Reading:
+    def looked_at(pending: PendingMetrics) -> StepMetrics:
         order.append("read")
-        return read(late)
+        return read(pending)
 
-    monkeypatch.setattr(Late, "__init__", made)
-    monkeypatch.setattr(Late, "read", looked_at)
+    monkeypatch.setattr(PendingMetrics, "__init__", made)
+    monkeypatch.setattr(PendingMetrics, "read", looked_at)
     train(small_plan(shards, max_steps=4), tmp_path)
     assert order == ["made", *["made", "read"] * 3, "read"]
 
@@ -153,13 +153,13 @@ def test_a_step_is_read_when_the_next_is_under_way(
 def test_each_way_to_wait_is_noticed(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Tensor], Any]
 ) -> None:
-    refuse = Guard.refuse
+    should_skip = Guard.should_skip
 
-    def peek(guard: Guard, norm: Tensor, wished: Tensor) -> Tensor:
+    def peek(guard: Guard, norm: Tensor, flagged: Tensor) -> Tensor:
         read(norm)
-        return refuse(guard, norm, wished)
+        return should_skip(guard, norm, flagged)
 
-    monkeypatch.setattr(Guard, "refuse", peek)
+    monkeypatch.setattr(Guard, "should_skip", peek)
     seen = host_traffic(shards, tmp_path, monkeypatch) - ALLOWED
     ours = ("test_each_way_to_wait_is_noticed.", "HostTraffic.", "<lambda>")
     assert seen and all(place.startswith(ours) for place in seen)

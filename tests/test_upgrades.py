@@ -35,7 +35,8 @@ from trainer.checkpoint.storage import read_record
 from trainer.cli import main as train
 from trainer.config import config as config_module
 from trainer.config.config import RunConfig, configure, load_config
-from trainer.config.plan import TrainPlan, make_plan
+from trainer.config.plan import TrainPlan
+from trainer.config.resolve import make_plan
 from trainer.errors import ConfigError
 from trainer.session.state import state_from
 

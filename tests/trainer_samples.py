@@ -15,8 +15,10 @@ from shards_samples import make_source
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.checkpoint.storage import _read_tensors, load_weights
 from trainer.config.config import configure
-from trainer.config.plan import TrainPlan, make_plan
+from trainer.config.plan import TrainPlan
+from trainer.config.resolve import make_plan
 from trainer.distributed.world import World
+from trainer.metrics.display import Display
 from trainer.metrics.metrics import read_lines
 
 ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
@@ -59,20 +61,17 @@ def small_plan(shards: Path, /, ranks: int = 1, **changes: Any) -> TrainPlan:
     return make_plan(configure(preset="tiny", sets=sets, shards=str(shards)), ranks)
 
 
-class Said:
-    """A screen that remembers."""
+class Said(Display):
+    """A display that remembers."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         self.lines.append(text)
 
     def step(self, values: Any) -> None:
         self.lines.append(f"step {values['step']}")
-
-    def close(self) -> None:
-        pass
 
     def __contains__(self, part: str) -> bool:
         return any(part in line for line in self.lines)
@@ -85,6 +84,10 @@ def log_of(run: Path) -> list[tuple[Any, ...]]:
 
 def events_of(run: Path) -> list[str]:
     return [line["event"] for line in read_lines(run / "events.jsonl")]
+
+
+def find_events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_lines(run / "events.jsonl") if line["event"] == kind]
 
 
 def same_weights(one: Path, other: Path) -> bool:

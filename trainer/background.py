@@ -1,4 +1,4 @@
-"""Work beside training."""
+"""Jobs in a thread of their own, while training goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Hand:
+class BackgroundThread:
     """A thread that does one job after the other, and keeps no process from ending.
 
     Python waits for the threads of an executor when it exits, for ever if one never ends. A new
@@ -23,17 +23,17 @@ class Hand:
         self._thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
         self._thread.start()
 
-    def do(self, job: Callable[[], T]) -> Future[T]:
+    def submit(self, job: Callable[[], T]) -> Future[T]:
         """What the job returns or raises, when its turn has come."""
         future: Future[T] = Future()
 
-        def settle() -> None:
+        def run() -> None:
             try:
                 future.set_result(job())
             except BaseException as error:
                 future.set_exception(error)
 
-        self._jobs.put(settle)
+        self._jobs.put(run)
         return future
 
     def end(self, limit_s: float) -> None:
@@ -42,11 +42,11 @@ class Hand:
         self._thread.join(limit_s)
 
 
-def beside(name: str, job: Callable[[], T]) -> Future[T]:
+def run_in_background(name: str, job: Callable[[], T]) -> Future[T]:
     """What one job returns or raises, done in a thread of its own."""
-    hand = Hand(name)
-    future = hand.do(job)
-    hand.end(0)
+    thread = BackgroundThread(name)
+    future = thread.submit(job)
+    thread.end(0)
     return future
 
 

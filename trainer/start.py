@@ -14,20 +14,22 @@ import torch
 from model.config import count_params
 from trainer.checkpoint.runs import checkpoints
 from trainer.config.config import Configured, configure
-from trainer.config.plan import TrainPlan, make_plan
+from trainer.config.plan import TrainPlan
+from trainer.config.resolve import make_plan
 from trainer.distributed.devices import pick_device
 from trainer.distributed.launch import (
     ASKED_TO_STOP,
-    OUTCOME,
+    EXIT_REASON,
     Launch,
     launch_line,
-    leave_word,
     run_on_all,
+    write_exit_reason,
 )
 from trainer.distributed.world import launched_by_torchrun
 from trainer.errors import ConfigError
-from trainer.faults.inject import ordered_faults
-from trainer.metrics.display import Screen, Silent, open_screen
+from trainer.faults.inject import parse_faults
+from trainer.metrics.display import Display, open_display
+from trainer.optimizer.optimizer import optimizer_bytes
 from trainer.session.resume import measured_rate, peek_state, show_plan
 from trainer.session.state import check_max_epochs
 from trainer.train import train
@@ -66,42 +68,43 @@ def start(request: Request, stream: TextIO) -> int:
     configured = configure(
         preset=request.preset, file=request.file, sets=request.sets, shards=request.shards
     )
-    ordered_faults()  # a mistake in it is told once, here
+    parse_faults()  # a mistake in it is reported once, here
     run = request.out or _default_run(Path("runs") / configured.config.preset, request.resume)
-    if OUTCOME in os.environ:
-        return leave_word(lambda: _train_as_rank(configured, run, request, stream))
+    if EXIT_REASON in os.environ:
+        return write_exit_reason(lambda: _train_as_rank(configured, run, request, stream))
     if launched_by_torchrun():
         return _train_as_rank(configured, run, request, stream)
     n_local = request.nproc or _device_count(configured.config.device)
     plan = make_plan(configured, n_local * _count_nodes(request.nnodes), n_local)
-    screen = open_screen(stream)
-    with contextlib.closing(screen):
+    display = open_display(stream)
+    with contextlib.closing(display):
         if request.dry_run:
-            _show(plan, run, request.resume, screen)
+            _show(plan, run, request.resume, display)
             return 0
         if plan.shape.world_size == 1:
-            return _train(plan, run, request, screen)
-        state_bytes = 12 * count_params(plan.config.model)  # weights and two moments, fp32
+            return _train(plan, run, request, display)
+        n_bytes = 4 + optimizer_bytes(plan.config.optim)  # a parameter and its moments, fp32
+        state_bytes = n_bytes * count_params(plan.config.model)
         launch = Launch(n_local, request.nnodes, state_bytes, _options(request.torchrun))
-        screen.say(launch_line(launch, request.for_rank(run)))
+        display.print(launch_line(launch, request.for_rank(run)))
     return run_on_all(launch, request.for_rank(run))
 
 
 def _train_as_rank(configured: Configured, run: Path, request: Request, stream: TextIO) -> int:
     plan = make_plan(configured, _count("WORLD_SIZE"), _count("LOCAL_WORLD_SIZE"))
-    screen = open_screen(stream) if _count("RANK") == 0 else Silent()
-    return _train(plan, run, request, screen)
+    display = open_display(stream) if _count("RANK") == 0 else Display()
+    return _train(plan, run, request, display)
 
 
-def _show(plan: TrainPlan, run: Path, resume: str, screen: Screen) -> None:
+def _show(plan: TrainPlan, run: Path, resume: str, display: Display) -> None:
     state = peek_state(plan, run, resume)
-    show_plan(plan, state, measured_rate(run), screen)
+    show_plan(plan, state, measured_rate(run), display)
     check_max_epochs(plan, state)
 
 
-def _train(plan: TrainPlan, run: Path, request: Request, screen: Screen) -> int:
-    with contextlib.closing(screen):
-        outcome = train(plan, run, resume=request.resume, screen=screen)
+def _train(plan: TrainPlan, run: Path, request: Request, display: Display) -> int:
+    with contextlib.closing(display):
+        outcome = train(plan, run, resume=request.resume, display=display)
         return ASKED_TO_STOP if outcome.stopped else 0
 
 

@@ -6,14 +6,14 @@
 What happens to a step's tokens:
 
 1.  `mixture.py` says which rows the step's sample numbers mean; nothing of that is stored.
-2.  `batches.py` reads this rank's rows, proves and stacks them; `loader.py` reads ahead.
+2.  `batches.py` reads this rank's rows, verifies and stacks them; `loader.py` reads ahead.
 3.  The model returns the sum of the losses. Backward divides it by the targets that a full step
     has, so that micro-batches and ranks just add up.
 4.  Ranks add up their gradients (in the last backward pass) and their counts (one reduction).
 5.  `optimizer.py` corrects by the true number of targets, clips, and updates, unless `guard.py`
     finds the gradient harmful; then the device skips the update by itself.
-6.  The numbers of the step are on their way to the host, where `logbook.py` reads them a step
-    later: the processor never waits for the device.
+6.  The numbers of the step are on their way to the host, where `metrics_logger.py` reads them a
+    step later: the processor never waits for the device.
 7.  When a checkpoint is due, `checkpoint.py` writes all of this down, proven, and the run can be
     killed: the same command goes on from there, bit for bit.
 """
@@ -24,7 +24,7 @@ import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from shards.errors import ShardError
 from trainer.checkpoint.retention import invalidate_after, mirror_of
@@ -32,35 +32,38 @@ from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.checkpoint.storage import read_record
 from trainer.config.plan import TrainPlan
 from trainer.data.loader import Loader
-from trainer.distributed.allocator import keep_freed_memory
+from trainer.distributed.devices import keep_freed_memory
 from trainer.distributed.world import join_world, restarted_by_torchrun
 from trainer.errors import TrainingError
-from trainer.faults.faults import named_faults
-from trainer.faults.guard import REFUSED, ROLLBACK, Guard
-from trainer.faults.heartbeat import Heart, beating
-from trainer.faults.inject import Faults, ordered_faults, refuse_unmet
-from trainer.faults.signals import listen_for_stop
+from trainer.faults.guard import Guard
+from trainer.faults.heartbeat import Watchdog, watch_ranks
+from trainer.faults.inject import Faults, check_reachable, parse_faults
+from trainer.faults.signals import listen_for_stop, translate_comm_errors
 from trainer.metrics import goodput
-from trainer.metrics.display import Screen, Silent
+from trainer.metrics.display import Display
+from trainer.metrics.metrics import RunEvent
 from trainer.metrics.profiling import StepProfiler, parse_steps
-from trainer.metrics.step_metrics import Late, Reading, Tally, Wishes, refusal_wished
+from trainer.metrics.step_metrics import (
+    PendingMetrics,
+    StepFlags,
+    StepMetrics,
+    StepSums,
+    skip_flagged,
+)
 from trainer.optimizer.optimizer import finish_gradients, set_lr, update
 from trainer.optimizer.schedule import lr_at
-from trainer.session.budget import Budget, heed
-from trainer.session.logbook import Arrived, Logbook, spent_line
+from trainer.session.budget import Budget, apply_request
+from trainer.session.metrics_logger import CompletedStep, MetricsLogger, spent_line
 from trainer.session.network import (
     autocast,
     exposed_exchange_s,
     no_sync_unless_last,
     reseed_attention_dropout,
 )
-from trainer.session.resume import begin
+from trainer.session.resume import begin, open_held_out, open_loader
 from trainer.session.save import CheckpointSaver, open_saver
-from trainer.session.session import Session, claim, open_held_out, open_loader
+from trainer.session.session import Session, claim
 from trainer.session.state import State
-
-STOPPED: Final = "stopped"
-"""The event of a run that was asked to stop and has saved."""
 
 
 class Job(NamedTuple):
@@ -70,7 +73,7 @@ class Job(NamedTuple):
     state: State
     loader: Loader
     saver: CheckpointSaver
-    heart: Heart
+    watchdog: Watchdog
     faults: Faults
     asked_to_stop: Callable[[], bool]
 
@@ -88,18 +91,18 @@ class Outcome(NamedTuple):
 
 
 def train(
-    plan: TrainPlan, run: Path, *, resume: str = "auto", screen: Screen | None = None
+    plan: TrainPlan, run: Path, *, resume: str = "auto", display: Display | None = None
 ) -> Outcome:
     """How the run ended. It is saved then; `train` with the same plan goes on from there."""
-    screen = screen or Silent()
-    orders, restarted = ordered_faults(), restarted_by_torchrun()
-    refuse_unmet(orders, plan.shape.world_size, plan.config.max_steps)
+    display = display or Display()
+    orders, restarted = parse_faults(), restarted_by_torchrun()
+    check_reachable(orders, plan.shape.world_size, plan.config.max_steps)
     with (
         listen_for_stop() as asked_to_stop,
         join_world(plan.config.device) as world,
-        named_faults(world),
+        translate_comm_errors(world),
         claim(run, world),
-        beating(run, world, plan.config.guard.hang_timeout_s) as heart,
+        watch_ranks(run, world, plan.config.guard.hang_timeout_s) as watchdog,
     ):
         if world.device.type == "cpu":
             keep_freed_memory()
@@ -107,11 +110,11 @@ def train(
         while True:
             try:
                 with (
-                    begin(plan, run, resume, world, screen, restarted=restarted) as found,
+                    begin(plan, run, resume, world, display, restarted=restarted) as found,
                     open_loader(*found, faults) as loader,
                     open_saver(*found) as saver,
                 ):
-                    return _go_on(Job(*found, loader, saver, heart, faults, asked_to_stop))
+                    return _go_on(Job(*found, loader, saver, watchdog, faults, asked_to_stop))
             except RolledBackError:
                 restarted = True
             gc.collect()  # the model that is left behind, before another is made
@@ -119,11 +122,11 @@ def train(
 
 def _go_on(job: Job) -> Outcome:
     """Train from the state that was found to the end, or until some rank is asked to stop."""
-    session, state, loader, saver, heart, faults, _ = job
+    session, state, loader, saver, watchdog, faults, _ = job
     plan, world, optimizer = session.plan, session.world, session.optimizer
     config, shape, model = plan.config, plan.shape, session.network.model
     guard = Guard(config.guard, state.norms, world.device)
-    logbook = Logbook(plan, session.journal, session.screen, state)
+    logger = MetricsLogger(plan, session.journal, session.display, state)
     watch = goodput.Stopwatch(state.spent_s)
     budget = Budget(config, state, watch, world.is_main)
     held_out = open_held_out(plan, world)
@@ -133,12 +136,12 @@ def _go_on(job: Job) -> Outcome:
     while state.step < state.last_step(config.max_steps) and not stop:
         profiler.before(state.step + 1)
         lr = set_lr(optimizer, lr_at(state.step, config.optim, config.max_steps, state.anneal))
-        scale = loss_scale * faults.strike(state.step + 1, loader)
-        tally = Tally(world.device)
+        scale = loss_scale * faults.inject(state.step + 1, loader)
+        step_sums = StepSums(world.device)
         for micro_step in range(shape.grad_accum_steps):
-            heart.mark(state.step + 1, "data")
+            watchdog.mark(state.step + 1, "data")
             tokens, targets, dropout_key = loader.next()  # [B, T], [B, T], [B, 2]
-            heart.mark(state.step + 1, "gradient")
+            watchdog.mark(state.step + 1, "gradient")
             reseed_attention_dropout(config, state.step, micro_step, world.rank)
             with (
                 no_sync_unless_last(model, micro_step, shape.grad_accum_steps),
@@ -146,25 +149,27 @@ def _go_on(job: Job) -> Outcome:
             ):
                 loss_sum = model(tokens, targets, dropout_key)
             (loss_sum * scale).backward()  # the true count enters finish_gradients
-            tally.add(loss_sum, targets)
+            step_sums.add(loss_sum, targets)
         with watch.within("communication"):
-            sums = tally.reduce(world, _wishes(job, budget))
+            sums = step_sums.reduce(world, _flags(job, budget))
         grad_norm = finish_gradients(optimizer, plan.step_tokens, sums[1], config.optim)
-        refused = guard.refuse(grad_norm, refusal_wished(sums))
-        update(optimizer, refused)
+        skip = guard.should_skip(grad_norm, skip_flagged(sums))
+        update(optimizer, skip)
 
-        late = Late(sums, grad_norm, refused, state.first_index)
+        pending = PendingMetrics(sums, skip, state.first_index, grad_norm=grad_norm)
         state.advance(shape.global_batch_size, watch.lap())
         watch.add("communication", exposed_exchange_s(model))
-        stop, wished = look_at(logbook.enter(late, state, lr, loader.waited_s), job)
+        stop, requested = apply_step_result(logger.submit(pending, lr, loader.waited_s), job)
         if held_out is not None and state.step % config.validation.interval == 0:
-            heart.mark(state.step, "validation")
+            watchdog.mark(state.step, "validation")
             with watch.paused("evaluation"):
-                logbook.add(held_out.scores(session.network.bare, autocast(config, world.device)))
-        checkpoint = checkpoint or wished or saver.due()
+                logger.add_scores(
+                    held_out.scores(session.network.bare, autocast(config, world.device))
+                )
+        checkpoint = checkpoint or requested or saver.due()
         if checkpoint and not state.refused_in_a_row:  # a rollback must find one from before them
-            heart.mark(state.step, "checkpoint")
-            asked, _ = look_at(logbook.settle(), job)
+            watchdog.mark(state.step, "checkpoint")
+            asked, _ = apply_step_result(logger.flush(), job)
             stop = stop or asked
             if not state.refused_in_a_row:
                 with watch.paused("checkpoint"):
@@ -173,22 +178,22 @@ def _go_on(job: Job) -> Outcome:
                         saver.wait()  # what follows from the clock must be on disk first
                 checkpoint = False
         profiler.after(state.step)
-    heart.mark(state.step, "checkpoint")
-    look_at(logbook.settle(), job)
+    watchdog.mark(state.step, "checkpoint")
+    apply_step_result(logger.flush(), job)
     with watch.paused("checkpoint"):
         saver.checkpoint(last=True)
     profiler.after(state.step, last=True)
     return _ended(session, state)
 
 
-def _wishes(job: Job, budget: Budget) -> Wishes:
+def _flags(job: Job, budget: Budget) -> StepFlags:
     """What this rank knows of the step under way and the others do not."""
-    return Wishes(
+    return StepFlags(
         stop=job.asked_to_stop(),
         checkpoint=job.saver.clock_wishes(),
-        refuse=job.state.first_index in job.session.recorded.refused,
+        skip=job.state.first_index in job.session.history.skipped,
         damaged=job.loader.damage is not None,
-        budget=budget.wish(),
+        budget=budget.request(),
     )
 
 
@@ -196,60 +201,60 @@ def _ended(session: Session, state: State) -> Outcome:
     last_step = state.last_step(session.plan.config.max_steps)
     checkpoint, stopped = newest_checkpoint(session.run), state.step < last_step
     seconds = goodput.parts(state.time_s, state.spent_s)
-    session.screen.say(spent_line(seconds, session.plan.config))
+    session.display.print(spent_line(seconds, session.plan.config))
     if stopped:
         text = f"stopped at step {state.step}, saved: the same command goes on"
-        session.tell(text, STOPPED, step=state.step, spent_s=seconds)
+        session.log(text, RunEvent.STOPPED, step=state.step, spent_s=seconds)
     else:
-        session.tell(f"done: {checkpoint}", "done", step=state.step, spent_s=seconds)
+        session.log(f"done: {checkpoint}", RunEvent.DONE, step=state.step, spent_s=seconds)
     return Outcome(state.step, stopped, checkpoint)
 
 
-def look_at(arrived: Arrived, job: Job) -> tuple[bool, bool]:
+def apply_step_result(completed: CompletedStep, job: Job) -> tuple[bool, bool]:
     """Whether some rank wishes to stop, and to checkpoint; what the step's numbers ask for is
     done."""
-    if arrived is None:
+    if completed is None:
         return False, False
-    step, reading = arrived
+    step, metrics = completed
     state, config = job.state, job.session.plan.config.guard
-    if reading.wished.damaged:
-        _stop_before(step, reading, job)
-    if reading.refused:
+    if metrics.flags.damaged:
+        _stop_before(step, metrics, job)
+    if metrics.skipped:
         state.refused_in_a_row += 1
-        _tell_refused(step, reading, job.session)
+        _log_skipped(step, metrics, job.session)
         if state.refused_in_a_row > config.patience:
             _roll_back(step, job)
     else:
         state.refused_in_a_row = 0
-        if reading.grad_norm > 0:
-            state.norms = [*state.norms, reading.grad_norm][-config.window :]
-    if news := heed(reading.wished.budget, state, job.session.plan.config.max_steps):
-        job.session.tell(news, "anneal", step=state.step, anneal=state.anneal)
-    return reading.wished.stop, reading.wished.checkpoint or bool(news)
+        if metrics.grad_norm > 0:
+            state.norms = [*state.norms, metrics.grad_norm][-config.window :]
+    if news := apply_request(metrics.flags.budget, state, job.session.plan.config.max_steps):
+        job.session.log(news, RunEvent.ANNEAL, step=state.step, anneal=state.anneal)
+    return metrics.flags.stop, metrics.flags.checkpoint or bool(news)
 
 
-def _tell_refused(step: int, reading: Reading, session: Session) -> None:
-    facts = {"step": step, "first_index": reading.first_index}
-    if reading.wished.refuse:  # and written down already
-        session.screen.say(f"! step {step}: update refused, as it was before")
-    elif math.isfinite(reading.grad_norm):
-        text = f"! step {step}: gradient norm {reading.grad_norm:.2f} is a spike, update refused"
-        session.tell(text, REFUSED, **facts, grad_norm=reading.grad_norm)
+def _log_skipped(step: int, metrics: StepMetrics, session: Session) -> None:
+    facts = {"step": step, "first_index": metrics.first_index}
+    if metrics.flags.skip:  # and written down already
+        session.display.print(f"! step {step}: update skipped, as it was before")
+    elif math.isfinite(metrics.grad_norm):
+        text = f"! step {step}: gradient norm {metrics.grad_norm:.2f} is a spike, update skipped"
+        session.log(text, RunEvent.SKIPPED, **facts, grad_norm=metrics.grad_norm)
     else:
-        text = f"! step {step}: gradient not finite, update refused"
-        session.tell(text, REFUSED, **facts, grad_norm=None)
+        text = f"! step {step}: gradient not finite, update skipped"
+        session.log(text, RunEvent.SKIPPED, **facts, grad_norm=None)
 
 
-def _stop_before(step: int, reading: Reading, job: Job) -> None:
+def _stop_before(step: int, metrics: StepMetrics, job: Job) -> None:
     """Checkpoint as of before `step`, of which a row is damaged, and raise what is wrong with it.
 
-    Every update since has been refused, on all ranks: weights and moments are those of then.
+    Every update since has been skipped, on all ranks: weights and moments are those of then.
     """
     session, state = job.session, job.state
     found = [error for error in session.world.gather(job.loader.damage) if error is not None]
-    state.step, state.next_index = step - 1, reading.first_index
+    state.step, state.next_index = step - 1, metrics.first_index
     job.saver.checkpoint(last=True)
-    session.journal.event("damaged", step=step, reason=str(found[0]))
+    session.journal.event(RunEvent.DAMAGED, step=step, reason=str(found[0]))
     raise ShardError(
         f"{found[0]}; the run is saved at step {step - 1} and goes on from there with the same "
         "command"
@@ -261,25 +266,25 @@ def _roll_back(step: int, job: Job) -> None:
     it."""
     session, state = job.session, job.state
     most = session.plan.config.guard.max_rollbacks
-    refused = f"step {step}: {state.refused_in_a_row} updates in a row were refused"
-    if session.recorded.rollbacks >= most:
+    skipped = f"step {step}: {state.refused_in_a_row} updates in a row were skipped"
+    if session.history.rollbacks >= most:
         job.saver.checkpoint(last=True)
         raise TrainingError(
-            f"{refused}, after {most} rollbacks; the run is saved: go on from an earlier "
+            f"{skipped}, after {most} rollbacks; the run is saved: go on from an earlier "
             "checkpoint (--resume runs/NAME/checkpoints/step-N) with a lower optim.lr or with "
             "--set precision=fp32, or raise guard.max_rollbacks"
         )
     job.saver.finish()
     to_step, begin = session.world.on_main(lambda: _last_good(session))
-    session.tell(
-        f"! {refused}: back to step {to_step}, without samples {begin} to {state.next_index - 1}",
-        ROLLBACK, step=step, to_step=to_step, skipped=[begin, state.next_index],
+    session.log(
+        f"! {skipped}: back to step {to_step}, without samples {begin} to {state.next_index - 1}",
+        RunEvent.ROLLBACK, step=step, to_step=to_step, skipped=[begin, state.next_index],
     )  # fmt: skip
     raise RolledBackError
 
 
 def _last_good(session: Session) -> tuple[int, int]:
-    """Step and next sample of the newest checkpoint that no refusal precedes; later ones set
+    """Step and next sample of the newest checkpoint that no skipped update precedes; later ones set
     aside."""
     mirror = mirror_of(session.run, session.plan.config.checkpoint)
     for checkpoint in reversed(checkpoints(session.run)):

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from measure import spread
 from tools.rehearsal.runs import train
-from trainer.checkpoint.runs import EVENTS
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_events, read_lines
 
 WARM = 5  # below the first checkpoint, whose pause is in the sum of pauses
 KINDS = {
@@ -36,8 +35,8 @@ def seconds(shards: str, steps: int, sets: list[str], run: Path) -> float:
         arguments += ["--set", change]
     train(arguments, run)
     lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl")}
-    done = [event for event in read_lines(run / EVENTS) if event["event"] == "done"][-1]
-    last = [event for event in read_lines(run / EVENTS) if event["event"] == "checkpoint"][-1]
+    done = [event for event in read_events(run) if event["event"] == "done"][-1]
+    last = [event for event in read_events(run) if event["event"] == "checkpoint"][-1]
     trained = lines[steps]["time_s"] - lines[WARM]["time_s"]
     return float(trained + done["spent_s"]["checkpoint"] - last["took_s"])
 

@@ -22,7 +22,7 @@ from shards.format import Facts, Part, TokenizerInfo
 from shards.reader import ShardReader
 from shards.writer import ShardWriter, write_manifest
 from trainer.config.shares import REFERENCE_SHARES
-from trainer.data.batches import MicroBatches, Stretch
+from trainer.data.batches import MicroBatches, StepRange
 from trainer.data.loader import Loader, LoaderConfig
 from trainer.data.mixture import BatchShape, DataOrder, Phase
 
@@ -76,7 +76,7 @@ def loader_rates(folder: Path, n_rows: int) -> tuple[list[float], list[float]]:
     shape = BatchShape(64, 8, 1)
     elapsed, cpu = [], []
     for _ in range(_TIMES + 1):
-        stretch = Stretch(first_index=0, n_steps=n_rows // 64, shape=shape, rank=0)
+        stretch = StepRange(first_index=0, n_steps=n_rows // 64, shape=shape, rank=0)
         batches = MicroBatches(order, {folder.name: ShardReader(folder)}, stretch)
         wall, start, size = time.perf_counter(), time.process_time(), 0
         for batch in batches:
@@ -89,7 +89,7 @@ def loader_rates(folder: Path, n_rows: int) -> tuple[list[float], list[float]]:
 def waits(folder: Path, n_rows: int, step_s: float, steps: int) -> float:
     """Share of the time that steps of this length wait for a loader of two workers."""
     order = DataOrder(seed=0, rows={folder.name: n_rows}, phases=[Phase(0, {folder.name: 1})])
-    stretch = Stretch(first_index=0, n_steps=steps, shape=BatchShape(8, 8, 1), rank=0)
+    stretch = StepRange(first_index=0, n_steps=steps, shape=BatchShape(8, 8, 1), rank=0)
     batches = MicroBatches(order, {folder.name: ShardReader(folder)}, stretch)
     loader = Loader(batches, LoaderConfig(), torch.device("cpu"), 0, print)
     loader.next()  # the first comes with the workers

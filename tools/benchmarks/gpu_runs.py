@@ -25,7 +25,8 @@ from shards.format import Facts, Part, TokenizerInfo, token_dtype
 from shards.writer import ShardWriter, write_manifest
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.config.config import configure
-from trainer.config.plan import TrainPlan, make_plan
+from trainer.config.plan import TrainPlan
+from trainer.config.resolve import make_plan
 from trainer.metrics.metrics import read_lines
 from trainer.session import network as parallel
 from trainer.session.save import CheckpointSaver

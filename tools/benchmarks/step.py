@@ -28,8 +28,12 @@ from gpu_step import shares
 from measure import machine, spread
 from model.config import ModelConfig, flops_per_token
 from step_sides import SIDES, Side, Work
-from trainer.distributed.allocator import keep_freed_memory
-from trainer.distributed.devices import device_name, find_accelerator, pick_device
+from trainer.distributed.devices import (
+    device_name,
+    find_accelerator,
+    keep_freed_memory,
+    pick_device,
+)
 
 NO_PARTS = ("kernels launched", "wall, profiled")
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.profiler import record_function
 
 from attention_sides import alibi_mask
@@ -20,8 +20,7 @@ from model.kernel import fold
 from model.kv_cache import LayerCache
 from model.positions import Positions
 from model.transformer import Transformer
-from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
-from trainer.optimizer.schedule import OptimConfig
+from trainer.optimizer.optimizer import OptimConfig, finish_gradients, make_optimizer, update
 
 LR: Final = 3e-4
 
@@ -41,7 +40,7 @@ class Side:
     """One trainer of the same model: `step` takes tokens and targets [B, T], and gives the loss."""
 
     model: nn.Module
-    optimizer: AdamW
+    optimizer: Optimizer
     step: Callable[[Tensor, Tensor], Tensor]
 
 

@@ -30,8 +30,7 @@ from trainer.checkpoint.runs import (
 )
 from trainer.checkpoint.storage import load_weights
 from trainer.config.config import load_config
-from trainer.distributed.allocator import keep_freed_memory
-from trainer.distributed.devices import pick_device
+from trainer.distributed.devices import keep_freed_memory, pick_device
 
 Precision = Literal["auto", "bf16", "fp32"]
 DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}

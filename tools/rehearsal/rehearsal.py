@@ -30,7 +30,7 @@ from tools.rehearsal.certificate import Certificate, Row, publish
 from tools.rehearsal.runs import Comparison, compare_checkpoints, last_step, record_of, train_hurt
 from trainer.checkpoint.runs import EVENTS, newest_checkpoint
 from trainer.checkpoint.storage import read_record
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import RunEvent, read_events
 
 STOPPED_ON_REQUEST: Final = 75  # EX_TEMPFAIL: "try again", which is what a stopped run asks for
 INTERVAL: Final = 6  # steps between checkpoints, and between faults
@@ -178,14 +178,14 @@ def hurt(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Row]:
         STOPPED_ON_REQUEST, second=True,
     )  # fmt: skip
     report("hurt: a row rots, is repaired, and the newest checkpoint is damaged")
-    refused = launch(rehearsal, "hurt", f"rot:1:{rot}", 1, second=True)
+    refused = launch(rehearsal, "hurt", f"bit-flip:1:{rot}", 1, second=True)
     told = "summer-prep repair" in run.with_suffix(".log").read_text()
     for name in find_sources(rehearsal.out / "shards"):
         _prep("repair", str(rehearsal.out / "shards" / name))
     broken = newest_checkpoint(run)
     _flip_a_bit(broken)
     launch(rehearsal, "hurt", "", 0, second=True)
-    events = read_lines(run / EVENTS)
+    events = read_events(run)
     resumes = [int(event["step"]) for event in events if event["event"] == "resume"]
     kinds = {str(event["event"]) for event in events}
     fell_back = [event for event in events if event["event"] == "fallback"]
@@ -196,7 +196,7 @@ def hurt(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Row]:
         "rank killed": (killed, lost_by_kill >= 0, lost_by_kill),
         "SIGTERM": (term, asked, 0),
         "mixture changed": (term, "mixture" in kinds, 0),
-        "full disk": (full, "checkpoint refused" in kinds, 0),
+        "full disk": (full, RunEvent.CHECKPOINT_FAILED in kinds, 0),
         "rank stopped": (stopped, "hung" in kinds and (run / "stacks").is_dir(), lost_by_stop),
         "SIGINT": (interrupt, asked_again, 0),
         "row rots": (rot, refused and told and "damaged" in kinds, 0),
@@ -217,8 +217,8 @@ def guarded(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Row]:
     replay.mkdir()
     shutil.copy(run / EVENTS, replay / EVENTS)
     launch(rehearsal, "replay", "", 0)
-    events = read_lines(run / EVENTS)
-    refused = {int(event["step"]) for event in events if event["event"] == "refused"}
+    events = read_events(run)
+    refused = {int(event["step"]) for event in events if event["event"] == RunEvent.SKIPPED}
     back = [event for event in events if event["event"] == "rollback"]
     lost = int(back[0]["step"]) - int(back[0]["to_step"]) if back else 0
     met = {

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from tools.errors import RehearsalError
-from trainer.checkpoint.runs import EVENTS
 from trainer.faults.inject import VARIABLE
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_events
 
 POLL_S: Final = 0.05
 GRACE_S: Final = 120.0
@@ -127,9 +126,7 @@ def last_step(run: Path) -> int:
 def _starts(run: Path) -> list[int]:
     """The steps after which a run was started, or started again, so far."""
     return [
-        int(event["step"])
-        for event in read_lines(run / EVENTS)
-        if event["event"] in ("start", "resume")
+        int(event["step"]) for event in read_events(run) if event["event"] in ("start", "resume")
     ]
 
 

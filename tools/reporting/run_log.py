@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.errors import ReportError
-from trainer.checkpoint.runs import CONFIG, EVENTS, METRICS
-from trainer.metrics.metrics import read_lines
+from trainer.checkpoint.runs import CONFIG, METRICS
+from trainer.metrics.metrics import read_events, read_lines
 
 Line = Mapping[str, Any]
 
@@ -57,5 +57,5 @@ def read_run(folder: Path) -> RunLog:
         folder,
         json.loads(config.read_text()) if config.is_file() else {},
         tuple(by_step[step] for step in sorted(by_step)),
-        tuple(read_lines(folder / EVENTS)),
+        tuple(read_events(folder)),
     )

@@ -21,12 +21,12 @@ from shards.format import TOKENIZER, Manifest
 from shards.reader import ShardReader, find_sources
 from tools.errors import TraceError
 from tools.tracing.provenance import document_name, rows_of_document
-from trainer.checkpoint.runs import EVENTS, checkpoints
+from trainer.checkpoint.runs import checkpoints
 from trainer.checkpoint.storage import read_record
 from trainer.config.config import RunConfig, load_config
-from trainer.data.batches import Stretch
+from trainer.data.batches import StepRange
 from trainer.data.mixture import BatchShape, DataOrder, Phase, leave_out
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_events
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class _Section(NamedTuple):
     def indices(self, seed: int, step: int, rank: int, micro_step: int) -> list[int]:
         """The samples of one micro-batch of a step."""
         n_steps = step - self.after_step
-        stretch = Stretch(
+        stretch = StepRange(
             first_index=self.next_index,
             n_steps=n_steps,
             shape=self.shape,
@@ -88,7 +88,7 @@ class RunTrace:
         self.config: RunConfig = load_config(run)
         record = _newest_record(run)
         manifests = find_sources(Path(self.config.shards))
-        begun = [e for e in read_lines(run / EVENTS) if e["event"] in ("start", "resume")]
+        begun = [e for e in read_events(run) if e["event"] in ("start", "resume")]
         phases, rows = _order_facts(self.config, record, manifests)
         if begun:
             phases = [Phase(int(first), weights) for first, weights in begun[-1]["phases"]]

@@ -40,7 +40,7 @@ from torch.optim import Optimizer
 from shards.files import fsync_folder, json_bytes, publish_bytes, sha256_file
 from shards.versions import CHECKPOINT, STAMP, check_format, check_keys, stamp, writer_of
 from trainer.checkpoint.runs import FORMER_RECORD, RECORD, checkpoint_path, record_path
-from trainer.distributed.world import World, own_part
+from trainer.distributed.world import World, local_tensor
 from trainer.errors import CheckpointError, at_least
 
 _WEIGHTS, _MOMENTS = 1, 2  # the files that tensors of each kind go to
@@ -81,21 +81,21 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The weights and moments themselves (not copies), by name; all that a checkpoint stores of
     them.
 
-    `optim.updates` counts the updates made, which AdamW's bias correction needs.
+    `optim.updates` counts the updates made, the `step` of all parameters; all else in the
+    optimizer's state is stored for each parameter, under the key that the optimizer gives it.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        moments = optimizer.state[parameter]
         tensors[f"model.{name}"] = parameter.detach()
-        tensors[f"optim.exp_avg.{name}"] = moments["exp_avg"]
-        tensors[f"optim.exp_avg_sq.{name}"] = moments["exp_avg_sq"]
-        tensors["optim.updates"] = moments["step"].view(1)
+        for key, value in optimizer.state[parameter].items():
+            stored = "optim.updates" if key == "step" else f"optim.{key}.{name}"
+            tensors[stored] = value if value.ndim else value.view(1)
     return tensors
 
 
 def share_bytes(share: Mapping[str, Tensor]) -> int:
     """How many bytes a rank's share has."""
-    return sum(own_part(tensor).nbytes for tensor in share.values())
+    return sum(local_tensor(tensor).nbytes for tensor in share.values())
 
 
 def save(run: Path, share: Mapping[str, Tensor], record: Record, world: World) -> Path:
@@ -159,7 +159,8 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer, world: Wor
     tensors = tensors_of(model, optimizer)
     _read_tensors(checkpoint, dict(tensors), world)
     for state in optimizer.state.values():
-        state["step"].copy_(tensors["optim.updates"][0])
+        if "step" in state:
+            state["step"].copy_(tensors["optim.updates"][0])
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:

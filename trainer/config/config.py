@@ -31,7 +31,7 @@ from trainer.data.loader import LoaderConfig
 from trainer.errors import ConfigError, at_least
 from trainer.faults.guard import GuardConfig
 from trainer.metrics.profiling import parse_steps
-from trainer.optimizer.schedule import OptimConfig
+from trainer.optimizer.optimizer import OptimConfig
 from trainer.validation.validation import ValidationConfig
 
 T = TypeVar("T")

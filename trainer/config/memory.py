@@ -12,6 +12,7 @@ from model.config import count_params
 from model.kernel import kernel_head_dim
 from model.loss import CHUNK_ELEMENTS
 from trainer.config.config import RunConfig
+from trainer.optimizer.optimizer import optimizer_bytes
 
 USABLE: Final = 0.92  # of a device's memory; the rest is the driver's, the libraries' and gaps
 
@@ -20,10 +21,10 @@ _CPU_TOKENS: Final = 8192  # from 2048 to 8192 tokens at a time a CPU gained 7 %
 
 
 def memory_by_part(config: RunConfig, micro_batch_size: int, device: str) -> dict[str, int]:
-    """Bytes of each part on one device, in micro-batches of this many rows.
+    """Bytes of each part on one device, in micro-batches of this many sequences.
 
-    Weights, gradients and moments are divided by `shard_degree`; what is gathered for a moment is
-    an upper bound, read off the buffers that fully_shard keeps and not measured.
+    Weights, gradients and optimizer state are divided by `shard_degree`; what is gathered for a
+    moment is an upper bound, read off the buffers that fully_shard keeps and not measured.
     A block's activations were counted as autograd saves them, compiled and not, in bf16 and fp32:
     the formulas are within 0.3 % of that.
     """
@@ -36,7 +37,7 @@ def memory_by_part(config: RunConfig, micro_batch_size: int, device: str) -> dic
     return {
         "weights": 4 * n_params // slices,
         "gradients": 4 * n_params // slices,
-        "moments": 8 * n_params // slices,
+        "moments": optimizer_bytes(config.optim) * n_params // slices,
         "bf16 copies": 2 * n_params if bf16 and slices == 1 else 0,
         "gathered": 0 if slices == 1 else _gathered_bytes(config, n_params),
         "activations": tokens * _activation_bytes_per_token(config, device),
@@ -46,7 +47,7 @@ def memory_by_part(config: RunConfig, micro_batch_size: int, device: str) -> dic
 
 
 def _gathered_bytes(config: RunConfig, n_params: int) -> int:
-    """What is whole for a moment: the embedding and the head, and the blocks at work."""
+    """What is gathered for a moment: the embedding and the head, and the blocks at work."""
     model, size = config.model, 2 if config.precision == "bf16" else 4
     ends = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
     block = (n_params - ends) // model.n_layers
@@ -62,15 +63,15 @@ def _activation_bytes_per_token(config: RunConfig, device: str) -> int:
     key_width = query_width * model.kv_heads // model.n_heads
     attention = 2 * query_width + 2 * key_width  # q', the output, k' and v'
     if config.compile:
-        whole = 5 * d + size * (5 * d + attention + 3 * ff)
+        full = 5 * d + size * (5 * d + attention + 3 * ff)
     else:
-        whole = 26 * d + size * (3 * d + attention + 4 * ff)
+        full = 26 * d + size * (3 * d + attention + 4 * ff)
     if config.activation_checkpointing == "none":
-        return model.n_layers * whole
-    kept = 4 * d  # a block's input; the block at work is whole
+        return model.n_layers * full
+    kept = 4 * d  # a block's input; the block at work keeps all
     if config.activation_checkpointing == "selective":
         kept += size * (3 * d + 2 * model.kv_heads * model.head_dim + 2 * ff + query_width)
-    return model.n_layers * kept + whole
+    return model.n_layers * kept + full
 
 
 def largest_micro_batch(config: RunConfig, rows: int, device: str, limit_bytes: int) -> int | None:
@@ -91,9 +92,3 @@ def largest_micro_batch(config: RunConfig, rows: int, device: str, limit_bytes: 
 def fits(parts: Mapping[str, int], limit_bytes: int) -> bool:
     """Whether the parts fit into a device with this much memory."""
     return sum(parts.values()) <= USABLE * limit_bytes
-
-
-def describe_bytes(parts: Mapping[str, int]) -> str:
-    """The parts and their sum, in GB, for people."""
-    listed = " + ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items() if size)
-    return f"{listed} = {sum(parts.values()) / 1e9:.3g} GB"

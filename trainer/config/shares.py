@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, did_you_mean
 
 REFERENCE_SHARES: Final = {"fineweb": 60, "the-stack": 20, "books3": 10, "arxiv": 5, "slimorca": 5}
 """The mixture of the reference run, in percent of samples."""
 
 SUBSTITUTES: Final = {"books3": "pg19", "arxiv": "arxiv-papers"}
-"""Who takes the share of a source that is not there."""
+"""Which source takes the share of one that is not prepared."""
 
 _MAX_PERIOD: Final = 10**6
 _BY_SIZE_PERIOD: Final = 1000  # shares by size are no finer than this: the pattern stays short
@@ -23,24 +22,24 @@ _BY_SIZE_PERIOD: Final = 1000  # shares by size are no finer than this: the patt
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """Integer weights of the sources drawn, and what a person must be told about them."""
+    """Integer weights of the sources drawn, and notes on how they were chosen."""
 
     weights: dict[str, int]
     notes: tuple[str, ...]
 
 
-def choose(
+def choose_weights(
     preset: Mapping[str, float], explicit: Mapping[str, float], rows: Mapping[str, int]
 ) -> Shares:
-    """Weights of the sources that are there, from what was wished for.
+    """Weights of the sources that are prepared, from the shares asked for.
 
-    `preset` names shares that bend: an absent source is replaced by its substitute, or else the
-    others are renormalised. `explicit` shares (--set mixture.x=) hold: ConfigError if absent.
-    `rows` are the training rows of each prepared source; without any share for what is there,
+    `preset` names shares that adapt: an absent source is replaced by its substitute, or else the
+    others are renormalised. `explicit` shares (--set mixture.x=) do not: ConfigError if absent.
+    `rows` are the training rows of each prepared source; without any share for one of them,
     sources are drawn by size.
     """
     present = {name for name, n_rows in rows.items() if n_rows > 0}
-    _refuse_wrong(explicit, present)
+    _check_explicit(explicit, present)
     notes: list[str] = []
     shares: dict[str, float] = {}
     absent: list[str] = []
@@ -62,7 +61,7 @@ def choose(
         raise ConfigError("mixture: every share is 0; give at least one source a share above 0")
     elif not present:
         raise ConfigError(
-            "no prepared source has a training row: prepare more text, "
+            "no prepared source has a training sequence: prepare more text, "
             "or with a smaller --val-fraction or --seq-len"
         )
     else:
@@ -78,18 +77,17 @@ def choose(
 
 
 def integer_weights(shares: Mapping[str, float]) -> dict[str, int]:
-    """Coprime whole weights in the ratio of `shares`: 60, 20, 10, 5, 5 -> 12, 4, 2, 1, 1.
+    """Coprime integer weights in the ratio of `shares`: 60, 20, 10, 5, 5 -> 12, 4, 2, 1, 1.
 
     Where the exact ratio needs a total above a million, the largest remainders are rounded up to
-    a total of a million, and nobody goes without.
+    a total of a million, and every source gets at least 1.
     """
     exact = {name: Fraction(str(share)) for name, share in shares.items()}
-    whole = math.lcm(*(share.denominator for share in exact.values()))
-    weights = {name: int(share * whole) for name, share in exact.items()}
+    denominator = math.lcm(*(share.denominator for share in exact.values()))
+    weights = {name: int(share * denominator) for name, share in exact.items()}
     if sum(weights.values()) // math.gcd(*weights.values()) > _MAX_PERIOD:
         weights = _largest_remainder(exact, _MAX_PERIOD)
-    divisor = math.gcd(*weights.values())
-    return {name: weight // divisor for name, weight in weights.items()}
+    return _coprime(weights)
 
 
 def describe(weights: Mapping[str, int]) -> str:
@@ -99,13 +97,17 @@ def describe(weights: Mapping[str, int]) -> str:
 
 
 def _by_size(rows: Mapping[str, int]) -> dict[str, int]:
-    weights = _largest_remainder({name: Fraction(n) for name, n in rows.items()}, _BY_SIZE_PERIOD)
+    sizes = {name: Fraction(n) for name, n in rows.items()}
+    return _coprime(_largest_remainder(sizes, _BY_SIZE_PERIOD))
+
+
+def _coprime(weights: Mapping[str, int]) -> dict[str, int]:
     divisor = math.gcd(*weights.values())
     return {name: weight // divisor for name, weight in weights.items()}
 
 
 def _largest_remainder(shares: Mapping[str, Fraction], total: int) -> dict[str, int]:
-    """Whole numbers in the ratio of `shares`, each at least 1 (Hamilton's method)."""
+    """Integers in the ratio of `shares`, each at least 1 (Hamilton's method)."""
     scale = total / sum(shares.values())
     quotas = {name: share * scale for name, share in shares.items()}
     weights = {name: max(1, int(quota)) for name, quota in quotas.items()}
@@ -115,15 +117,14 @@ def _largest_remainder(shares: Mapping[str, Fraction], total: int) -> dict[str, 
     return weights
 
 
-def _refuse_wrong(explicit: Mapping[str, float], present: set[str]) -> None:
+def _check_explicit(explicit: Mapping[str, float], present: set[str]) -> None:
     for name, share in explicit.items():
         if not 0 <= share < math.inf:
             raise ConfigError(f"mixture.{name}={share}: a share is a number of at least 0")
         if share > 0 and name not in present:
-            near = difflib.get_close_matches(name, present, 1)
-            mean = f"did you mean {near[0]}? " if near else ""
-            there = ", ".join(sorted(present)) or "none with training rows"
+            there = ", ".join(sorted(present)) or "none with training sequences"
             raise ConfigError(
-                f"mixture.{name}={share}: that source is not prepared; {mean}there are: {there} "
+                f"mixture.{name}={share}: that source is not prepared; "
+                f"{did_you_mean(name, present)}there are: {there} "
                 f"(`summer-prep tokenize --source {name}` prepares it)"
             )

@@ -1,4 +1,4 @@
-"""Rows -> micro-batches of one rank, in order: found, read, proven and stacked.
+"""Rows -> micro-batches of one rank, in order: located, read, verified and stacked.
 
 Worker w of K builds micro-batches w, w+K, w+2K, ... of its rank, and torch hands them out in turn:
 the sequence is the same for any number of workers. Each is gathered, checked against its rows'
@@ -62,17 +62,17 @@ def _host_batch(tokens: Tokens, is_target: npt.NDArray[np.bool_] | None, keys: K
     return HostBatch(torch.from_numpy(tokens), mask, torch.from_numpy(keys))
 
 
-class Refused(NamedTuple):
-    """A worker's error. As an exception it would arrive with a traceback for a message."""
+class ReadFailure(NamedTuple):
+    """A worker's error; as an exception it would arrive with a traceback for a message."""
 
     error: SummerError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
+class StepRange:
     """The steps that a loader serves: from `first_index` on, dealt out by `shape`, to one rank.
 
-    Samples in `skipped`, stretches [begin, end), are left out. `done` micro-batches are behind it.
+    Samples in `skipped`, ranges [begin, end), are left out. `done` micro-batches are behind it.
     """
 
     first_index: int
@@ -96,52 +96,52 @@ class Stretch:
         return leave_out(start, indices - start, self.skipped)
 
 
-class MicroBatches(IterableDataset[HostBatch | Refused]):
+class MicroBatches(IterableDataset[HostBatch | ReadFailure]):
     """The micro-batches of one rank, in order, shared out over the loader's workers."""
 
     def __init__(
-        self, order: DataOrder, readers: Mapping[str, ShardReader], stretch: Stretch
+        self, order: DataOrder, readers: Mapping[str, ShardReader], steps: StepRange
     ) -> None:
-        self._order, self._stretch = order, stretch
+        self._order, self._steps = order, steps
         self._readers = [readers.get(name) for name in order.sources]
         there = [reader for reader in self._readers if reader is not None]
         self._seq_len = there[0].seq_len
         self._dtype = np.dtype(there[0].manifest.facts.dtype)
         self._masked = any(reader.manifest.facts.masked for reader in there)
 
-    def __iter__(self) -> Iterator[HostBatch | Refused]:
+    def __iter__(self) -> Iterator[HostBatch | ReadFailure]:
         worker = get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        numbers = self._stretch.numbers[first::stride]
+        numbers = self._steps.numbers[first::stride]
         for start in range(0, len(numbers), _LOCATED_AT_ONCE):
             ahead = numbers[start : start + _LOCATED_AT_ONCE]
-            indices = np.stack([self._stretch.indices(self._order.seed, n) for n in ahead])
+            indices = np.stack([self._steps.indices(self._order.seed, n) for n in ahead])
             located = self._order.locate(indices.reshape(-1))
             keys = dropout_keys(self._order.seed, indices).reshape(*indices.shape, 2)
             sources = located.source.reshape(indices.shape)
             rows = located.row.reshape(indices.shape)
             for place, of_rows in enumerate(keys):
-                yield self._gather_or_refuse(sources[place].tolist(), rows[place].tolist(), of_rows)
+                yield self._try_gather(sources[place].tolist(), rows[place].tolist(), of_rows)
 
-    def _gather_or_refuse(
+    def _try_gather(
         self, sources: list[int], rows: list[int], keys: Keys
-    ) -> HostBatch | Refused:
+    ) -> HostBatch | ReadFailure:
         try:
             return self.gather(sources, rows, keys)
         except SummerError as error:
-            return Refused(error)
+            return ReadFailure(error)
         except OSError as error:
-            return Refused(ShardError(f"a shard cannot be read: {error}"))
+            return ReadFailure(ShardError(f"a shard cannot be read: {error}"))
 
-    def going_on(self, done: int) -> MicroBatches:
+    def without_first(self, done: int) -> MicroBatches:
         """The same micro-batches without the first `done`."""
         rest = copy.copy(self)
-        rest._stretch = replace(self._stretch, done=done)
+        rest._steps = replace(self._steps, done=done)
         return rest
 
-    def nothing(self) -> HostBatch:
+    def empty(self) -> HostBatch:
         """A micro-batch without a target, for steps that will not count."""
-        size = self._stretch.shape.micro_batch_size
+        size = self._steps.shape.micro_batch_size
         tokens = torch.from_numpy(np.zeros((size, self._seq_len), self._dtype))
         is_target = torch.zeros(tokens.shape, dtype=torch.bool)
         return HostBatch(tokens, is_target, torch.zeros(size, 2, dtype=torch.int32))
@@ -153,7 +153,9 @@ class MicroBatches(IterableDataset[HostBatch | Refused]):
         for place, (number, row) in enumerate(zip(sources, rows, strict=True)):
             reader = self._readers[number]
             if reader is None:
-                raise ShardError(f"{self._order.sources[number]} was retired and is drawn again")
+                raise ShardError(
+                    f"{self._order.sources[number]} was removed from the mixture and is drawn again"
+                )
             mask = masks[place] if masks is not None and reader.manifest.facts.masked else None
             reader.read(row, tokens[place], mask)
         is_target = None if masks is None else targets_in(masks)

@@ -22,8 +22,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from shards.errors import SummerError
-from trainer.background import Hand
-from trainer.data.batches import HostBatch, MicroBatch, MicroBatches, Refused, to_device
+from trainer.background import BackgroundThread
+from trainer.data.batches import HostBatch, MicroBatch, MicroBatches, ReadFailure, to_device
 from trainer.errors import TrainingError, at_least
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
@@ -54,10 +54,10 @@ class Loader:
         config: LoaderConfig,
         device: torch.device,
         pad_id: int,
-        tell: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._all, self._config, self._device, self._pad_id = batches, config, device, pad_id
-        self._tell = tell
+        self._log = log
         self._served = 0
         self.waited_s = 0.0
         self.damage: SummerError | None = None
@@ -67,13 +67,14 @@ class Loader:
         """The next micro-batch; without a target from the first row on that is damaged.
 
         An error here would be this rank's alone, and the others would wait for it in the next
-        reduction: `damage` says what is wrong, and the loop tells everyone (trainer/train.py).
+        reduction: `damage` says what is wrong, and a flag of the step informs the others
+        (trainer/train.py).
         """
         start = time.perf_counter()
-        host = self._fetch() if self.damage is None else self._all.nothing()
+        host = self._fetch() if self.damage is None else self._all.empty()
         self.waited_s += time.perf_counter() - start
-        if isinstance(host, Refused):
-            self.damage, host = host.error, self._all.nothing()
+        if isinstance(host, ReadFailure):
+            self.damage, host = host.error, self._all.empty()
         return to_device(host, self._device, self._pad_id)
 
     def worker_pids(self) -> list[int]:
@@ -92,18 +93,18 @@ class Loader:
             wait([self._coming], timeout=1)
         for worker in getattr(self._batches, "_workers", []):
             worker.kill()
-        if self._hand is not None:
-            self._hand.end(_NOTICED_S)
+        if self._thread is not None:
+            self._thread.end(_NOTICED_S)
         shutdown = getattr(self._batches, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()
 
-    def _fetch(self) -> HostBatch | Refused:
+    def _fetch(self) -> HostBatch | ReadFailure:
         """What the workers made; new ones go on, at the same place, where one has died."""
         died = ""
         for _ in range(_LIVES):
             if died:
-                self._tell(f"! a loader worker died ({died}); new ones read on from the same row")
+                self._log(f"a loader worker died ({died}); new ones continue from the same row")
                 self._start()
             try:
                 host = self._coming.result() if self._coming else next(self._batches)
@@ -118,43 +119,43 @@ class Loader:
                 return host
         raise TrainingError(
             f"{_LIVES} times a loader worker died before it had read a row ({died}); the last "
-            "checkpoint stands: run the same command with a smaller loader.num_workers"
+            "checkpoint is intact: run the same command with a smaller loader.num_workers"
         )
 
     def _start(self) -> None:
         self._batches = self._open()  # here: the kernel ends workers with the thread they are of
-        self._hand = Hand("loader") if self._config.num_workers else None
+        self._thread = BackgroundThread("loader") if self._config.num_workers else None
         self._read_ahead()
 
     def _read_ahead(self) -> None:
-        """Have the next micro-batch taken over from the workers beside training.
+        """Have the next micro-batch taken over from the workers in the background.
 
         As torch does where memory is pinned. For 64 KiB it takes a millisecond, mostly of waiting
-        for the worker's pipe. Reading itself is not done there:
-        a worker forked meanwhile, of another loader, would hang.
+        for the worker's pipe. Reading itself is not done there: a worker forked meanwhile, of
+        another loader, would hang.
         """
-        self._coming: Future[HostBatch | Refused] | None = None
-        if self._hand is not None:
-            self._coming = self._hand.do(self._batches.__next__)
+        self._coming: Future[HostBatch | ReadFailure] | None = None
+        if self._thread is not None:
+            self._coming = self._thread.submit(self._batches.__next__)
 
-    def _open(self) -> Iterator[HostBatch | Refused]:
-        """Workers that read on from the first micro-batch that has not been handed out."""
+    def _open(self) -> Iterator[HostBatch | ReadFailure]:
+        """Workers that continue from the first micro-batch that has not been handed out."""
         many = self._config.num_workers > 0
-        fork = many and sys.platform == "linux"  # elsewhere each worker imports torch anew
+        fork = many and sys.platform == "linux"  # elsewhere each worker imports torch itself
         if many:  # theirs too: killed, each would leave its own behind
             multiprocessing.util.get_temp_dir()
         with warnings.catch_warnings(), _own_child_handler():
-            # 3.12 warns of any fork beside threads (ours run numpy), torch of more workers than
-            # cores (ours mostly sleep)
+            # 3.12 warns of any fork of a process with threads (ours run numpy), torch of more
+            # workers than cores (ours mostly sleep)
             warnings.simplefilter("ignore")
             loader = DataLoader(
-                self._all.going_on(self._served),
+                self._all.without_first(self._served),
                 batch_size=None,
                 num_workers=self._config.num_workers,
                 prefetch_factor=self._config.prefetch if many else None,
                 pin_memory=self._device.type == "cuda",
                 multiprocessing_context="fork" if fork else None,
-                worker_init_fn=_live_and_die_with_the_parent if many else None,
+                worker_init_fn=_follow_the_parent if many else None,
             )
             return iter(loader)
 
@@ -163,7 +164,7 @@ class Loader:
 def _own_child_handler() -> Iterator[None]:
     """Keep torch from raising for a dead worker out of a signal handler, in whatever line runs.
 
-    It is noticed where a batch is waited for, within five seconds, and there it can be mended.
+    It is noticed where a batch is waited for, within five seconds, and there it can be handled.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -175,12 +176,11 @@ def _own_child_handler() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def _live_and_die_with_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole group: a worker must serve on to the
-    checkpoint.
+def _follow_the_parent(worker: int) -> None:
+    """Ignore what Ctrl-C and a scheduler send to the whole group, and die with the parent.
 
-    A parent that is killed cannot end its workers; the kernel can (torch's own watchdog takes five
-    seconds and leaves a traceback).
+    A worker is needed until the last checkpoint. A parent that is killed cannot end its workers;
+    the kernel can (torch's own watchdog takes five seconds and leaves a traceback).
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -15,7 +15,7 @@ Take G=8, W=2, M=2: rank 0 computes pi(0), pi(1), then pi(4), pi(5); rank 1 the 
 [s, s + 8) for every W and M; without pi, strides of ranks over the pattern's period would show the
 rarest source of the reference mixture to only 2 of 8 ranks.
 
-A **phase** is a stretch of samples with the same weights. Each goes on from the counts that the one
+A **phase** is a range of samples with the same weights. Each goes on from the counts that the one
 before left, so weights can change, and sources come or go, without a row repeated or skipped.
 """
 
@@ -124,12 +124,12 @@ def _sorted_order(n: int, key: int) -> tuple[Indices, Indices]:
     return order, np.argsort(order)
 
 
-def chairman(weights: Sequence[int]) -> Indices:
+def balanced_pattern(weights: Sequence[int]) -> Indices:
     """[sum(weights)]: which source each place of a period draws.
 
     For every prefix of n places, |count_s - n w_s / period| < 1 (at most 1 - 1/(2k-2) for k
     sources). Among the sources whose next draw is due, the one with the earliest deadline is
-    taken. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
+    taken. Tijdeman, The balanced_pattern assignment problem, Discrete Mathematics 32 (1980).
     """
     period, k = sum(weights), len(weights)
     if k == 1:
@@ -171,22 +171,22 @@ class DataOrder:
         self.seed, self.phases = seed, tuple(phases)
         self.sources = tuple(sorted({name for phase in phases for name in phase.weights}))
         self.rows = tuple(rows[name] for name in self.sources)
-        self._stretches: list[_Stretch] = []
+        self._patterns: list[_PhasePattern] = []
         counts = np.zeros(len(self.sources), np.int64)
         for phase in self.phases:
-            if self._stretches:
-                counts = self._stretches[-1].counts(phase.first_index)
+            if self._patterns:
+                counts = self._patterns[-1].counts(phase.first_index)
             weights = [phase.weights.get(name, 0) for name in self.sources]
-            self._stretches.append(_Stretch(phase.first_index, weights, counts))
+            self._patterns.append(_PhasePattern(phase.first_index, weights, counts))
         self._firsts = np.array([phase.first_index for phase in self.phases], np.int64)
 
     def locate(self, indices: Indices) -> Located:
         """Where these samples come from. [n] in, three arrays [n] out."""
         source, draw = np.empty_like(indices), np.empty_like(indices)
-        stretch = np.searchsorted(self._firsts, indices, side="right") - 1
-        for number in np.unique(stretch):
-            here = stretch == number
-            source[here], draw[here] = self._stretches[number].draws(indices[here])
+        phase = np.searchsorted(self._firsts, indices, side="right") - 1
+        for number in np.unique(phase):
+            here = phase == number
+            source[here], draw[here] = self._patterns[number].draws(indices[here])
         epoch, row = np.divmod(draw, np.array(self.rows, np.int64)[source])
         for number in np.unique(source):
             for turn in np.unique(epoch[source == number]):
@@ -195,13 +195,16 @@ class DataOrder:
         return Located(source, epoch, row)
 
     def find(self, source: str, epoch: int, row: int) -> int | None:
-        """The index at which this row is seen in that epoch; None if its source retires before."""
+        """The index at which this row is seen in that epoch.
+
+        None if its source leaves the mixture before.
+        """
         number = self.sources.index(source)
         place = self._permutation(number, epoch).inverse(np.array([row], np.int64))
         draw = epoch * self.rows[number] + int(place[0])
         ends = [*self._firsts[1:], None]
-        for stretch, end in zip(self._stretches, ends, strict=True):
-            index = stretch.index_of(number, draw)
+        for pattern, end in zip(self._patterns, ends, strict=True):
+            index = pattern.index_of(number, draw)
             if index is not None and (end is None or index < end):
                 return index
         return None
@@ -209,7 +212,7 @@ class DataOrder:
     def counts(self, index: int) -> dict[str, int]:
         """How often each source has been drawn before sample `index`."""
         number = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        counts = self._stretches[max(0, number)].counts(index)
+        counts = self._patterns[max(0, number)].counts(index)
         return dict(zip(self.sources, counts.tolist(), strict=True))
 
     def _permutation(self, source: int, epoch: int) -> Permutation:
@@ -217,21 +220,21 @@ class DataOrder:
         return Permutation(self.rows[source], key)
 
 
-class _Stretch:
+class _PhasePattern:
     """One phase's pattern, unrolled once: which draw of which source each place of a period is."""
 
     def __init__(self, first_index: int, weights: Sequence[int], before: Indices) -> None:
         drawn = [number for number, weight in enumerate(weights) if weight]
         self._first, self._before = first_index, before
         self._weights = np.array(weights, np.int64)
-        self._pattern = np.array(drawn)[chairman([weights[number] for number in drawn])]
+        self._pattern = np.array(drawn)[balanced_pattern([weights[number] for number in drawn])]
         self._places = [np.flatnonzero(self._pattern == n) for n in range(len(weights))]
         self._ordinal = np.empty_like(self._pattern)
         for places in self._places:
             self._ordinal[places] = np.arange(len(places))
 
     def draws(self, indices: Indices) -> tuple[Indices, Indices]:
-        """The source of each sample, and the how-manieth draw of that source it is."""
+        """The source of each sample, and the number of its draw from that source."""
         period, place = np.divmod(indices - self._first, len(self._pattern))
         source = self._pattern[place]
         draw = self._before[source] + period * self._weights[source] + self._ordinal[place]
@@ -266,9 +269,9 @@ class BatchShape(NamedTuple):
 
 
 def leave_out(first: int, places: Indices, skipped: Sequence[tuple[int, int]]) -> Indices:
-    """The samples that come so many places after `first`, when stretches [begin, end) are left out.
+    """The samples that come so many places after `first`, when ranges [begin, end) are left out.
 
-    With (10, 30) left out, the samples 0, 1, 2 places after 9 are 9, 30, 31. Stretches ascend.
+    With (10, 30) left out, the samples 0, 1, 2 places after 9 are 9, 30, 31. Ranges ascend.
     """
     indices = first + places
     for begin, end in skipped:

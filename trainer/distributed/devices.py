@@ -1,11 +1,12 @@
 """What known accelerators have. An unknown one has no peak here, so no MFU is shown for it.
 
-Nor has any CPU: what it can do is measured, and compared with nothing.
+Nor has any CPU: its speed is measured, and compared with nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Final
 
 import torch
+
+_M_TRIM_THRESHOLD: Final = -1  # malloc.h
+_M_MMAP_MAX: Final = -4
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Accelerator:
 _MAF: Final = "AMD ROCm blog, Measuring Max-Achievable FLOPs - Part 2 (2025-02-28)"
 
 # Dense figures (NVIDIA's tables print twice that, "with sparsity").
-# The first whose name stands in the driver's name for the device is taken.
+# The first whose name is part of the driver's name for the device is taken.
 # fmt: off
 ACCELERATORS: Final = (
     Accelerator("MI355X", 2500.0, 288, 8.0, "AMD Instinct MI355X data sheet"),
@@ -66,10 +70,10 @@ def find_accelerator(name: str) -> Accelerator | None:
     return None
 
 
-def pick_device(wish: str) -> str:
-    """The type of device to train on: the wish, or for `auto` the best that is there."""
-    if wish != "auto":
-        return wish
+def pick_device(requested: str) -> str:
+    """The type of device to train on: the one requested, or for `auto` the best that is there."""
+    if requested != "auto":
+        return requested
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -104,3 +108,17 @@ def available_memory_bytes() -> int | None:
         used = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
         free = min(free, limit - int(used["anon"]))
     return free
+
+
+def keep_freed_memory() -> bool:
+    """Whether the C library was made to keep what tensors free for the next ones.
+
+    glibc maps every large block newly and gives it back when it is freed: mallopt(3). The kernel
+    then zeroes each page again at its first touch. Without that a compiled step of 2,048 tokens
+    with 6 layers of 384 channels took 20 % less CPU time, ours and Hugging Face's alike (255,000
+    page faults a step before, none after). The price: a process stays as large as it ever was.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))

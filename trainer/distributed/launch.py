@@ -1,7 +1,7 @@
-"""One process for each device, through torchrun, in this process.
+"""Ranks started by torchrun inside this process, and how they ended.
 
-In this process, because torchrun as a command turns every way to end into exit code 1, and a run
-that was asked to stop, and has saved, must be told from one that failed.
+Inside, because torchrun as a command turns every way to end into exit code 1, and a run that was
+asked to stop, and has saved, must not look like one that failed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from trainer.errors import LostRankError, TrainingError
 ASKED_TO_STOP: Final = 75
 """Exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved."""
 
-OUTCOME: Final = "SUMMER_OUTCOME"
-"""Where the first rank of a machine leaves word for the launcher of how the run ended."""
+EXIT_REASON: Final = "SUMMER_EXIT_REASON"
+"""Variable with the file in which the first rank of a machine says how the run ended."""
 
 _RESTARTS: Final = 3
 _SLOW_DISK: Final = 100e6  # bytes a second, of a state that is saved before the end
@@ -40,20 +40,21 @@ class Launch(NamedTuple):
     nnodes: str = "1"
     state_bytes: int = 0  # what all ranks checkpoint before they end
     options: tuple[str, ...] = ()  # further flags of torchrun, each `--name=value`
+    module: str = "trainer.cli"
 
 
 def torchrun_arguments(launch: Launch, arguments: Sequence[str]) -> list[str]:
-    """What follows `torchrun` on a command line that trains with these arguments."""
-    elsewhere = launch.nnodes != "1" or any("restarts" not in option for option in launch.options)
+    """What follows `torchrun` on a command line that runs the module with these arguments."""
     restarts = any("restarts" in option for option in launch.options)
+    one_machine = launch.nnodes == "1" and all("restarts" in option for option in launch.options)
     return [
-        *([] if elsewhere else ["--standalone"]),
+        *(["--standalone"] if one_machine else []),
         *([] if restarts else [f"--max-restarts={_RESTARTS}"]),
         f"--nnodes={launch.nnodes}",
         f"--nproc-per-node={launch.nproc}",
         *launch.options,
         "-m",
-        "trainer.cli",
+        launch.module,
         *arguments,
     ]
 
@@ -66,36 +67,37 @@ def launch_line(launch: Launch, arguments: Sequence[str]) -> str:
 def run_on_all(launch: Launch, arguments: Sequence[str]) -> int:
     """The exit code of a run on all ranks: 0 when it is complete, 75 when it was asked to stop.
 
-    A job that lost a rank starts again, up to --max-restarts. TrainingError says why it ended.
+    A job that lost a rank is restarted, up to --max-restarts. TrainingError says why it ended.
     """
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[OUTCOME] = str(Path(folder) / "outcome")  # the ranks inherit it
+        reason = Path(folder) / "reason"
+        os.environ[EXIT_REASON] = str(reason)  # the ranks inherit it
         _run_on_all(launch, arguments)
-        with contextlib.suppress(FileNotFoundError):
-            word = Path(os.environ[OUTCOME]).read_text()
-            if word.isdigit():
-                return int(word)
-            raise TrainingError(word)
+        if reason.exists():
+            text = reason.read_text()
+            if text.isdigit():
+                return int(text)
+            raise TrainingError(text)
     raise TrainingError(
-        "the run was ended before it could checkpoint; the last checkpoint stands: "
+        "the run was ended before it could checkpoint; the last checkpoint is intact: "
         "run the same command again"
     )
 
 
-def leave_word(train: Callable[[], int]) -> int:
+def write_exit_reason(train: Callable[[], int]) -> int:
     """The exit code of a rank: 0 also for an end that another start would only bring about again.
 
-    The launcher is told what it was: torchrun starts a job again whatever code a rank ends with,
-    also one that was asked to stop.
+    What it was is left for the launcher to read: torchrun restarts a job whatever code a rank ends
+    with, also one that was asked to stop.
     """
     try:
-        word = str(train())
+        reason = str(train())
     except LostRankError:
         raise
     except SummerError as error:
-        word = str(error)
+        reason = str(error)
     if os.environ["LOCAL_RANK"] == "0":
-        Path(os.environ[OUTCOME]).write_text(word)
+        Path(os.environ[EXIT_REASON]).write_text(reason)
     return 0
 
 
@@ -111,14 +113,13 @@ def _run_on_all(launch: Launch, arguments: Sequence[str]) -> None:
     config, entrypoint, entry_args = config_from_args(args)
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):  # each has a level of its own
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what they say is said better here
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # our messages say it better
     try:
-        elastic_launch(config=config, entrypoint=entrypoint)(*entry_args)
-    except SignalException:
-        return
+        with contextlib.suppress(SignalException):
+            elastic_launch(config=config, entrypoint=entrypoint)(*entry_args)
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         raise TrainingError(
-            f"rank {rank} ended with exit code {first.exitcode}; what it said stands above, "
-            "and the last checkpoint stands: run the same command again"
+            f"rank {rank} ended with exit code {first.exitcode}; its messages are above, "
+            "and the last checkpoint is intact: run the same command again"
         ) from error

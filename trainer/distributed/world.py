@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,23 +24,25 @@ from trainer.errors import ConfigError
 
 T = TypeVar("T")
 
-_LET_GO_S = 0.05
+_RELEASE_S: Final = 0.05
+_NUMBERS: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+"""What torchrun sets in the environment of each process."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class World:
-    """This process among its peers. Alone, every collective is the identity."""
+    """This process among its ranks. With one rank, every collective is the identity."""
 
     rank: int
     local_rank: int
     world_size: int
     local_world_size: int
     device: torch.device
-    group: dist.ProcessGroup | None = None  # on which it speaks to its peers; None: the first one
+    group: dist.ProcessGroup | None = None  # of its collectives; None: the default one
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank is the one that writes and speaks."""
+        """Whether this rank is the one that writes and prints."""
         return self.rank == 0
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -81,8 +83,8 @@ class World:
             raise failure
         return value  # type: ignore[return-value]
 
-    def apart(self) -> World:
-        """The same ranks, speaking to each other on a group of their own, from another thread."""
+    def with_own_group(self) -> World:
+        """The same ranks on a process group of their own, to be used from another thread."""
         return self if self.world_size == 1 else replace(self, group=dist.new_group(backend="gloo"))
 
 
@@ -98,12 +100,12 @@ def make_mesh(world: World, shard_degree: int) -> DeviceMesh:
     return init_device_mesh(world.device.type, (replicas, shard_degree), mesh_dim_names=names)
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: its slice where it is sharded, else all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def holders(tensor: Tensor) -> int:
+def shard_count(tensor: Tensor) -> int:
     """How many ranks hold one copy of a tensor between them."""
     mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
     return 1 if mesh is None else mesh.size(mesh.ndim - 1)
@@ -131,12 +133,7 @@ def join_world(device: str) -> Iterator[World]:
     """This process as a rank: its device chosen, its threads set, the process group joined."""
     rank, local_rank, world_size, local_world_size = (
         int(os.environ.get(name, default))
-        for name, default in (
-            ("RANK", 0),
-            ("LOCAL_RANK", 0),
-            ("WORLD_SIZE", 1),
-            ("LOCAL_WORLD_SIZE", 1),
-        )
+        for name, default in zip(_NUMBERS, (0, 0, 1, 1), strict=True)
     )
     kind = pick_device(device)
     if kind == "cuda":
@@ -154,13 +151,7 @@ def join_world(device: str) -> Iterator[World]:
         # objects and flags travel on gloo, so that they never queue behind gradients
         _join("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", rank, world_size)
     try:
-        yield World(
-            rank=rank,
-            local_rank=local_rank,
-            world_size=world_size,
-            local_world_size=local_world_size,
-            device=place,
-        )
+        yield World(rank, local_rank, world_size, local_world_size, place)
     finally:
         if world_size > 1:
             _leave()
@@ -170,7 +161,7 @@ def _join(backend: str, rank: int, world_size: int) -> None:
     """Join the process group, under names of this start alone.
 
     torchrun (2.13) keeps one store over its restarts: without names of its own a restarted gloo
-    finds the addresses of the ranks before it, and fails after 30 s of dialling the dead.
+    finds the addresses of the ranks before it, and fails after 30 s of dialling them.
     """
     # its functions keep, as a default, the group that is there when it is first imported: none yet
     importlib.import_module("torch.distributed.nn.functional")
@@ -181,7 +172,7 @@ def _join(backend: str, rank: int, world_size: int) -> None:
 
 
 def _leave() -> None:
-    """Leave the process group, and let its threads let go of their last tensors.
+    """Leave the process group, and let its threads release their last tensors.
 
     A thread of gloo that drops a tensor takes Python's lock for it. If it still waits for the lock
     when Python ends, it is ended inside C++, which aborts the process: one in 25 evaluations by two
@@ -189,7 +180,7 @@ def _leave() -> None:
     to joins its threads first, but DTensor's caches refer to it for good.
     """
     dist.destroy_process_group()
-    time.sleep(_LET_GO_S)  # the lock is free, and a thread needs it once more, for microseconds
+    time.sleep(_RELEASE_S)  # the lock is free, and a thread needs it once more, for microseconds
 
 
 def make_deterministic(device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""Faults on order, for tests and rehearsals: `SUMMER_FAULT=kind:rank:step,...`.
+"""Faults injected by tests and rehearsals: `SUMMER_FAULT=kind:rank:step,...`.
 
-Each strikes once, at the start of that step of that rank; a file in the run's folder remembers it,
-so that it does not strike again when the run comes back.
+Each happens once, at the start of that step of that rank; a file in the run's folder remembers it,
+so that it does not happen again when the run comes back.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from shards.reader import ShardReader
-from trainer.checkpoint.runs import EVENTS
 from trainer.data.loader import Loader
 from trainer.errors import ConfigError
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import RunEvent, read_events
 
 VARIABLE: Final = "SUMMER_FAULT"
 KINDS: Final = {
@@ -30,28 +29,30 @@ KINDS: Final = {
     "sigint": "the rank is asked to stop",
     "sigkill": "the rank is killed",
     "sigstop": "the rank is stopped and stays so",
-    "full-disk": "the rank can write no file beyond 4 KiB until a checkpoint has been refused",
-    "rot": "a bit flips in the first row that the rank is about to read for the step",
+    "full-disk": "the rank can write no file beyond 4 KiB until a checkpoint has failed",
+    "bit-flip": "a bit flips in the first row that the rank is about to read for the step",
     "worker": "one of the rank's loader workers is killed",
 }
 _SIGNALS: Final = {"sigterm", "sigint", "sigkill", "sigstop"}
 _FACTORS: Final = {"nan": float("nan"), "spike": 1e4}
 _SMALL: Final = 4096
+_OLD_KINDS: Final = {"rot": "bit-flip"}
 
 
 class Fault(NamedTuple):
-    """One fault on order."""
+    """One fault to inject."""
 
     kind: str
     rank: int
     step: int
 
 
-def ordered_faults(text: str | None = None) -> tuple[Fault, ...]:
+def parse_faults(text: str | None = None) -> tuple[Fault, ...]:
     """The faults in a text, by default that of SUMMER_FAULT; ConfigError for a kind unknown."""
     faults = []
     for order in filter(None, (os.environ.get(VARIABLE, "") if text is None else text).split(",")):
         kind, _, place = order.strip().partition(":")
+        kind = _OLD_KINDS.get(kind, kind)
         rank, _, step = place.partition(":")
         if kind not in KINDS or not (rank.isdigit() and step.isdigit() and int(step) > 0):
             raise ConfigError(
@@ -61,12 +62,12 @@ def ordered_faults(text: str | None = None) -> tuple[Fault, ...]:
     return tuple(faults)
 
 
-def refuse_unmet(faults: tuple[Fault, ...], n_ranks: int, max_steps: int) -> None:
-    """ConfigError for a fault that would never strike: its rank or step is not in the run."""
+def check_reachable(faults: tuple[Fault, ...], n_ranks: int, max_steps: int) -> None:
+    """ConfigError for a fault that would never happen: its rank or step is not in the run."""
     for fault in faults:
         if fault.rank >= n_ranks or fault.step > max_steps:
             raise ConfigError(
-                f"{VARIABLE}={':'.join(map(str, fault))} would never strike: this run has ranks 0 "
+                f"{VARIABLE}={':'.join(map(str, fault))} would never happen: this run has ranks 0 "
                 f"to {n_ranks - 1} and steps 1 to {max_steps}; name one of these"
             )
 
@@ -77,27 +78,25 @@ class Faults:
     def __init__(self, faults: tuple[Fault, ...], run: Path, rank: int) -> None:
         self._mine = [fault for fault in faults if fault.rank == rank]
         self._run = run
-        self._room: tuple[int, int] | None = None  # the limit on files before the disk was full
+        self._file_limit: tuple[int, int] | None = None  # before the disk was full
 
-    def strike(self, step: int, loader: Loader) -> float:
+    def inject(self, step: int, loader: Loader) -> float:
         """What the step's gradient is to be multiplied with: 1.0 unless a fault says otherwise."""
-        if not self._mine:
-            return 1.0
         self._empty_disk()
         factor = 1.0
         for fault in self._mine:
-            if fault.step == step and fault.kind != "rot" and self._first_time(fault):
+            if fault.step == step and fault.kind != "bit-flip" and self._first_time(fault):
                 factor *= _FACTORS.get(fault.kind, 1.0)
-                self._hit(fault.kind, loader)
+                self._cause(fault.kind, loader)
         return factor
 
-    def rotten(self) -> Iterator[int]:
-        """The steps whose first row rots, each once; asked before anything is read ahead."""
+    def bit_flip_steps(self) -> Iterator[int]:
+        """The steps in whose first row a bit flips, each once; asked before rows are read ahead."""
         for fault in self._mine:
-            if fault.kind == "rot" and self._first_time(fault):
+            if fault.kind == "bit-flip" and self._first_time(fault):
                 yield fault.step
 
-    def _hit(self, kind: str, loader: Loader) -> None:
+    def _cause(self, kind: str, loader: Loader) -> None:
         if kind in _SIGNALS:
             os.kill(os.getpid(), getattr(signal, kind.upper()))
         elif kind == "worker":
@@ -105,15 +104,15 @@ class Faults:
                 raise ConfigError(f"{VARIABLE}=worker: there is none; set loader.num_workers=1")
             os.kill(pids[0], signal.SIGKILL)
         elif kind == "full-disk":
-            self._room = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (_SMALL, self._room[1]))
+            self._file_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (_SMALL, self._file_limit[1]))
 
     def _empty_disk(self) -> None:
-        if self._room and any(
-            e["event"] == "checkpoint refused" for e in read_lines(self._run / EVENTS)
-        ):
-            resource.setrlimit(resource.RLIMIT_FSIZE, self._room)
-            self._room = None
+        if self._file_limit and RunEvent.CHECKPOINT_FAILED in {
+            event["event"] for event in read_events(self._run)
+        }:
+            resource.setrlimit(resource.RLIMIT_FSIZE, self._file_limit)
+            self._file_limit = None
 
     def _first_time(self, fault: Fault) -> bool:
         marks = self._run / "faults"

@@ -1,1 +1,1 @@
-"""What a step reports, on the screen and in files."""
+"""What a run reports: a step's numbers, events, seconds, profiles."""

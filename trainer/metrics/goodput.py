@@ -4,8 +4,8 @@ compute        training steps, less what follows
 data           waiting for the loader
 communication  waiting for other ranks: gradients that the backward pass did not hide (as DDP
                samples them, every hundredth step), and a step's sums, where the host reduces them
-checkpoint     checkpoints, as long as training stood still for them
-evaluation     held-out rows
+checkpoint     checkpoints, as long as training waited for them
+evaluation     held-out sequences
 start          from the run's first start to its first step
 restarts       lost to every further start: from the checkpoint that it went on from to its first
                step, so the steps made again, the time the machine was away, and starting up; not
@@ -23,8 +23,9 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Final
 
-ENDS: Final = ("stopped", "done")
-"""Events after which a run is not missed."""
+from trainer.metrics.metrics import RunEvent
+
+_ENDS: Final = (RunEvent.STOPPED, RunEvent.DONE)  # from then on no time is lost
 
 _OF_STEPS: Final = ("data", "communication")
 _APART: Final = ("checkpoint", "evaluation", "start", "restarts")
@@ -61,10 +62,9 @@ class Stopwatch:
     def paused(self, kind: str) -> Iterator[None]:
         """Time inside is left out of the lap."""
         start = time.perf_counter()
-        yield
-        taken = time.perf_counter() - start
-        self._mark += taken
-        self.add(kind, taken)
+        with self.within(kind):
+            yield
+        self._mark += time.perf_counter() - start
 
 
 def parts(time_s: float, spent_s: Mapping[str, float]) -> Spent:
@@ -84,8 +84,8 @@ def count_start(
 ) -> None:
     """Count the time up to now as that of a start, or as lost to a restart.
 
-    `began` is when this process came to train, `saved` when the state that it goes on from was
-    that of the run, `events` are the run's so far. All in Unix seconds.
+    `began` is when this process was started, `saved` when the checkpoint that it resumes was
+    written, `events` are the run's so far. All in Unix seconds.
     """
     kind = "restarts" if events else "start"
     since = began
@@ -94,13 +94,13 @@ def count_start(
     away = sum(
         after["unix_s"] - before["unix_s"]
         for before, after in pairwise([*events, {"event": "", "unix_s": began}])
-        if before["event"] in ENDS and before["unix_s"] >= since
+        if before["event"] in _ENDS and before["unix_s"] >= since
     )
     spent_s[kind] = spent_s.get(kind, 0.0) + max(0.0, time.time() - since - away)
 
 
 def describe(seconds: Mapping[str, float]) -> str:
     """The parts as shares of their sum, for people; parts without a share are left out."""
-    whole = sum(seconds.values()) or 1.0
-    shares = [f"{part} {value / whole:.1%}" for part, value in seconds.items() if value / whole > 0]
-    return f"{sum(seconds.values()):,.0f} s in all: {', '.join(shares)}"
+    total_s = sum(seconds.values())
+    shares = [f"{part} {value / total_s:.1%}" for part, value in seconds.items() if value > 0]
+    return f"{total_s:,.0f} s in all: {', '.join(shares)}"

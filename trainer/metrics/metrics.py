@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from shards.files import publish_bytes
 from trainer.checkpoint.runs import EVENTS, METRICS
 
 Values = Mapping[str, Any]
+
+
+class RunEvent(StrEnum):
+    """What a line of events.jsonl is about: its `event`."""
+
+    START = "start"
+    RESUME = "resume"
+    FALLBACK = "fallback"  # the newest checkpoint was damaged: an older one is resumed
+    MIXTURE = "mixture"  # other weights from here on
+    CHECKPOINT = "checkpoint"
+    CHECKPOINT_FAILED = "checkpoint failed"
+    PURGE_FAILED = "purge failed"
+    MIRRORED = "mirrored"
+    MIRROR_FAILED = "mirror failed"
+    SKIPPED = "skipped"  # an update
+    ROLLBACK = "rollback"
+    DAMAGED = "damaged"  # a row of the shards
+    LOADER = "loader"  # a worker died
+    HUNG = "hung"  # a rank
+    ANNEAL = "anneal"
+    STOPPED = "stopped"  # asked to, and saved
+    DONE = "done"
+
+
+_OLD_EVENTS: Final = {
+    "commit": RunEvent.CHECKPOINT,
+    "commit refused": RunEvent.CHECKPOINT_FAILED,
+    "purge refused": RunEvent.PURGE_FAILED,
+    "mirror refused": RunEvent.MIRROR_FAILED,
+    "refused": RunEvent.SKIPPED,
+}
+"""What version 0.1 called them."""
 
 
 class Journal:
@@ -25,7 +60,7 @@ class Journal:
         self._files: dict[str, _Lines] = {}
         self._chart: Callable[[int, Values], None] | None = None
         if writes:
-            forget_after(run / METRICS, step)
+            drop_lines_after(run / METRICS, step)
             self._files = {name: _Lines(run / name) for name in (METRICS, EVENTS)}
             self._chart = _tensorboard(run, step) if tensorboard else None
 
@@ -42,9 +77,12 @@ class Journal:
             self._files[EVENTS].append(_event(kind, facts))
 
 
-def append_event(run: Path, kind: str, **facts: Any) -> None:
-    """One line for something that only one rank has noticed, whichever it is."""
-    _Lines(run / EVENTS).append(_event(kind, facts))
+def report_rank_failure(run: Path, text: str, event: str, **facts: Any) -> None:
+    """Say on stderr and in events.jsonl what this rank alone has noticed, whichever it is."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+    _Lines(run / EVENTS).append(_event(event, {"text": text, **facts}))
 
 
 def _event(kind: str, facts: Values) -> Values:
@@ -52,24 +90,23 @@ def _event(kind: str, facts: Values) -> Values:
 
 
 class _Lines:
-    """A file of JSON lines in which a line is whole or absent."""
+    """A file of JSON lines in which a line is complete or absent."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._kept: list[bytes] = []
+        self._pending: list[bytes] = []
 
     def append(self, value: Values) -> None:
-        self._kept.append(json.dumps(value).encode() + b"\n")
+        self._pending.append(json.dumps(value).encode() + b"\n")
         handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(handle).st_size
-            data = b"".join(self._kept)
-            try:
-                whole = os.write(handle, data) == len(data)
-            except OSError:
-                whole = False
-            if whole:
-                self._kept.clear()
+            data = b"".join(self._pending)
+            written = 0
+            with contextlib.suppress(OSError):
+                written = os.write(handle, data)
+            if written == len(data):
+                self._pending.clear()
             else:
                 os.ftruncate(handle, size)
         finally:
@@ -77,15 +114,23 @@ class _Lines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; a last line cut short by a kill is left out."""
+    """The complete lines of a log; a last line cut short by a kill is left out."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True)
             if line.endswith(b"\n")]  # fmt: skip
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drop a log's lines of steps after `step`: the run makes them again."""
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """The events of a run, each by today's name, whichever version wrote it."""
+    return [
+        {**line, "event": _OLD_EVENTS.get(line["event"], line["event"])}
+        for line in read_lines(run / EVENTS)
+    ]
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Remove a log's lines of steps after `step`: the run makes them again."""
     if path.exists():
         kept = [line for line in read_lines(path) if line["step"] <= step]
         data = b"".join(json.dumps(line).encode() + b"\n" for line in kept)

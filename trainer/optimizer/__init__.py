@@ -1,1 +1,1 @@
-"""AdamW and the learning-rate schedules."""
+"""Optimizers and learning-rate schedules."""

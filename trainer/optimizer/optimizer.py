@@ -1,46 +1,122 @@
-"""AdamW with every token weighted the same, and updates that skip themselves."""
+"""The optimizer, gradients in which every token weighs the same, and updates skipped on the device.
+
+A new optimizer is a function here and its row in OPTIMIZERS: `--set optim.name=` then trains with
+it, the guard skips its updates, checkpoints hold its state, and the plan counts its bytes.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
-from trainer.distributed.world import own_part
-from trainer.optimizer.schedule import OptimConfig
+from trainer.distributed.world import local_tensor
+from trainer.errors import ConfigError, at_least, one_of
+from trainer.optimizer.schedule import ScheduleConfig
+
+Groups = list[dict[str, Any]]
+"""Parameters with their `weight_decay`: only matrices decay."""
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """Fused AdamW over the parameters, its moments allocated; only matrices decay.
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(ScheduleConfig):
+    """The optimizer, a row of OPTIMIZERS, and its schedule; `grad_clip` 0 turns clipping off."""
 
-    Loshchilov & Hutter, Decoupled weight decay regularization (2019).
+    name: str = "adamw"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("optim.", self, name=OPTIMIZERS)
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ConfigError(f"optim.beta1={self.beta1}, beta2={self.beta2}: must lie in [0, 1)")
+        at_least("optim.", self, weight_decay=0, eps=0, grad_clip=0)
+
+
+def _adamw(groups: Groups, config: OptimConfig) -> Optimizer:
+    """Loshchilov & Hutter, Decoupled weight decay regularization (2019)."""
+    betas = (config.beta1, config.beta2)
+    return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+OPTIMIZERS: Final[dict[str, Callable[[Groups, OptimConfig], Optimizer]]] = {"adamw": _adamw}
+"""What `optim.name` may be. The state of each consists of tensors that begin as zeros, and its
+step passes over parameters without a gradient, as those of torch do."""
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The optimizer over the model's parameters, its state allocated; only matrices decay.
+
+    ConfigError if its state is not of tensors that begin as zeros: only such state is allocated
+    here and found again by a checkpoint.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]  # norms, LayerScale
-    optimizer = AdamW(
+    optimizer = OPTIMIZERS[config.name](
         [
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
+        config,
     )
-    for parameter in parameters:  # now, so that a lack of memory shows before the first step
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    _allocate_state(optimizer, config.name)
     return optimizer
 
 
-def set_lr(optimizer: AdamW, lr: float) -> float:
+def _allocate_state(optimizer: Optimizer, name: str) -> None:
+    """Have an optimizer make its state now, by an update that is skipped.
+
+    So a lack of memory shows before the first step, and a checkpoint finds what it is to fill.
+    """
+    parameters, groups = _parameters(optimizer), optimizer.param_groups
+    decays, grads = [group["weight_decay"] for group in groups], [p.grad for p in parameters]
+    for group in groups:
+        group["weight_decay"] = 0.0
+    optimizer.zero_grad()
+    for parameter in parameters:  # one by one: a second set of gradients might not fit
+        parameter.grad = torch.zeros_like(parameter)
+        update(optimizer, torch.ones((), device=parameter.device))
+    for group, decay in zip(groups, decays, strict=True):
+        group["weight_decay"] = decay
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            fits = isinstance(value, Tensor)
+            if fits and key != "step" and not _skips_by_itself(optimizer):
+                fits = not local_tensor(value).any()
+            if not fits:
+                raise ConfigError(
+                    f"optim.name={name}: its state {key!r} must be a tensor that begins as zeros, "
+                    "or checkpoints and the guard could not handle it"
+                )
+            value.zero_()
+
+
+@functools.cache
+def optimizer_bytes(config: OptimConfig) -> int:
+    """Bytes for each parameter in addition to itself and its gradient, by trying one."""
+    one = nn.ParameterList([nn.Parameter(torch.zeros(1, 1, device="cpu"))])
+    optimizer = make_optimizer(one, config)
+    [state] = optimizer.state.values()
+    held = sum(int(tensor.nbytes) for tensor in state.values() if tensor.ndim)
+    return held if _skips_by_itself(optimizer) else 2 * held + 4  # and the copies of `update`
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> float:
     """The learning rate, now that of every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -48,21 +124,20 @@ def set_lr(optimizer: AdamW, lr: float) -> float:
 
 
 def finish_gradients(
-    optimizer: AdamW, expected: int, n_targets: Tensor, config: OptimConfig
+    optimizer: Optimizer, expected: int, n_targets: Tensor, config: OptimConfig
 ) -> Tensor:
     """The global gradient norm, a tensor []; gradients end clipped and per true target.
 
     They come in divided by `expected` = G T, the targets a step has when none is ignored;
     `n_targets` [] says how many it had. Both factors are applied in one pass.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
     correction = (expected / n_targets).float()
     norm = _total_norm(grads) * correction
     factor = correction
     if config.grad_clip > 0:
         factor = correction * (config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([own_part(grad) for grad in grads], factor)
+    torch._foreach_mul_([local_tensor(grad) for grad in grads], factor)
     return norm
 
 
@@ -85,11 +160,37 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
     return get_total_norm([*parts, get_total_norm(vectors)])
 
 
-def update(optimizer: AdamW, refused: Tensor) -> None:
-    """Make the update, unless `refused` [] is 1.0: then weights, moments and their count stay.
+def update(optimizer: Optimizer, skip: Tensor) -> None:
+    """Make the update, unless `skip` [] is 1.0: then weights and state stay, bit for bit.
 
-    The device decides; nothing waits to find out.
+    The device decides; nothing waits to find out. torch's fused optimizers do so by themselves; of
+    any other, weights and state are copied before the step and selected after it.
     """
-    optimizer.found_inf = refused  # type: ignore[attr-defined]
-    optimizer.step()
+    if _skips_by_itself(optimizer):
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    else:
+        before = [(tensor, tensor.detach().clone()) for tensor in _changing_tensors(optimizer)]
+        optimizer.step()
+        with torch.no_grad():
+            for tensor, old in before:
+                tensor.copy_(torch.where(skip > 0, old, tensor))
     optimizer.zero_grad()
+
+
+def _skips_by_itself(optimizer: Optimizer) -> bool:
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _changing_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
+    """This rank's part of the weights that have a gradient, and of their state."""
+    for parameter in _parameters(optimizer):
+        if parameter.grad is not None:
+            yield local_tensor(parameter)
+            state = optimizer.state[parameter].values()
+            yield from (local_tensor(value) for value in state if isinstance(value, Tensor))
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

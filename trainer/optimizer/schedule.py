@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from trainer.errors import ConfigError, at_least
+from trainer.errors import ConfigError, at_least, one_of
+
+SCHEDULES: Final[dict[str, Callable[[float], float]]] = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+}
+"""What `optim.schedule` may be: done (0 after warmup, 1 at the last step) -> how far the rate is
+above `min_lr`, from 1 to 0. Cosine: Loshchilov & Hutter, SGDR (2017), without restarts."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW and its schedule. `min_lr` defaults to a tenth of `lr`; `grad_clip` 0 turns it off."""
+class ScheduleConfig:
+    """The learning rate over a run. `min_lr` defaults to a tenth of `lr`."""
 
+    schedule: str = "cosine"
     lr: float = 3e-4
     min_lr: float | None = None
     warmup_steps: int = 2000
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
+        one_of("optim.", self, schedule=SCHEDULES)
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"optim.lr={self.lr}: must be a number above 0")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
             raise ConfigError(f"optim.min_lr={self.min_lr}: must lie between 0 and lr={self.lr}")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ConfigError(f"optim.beta1={self.beta1}, beta2={self.beta2}: must lie in [0, 1)")
-        at_least("optim.", self, warmup_steps=0, weight_decay=0, eps=0, grad_clip=0)
+        at_least("optim.", self, warmup_steps=0)
 
 
 class Anneal(NamedTuple):
@@ -44,12 +47,12 @@ class Anneal(NamedTuple):
         return self.first_step + self.n_steps
 
 
-def lr_at(step: int, optim: OptimConfig, max_steps: int, anneal: Anneal | None = None) -> float:
-    """Learning rate of the update after `step` updates: linear warmup, then half a cosine.
+def lr_at(step: int, optim: ScheduleConfig, max_steps: int, anneal: Anneal | None = None) -> float:
+    """Learning rate of the update after `step` updates: linear warmup, then the schedule.
 
-    The first update already moves (1/warmup of `lr`); the cosine would reach `min_lr` at
-    `max_steps`. Loshchilov & Hutter, SGDR (2017), without restarts. Annealing is a straight line
-    from the rate at its first step, as in Hu et al., MiniCPM (2024).
+    The first update already moves (1/warmup of `lr`); the schedule would reach `min_lr` at
+    `max_steps`. Annealing is a straight line from the rate at its first step, as in Hu et al.,
+    MiniCPM (2024).
     """
     min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
     if anneal is not None and step >= anneal.first_step:
@@ -59,4 +62,4 @@ def lr_at(step: int, optim: OptimConfig, max_steps: int, anneal: Anneal | None =
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     done = min(1.0, (step - optim.warmup_steps) / max(1, max_steps - optim.warmup_steps))
-    return min_lr + (optim.lr - min_lr) * (1 + math.cos(math.pi * done)) / 2
+    return min_lr + (optim.lr - min_lr) * SCHEDULES[optim.schedule](done)

@@ -19,40 +19,38 @@ ONE_IN: Final = 10
 """Of so many steps one anneals: MiniCPM (Hu et al., 2024) found a tenth to be enough."""
 
 _RECENT: Final = 64  # steps by whose mean the next ones are judged
-_LAST: Final = 9  # marks of the laps of which the longest may come again
-_LATE: Final = 3  # steps between a wish and what comes of it
+_LAPS: Final = 8  # of the last steps: the longest of them may come again
+_DELAY: Final = 3  # steps between a request and what comes of it
 
 NOTHING, ANNEAL, END = range(3)
-"""What the budget wishes."""
+"""What a budget asks for."""
 
 
 class Budget:
-    """The main rank's purse. Elsewhere, and without `max_dollars`, it wishes nothing."""
+    """The main rank's budget. On other ranks, and without `max_dollars`, it asks for nothing."""
 
     def __init__(self, config: RunConfig, state: State, watch: Stopwatch, is_main: bool) -> None:
         self._config, self._state, self._watch = config, state, watch
-        self._counts = is_main and config.max_dollars > 0
+        self._active = is_main and config.max_dollars > 0
         self._marks: deque[tuple[int, float]] = deque(maxlen=_RECENT)
 
-    def wish(self) -> int:
+    def request(self) -> int:
         """What the money that is left asks for, before the next step is counted."""
-        state = self._state
-        if not self._counts or state.step == 0:
+        state, config = self._state, self._config
+        if not self._active or state.step == 0:
             return NOTHING
         self._marks.append((state.step, state.time_s))
         step_s = self._step_s()
-        spent_s = total(state.time_s, state.spent_s)
-        laps = [b[1] - a[1] for a, b in pairwise(list(self._marks)[-_LAST:])]
-        reserve_s = _LATE * max([step_s, *laps]) + 2 * self._watch.longest_s.get(
-            "checkpoint", step_s
-        )
-        left_s = self._config.max_dollars / self._config.dollars_per_hour * 3600 - spent_s
+        laps = [b[1] - a[1] for a, b in pairwise(list(self._marks)[-_LAPS - 1 :])]
+        checkpoint_s = self._watch.longest_s.get("checkpoint", step_s)
+        reserve_s = _DELAY * max([step_s, *laps]) + 2 * checkpoint_s
+        held_s = config.max_dollars / config.dollars_per_hour * 3600
+        left_s = held_s - total(state.time_s, state.spent_s)
         if left_s <= reserve_s:
             return END
         affordable = (left_s - 2 * reserve_s) / step_s  # the beginning is saved too
-        if state.anneal is None and affordable < self._config.max_steps - state.step:
-            return ANNEAL if affordable <= annealing_steps(state.step) else NOTHING
-        return NOTHING
+        short = state.anneal is None and affordable < config.max_steps - state.step
+        return ANNEAL if short and affordable <= annealing_steps(state.step) else NOTHING
 
     def _step_s(self) -> float:
         """Seconds of a step, with its share of checkpoints and evaluations."""
@@ -69,13 +67,13 @@ def annealing_steps(step: int) -> int:
     return max(1, -(-step // (ONE_IN - 1)))
 
 
-def heed(wish: int, state: State, max_steps: int) -> str:
-    """What the wish changes in the state, in words; nothing for one that has been heeded."""
-    if wish == ANNEAL and state.anneal is None:
+def apply_request(request: int, state: State, max_steps: int) -> str:
+    """What a budget's request changes in the state, in words; nothing for one already granted."""
+    if request == ANNEAL and state.anneal is None:
         n_steps = min(annealing_steps(state.step), max_steps - state.step)
         state.anneal = Anneal(state.step, n_steps)
         return f"the budget asks to anneal now: the last step is {state.step + n_steps}"
-    if wish == END and state.step < state.last_step(max_steps):
+    if request == END and state.step < state.last_step(max_steps):
         first = state.step if state.anneal is None else state.anneal.first_step
         state.anneal = Anneal(first, state.step - first)
         return f"the budget is used up: step {state.step} is the last"

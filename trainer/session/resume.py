@@ -14,11 +14,11 @@ import torch
 from model.transformer import Transformer
 from shards.files import publish_bytes
 from shards.format import TOKENIZER
+from shards.reader import ShardReader
 from trainer.checkpoint import storage
 from trainer.checkpoint.retention import invalidate_after, mirror_of, newest_intact, resumable
 from trainer.checkpoint.runs import (
     CONFIG,
-    EVENTS,
     METRICS,
     checkpoints,
     is_checkpoint,
@@ -27,12 +27,15 @@ from trainer.checkpoint.runs import (
 from trainer.checkpoint.storage import read_record
 from trainer.config.config import differences, load_config, save_config
 from trainer.config.plan import TrainPlan, describe
+from trainer.data.batches import MicroBatches, StepRange
+from trainer.data.loader import Loader
 from trainer.distributed.world import World, make_deterministic
 from trainer.errors import CheckpointError, ConfigError
-from trainer.faults.guard import NOTHING_RECORDED, Recorded, recorded
+from trainer.faults.history import NEW_HISTORY, GuardHistory, read_history
+from trainer.faults.inject import Faults, flip_a_bit
 from trainer.metrics import goodput
-from trainer.metrics.display import Screen
-from trainer.metrics.metrics import Journal, read_lines
+from trainer.metrics.display import Display
+from trainer.metrics.metrics import Journal, RunEvent, read_events, read_lines, report_rank_failure
 from trainer.optimizer.optimizer import make_optimizer
 from trainer.session.network import build_network, filled_whole
 from trainer.session.session import Session
@@ -43,6 +46,7 @@ from trainer.session.state import (
     initial_state,
     state_from,
 )
+from trainer.validation.validation import HeldOutScorer, read_token_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ class RunHistory:
     fallbacks: list[str]  # why none is taken from the run itself
     explicit: bool  # one checkpoint was named: no other will do
     events: list[dict[str, Any]]
-    recorded: Recorded  # skipped updates and rollbacks that hold for the steps to come
+    guard: GuardHistory  # skipped updates and rollbacks that hold for the steps to come
     tokens_per_s: float | None  # of its last logged step, if it has one
     new_history: bool  # what events.jsonl says of earlier steps need not hold for them
 
@@ -71,18 +75,18 @@ class ResumePoint:
 
 @contextlib.contextmanager
 def begin(
-    plan: TrainPlan, run: Path, resume: str, world: World, screen: Screen, *, restarted: bool
+    plan: TrainPlan, run: Path, resume: str, world: World, display: Display, *, restarted: bool
 ) -> Iterator[tuple[Session, State]]:
     """The session and the state to go on from: that of a checkpoint, or of the very beginning.
 
     `restarted`: the same job goes on by itself, after a rank was lost or the run rolled back.
     """
     began, config = time.time(), plan.config
-    history = world.on_main(lambda: read_history(plan, run, resume, restarted=restarted))
+    history = world.on_main(lambda: read_run_history(plan, run, resume, restarted=restarted))
     point = find_checkpoint(plan, history, world)
     state = point.state
     if not restarted:
-        show_plan(plan, state, history.tokens_per_s, screen)
+        show_plan(plan, state, history.tokens_per_s, display)
     check_max_epochs(plan, state)
     if config.deterministic:
         make_deterministic(world.device)
@@ -92,31 +96,31 @@ def begin(
         storage.restore(point.checkpoint, network.bare, optimizer, world)
     elif config.init_from:
         _load_initial_weights(Path(config.init_from), network.bare)
-    state.leave_out(history.recorded.skipped)
+    state.leave_out(history.guard.left_out)
     set_aside, saved = world.on_main(lambda: _prepare_folder(plan, run, state.step))
     session = Session(
         plan=plan,
         run=run,
         world=world,
-        screen=screen,
+        display=display,
         journal=Journal(run, state.step, writes=world.is_main, tensorboard=config.tensorboard),
         network=network,
         optimizer=optimizer,
-        recorded=history.recorded,
+        history=history.guard,
         first_index=state.next_index,
         saved=saved,
     )
     goodput.count_start(state.spent_s, began, point.saved_unix_s, history.events)
     aside = [f"! {name} is set aside: the run goes on from before it" for name in set_aside]
-    mark = {"anew": True} if history.new_history else {}
+    mark = {NEW_HISTORY: True} if history.new_history else {}
     _announce(session, point, [*network.notes, *point.notes, *aside], mark)
     yield session, state
 
 
-def show_plan(plan: TrainPlan, state: State, tokens_per_s: float | None, screen: Screen) -> None:
+def show_plan(plan: TrainPlan, state: State, tokens_per_s: float | None, display: Display) -> None:
     """Print what the run will do from a state on; the rate is that of its last logged step."""
     for line in (*describe(plan, tokens_per_s), *describe_data_use(plan, state)):
-        screen.say(line)
+        display.print(line)
 
 
 def _prepare_folder(plan: TrainPlan, run: Path, step: int) -> tuple[list[str], list[Path]]:
@@ -152,25 +156,29 @@ def _load_initial_weights(source: Path, model: Transformer) -> None:
 def _announce(
     session: Session, point: ResumePoint, notes: list[str], mark: dict[str, bool]
 ) -> None:
-    state, say = point.state, session.screen.say
+    state, say = point.state, session.display.print
     for note in notes:
         say(note)
     if point.checkpoint is None:
         text = f"{session.run}: starting at step 0"
-        session.tell(text, "start", notes=notes, **mark, **_place(session, state))
+        session.log(text, RunEvent.START, notes=notes, **mark, **_place(session, state))
         return
     for reason in point.fallbacks:
         text = f"! {reason}; GOING ON FROM {point.checkpoint.name}"
-        session.tell(text, "fallback", reason=reason)
+        session.log(text, RunEvent.FALLBACK, reason=reason)
     if state.order.phases[-1].first_index == state.next_index:
         weights = dict(state.order.phases[-1].weights)
-        session.tell(f"the mixture is now {weights}", "mixture", step=state.step, weights=weights)
+        session.log(
+            f"the mixture is now {weights}", RunEvent.MIXTURE, step=state.step, weights=weights
+        )
     if state.step >= state.last_step(session.plan.config.max_steps):
         say(f"{session.run}: already at step {state.step}; --set max_steps=N takes it further")
     else:
         text = f"resumed {point.checkpoint} at step {state.step}"
         place = _place(session, state)
-        session.tell(text, "resume", commit=str(point.checkpoint), notes=notes, **mark, **place)
+        session.log(
+            text, RunEvent.RESUME, commit=str(point.checkpoint), notes=notes, **mark, **place
+        )
 
 
 def _place(session: Session, state: State) -> dict[str, Any]:
@@ -181,7 +189,9 @@ def _place(session: Session, state: State) -> dict[str, Any]:
     return {**place, "phases": phases, "shape": shape}
 
 
-def read_history(plan: TrainPlan, run: Path, resume: str, *, restarted: bool = False) -> RunHistory:
+def read_run_history(
+    plan: TrainPlan, run: Path, resume: str, *, restarted: bool = False
+) -> RunHistory:
     """The history that `--resume auto|never|PATH` goes on with; ConfigError where it cannot.
 
     `restarted`: the same job goes on by itself, after a rank was lost or the run rolled back.
@@ -200,8 +210,8 @@ def read_history(plan: TrainPlan, run: Path, resume: str, *, restarted: bool = F
         candidates=candidates,
         fallbacks=fallbacks,
         explicit=resume not in ("auto", "never") and is_checkpoint(Path(resume)),
-        events=read_lines(run / EVENTS),
-        recorded=NOTHING_RECORDED if new_history else recorded(run),
+        events=read_events(run),
+        guard=GuardHistory() if new_history else read_history(run),
         tokens_per_s=measured_rate(run),
         new_history=new_history,
     )
@@ -260,3 +270,55 @@ def _is_new_history(plan: TrainPlan, run: Path, resume: str) -> bool:
         return False
     explicit = resume not in ("auto", "never")
     return explicit or bool(differences(load_config(run), plan.config))
+
+
+@contextlib.contextmanager
+def open_loader(session: Session, state: State, faults: Faults) -> Iterator[Loader]:
+    """The loader of the steps that are left, its workers ended with the block."""
+    plan, rank = session.plan, session.world.rank
+    steps = StepRange(
+        first_index=state.next_index,
+        n_steps=max(0, plan.config.max_steps - state.step),
+        shape=plan.shape,
+        rank=rank,
+        skipped=state.skipped,
+    )
+    readers = {name: ShardReader(folder) for name, folder in plan.folders.items()}
+    order = state.order
+    for step in faults.bit_flip_steps():
+        number = (step - 1 - state.step) * plan.shape.grad_accum_steps
+        located = order.locate(steps.indices(order.seed, number)[:1])
+        flip_a_bit(readers[order.sources[int(located.source[0])]], int(located.row[0]))
+    batches = MicroBatches(order, readers, steps)
+
+    def log(text: str) -> None:
+        report_rank_failure(session.run, f"! rank {rank}: {text}", RunEvent.LOADER, rank=rank)
+
+    loader = Loader(batches, plan.config.loader, session.world.device, plan.pad_id, log)
+    with contextlib.closing(loader):
+        yield loader
+
+
+def open_held_out(plan: TrainPlan, world: World) -> HeldOutScorer | None:
+    """What the run scores while it trains; None if it scores nothing."""
+    if not plan.config.validation.interval:
+        return None
+    opened: list[HeldOutScorer] = []
+
+    def read() -> None:
+        opened.append(_read_held_out(plan, world))
+
+    world.on_all(read)  # a damaged row stops all ranks: alone, one would leave the others waiting
+    return opened[0] if opened[0].sources else None
+
+
+def _read_held_out(plan: TrainPlan, world: World) -> HeldOutScorer:
+    shards = Path(plan.config.shards)
+    return HeldOutScorer(
+        {name: shards / name for name in (*plan.sources, *plan.evaluated)},
+        rows=plan.config.validation.rows,
+        batch_size=plan.shape.micro_batch_size,
+        pad_id=plan.pad_id,
+        token_bytes=read_token_bytes(next(iter(plan.folders.values())), plan.tokenizer_sha256),
+        world=world,
+    )

@@ -22,13 +22,14 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.background import beside
+from trainer.background import run_in_background
 from trainer.checkpoint import retention, storage
 from trainer.checkpoint.runs import checkpoint_path, checkpoints, is_checkpoint, step_of
 from trainer.checkpoint.storage import Record
 from trainer.distributed.devices import available_memory_bytes
-from trainer.distributed.world import World, holders, own_part
+from trainer.distributed.world import World, local_tensor, shard_count
 from trainer.errors import CheckpointError
+from trainer.metrics.metrics import RunEvent
 from trainer.session.session import Session
 from trainer.session.state import State
 
@@ -65,7 +66,7 @@ def tensors_to_save(tensors: Mapping[str, Tensor], world: World) -> dict[str, Te
     loads = [0] * world.world_size
     share = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
-        width = holders(tensor)
+        width = shard_count(tensor)
         first = min(range(0, world.world_size, width), key=loads.__getitem__)
         for rank in range(first, first + width):
             loads[rank] += tensor.nbytes // width
@@ -82,11 +83,9 @@ class CheckpointSaver:
         self._config = session.plan.config.checkpoint
         self._mirror = retention.mirror_of(session.run, self._config)
         self._saved_at = time.monotonic()
-        here = (
-            checkpoint_path(session.run, state.step) in session.saved
-        )  # not resumed from elsewhere
+        here = checkpoint_path(session.run, state.step) in session.saved  # or from elsewhere
         self._saved_step = state.step if here else None
-        self._world = session.world.apart()
+        self._world = session.world.with_own_group()
         self._news: deque[News] = deque()
         self._under_way: tuple[int, Future[CheckpointError | None]] | None = None
         self._mirroring: Future[None] | None = None
@@ -95,7 +94,7 @@ class CheckpointSaver:
         if session.saved and self._mirror is not None and self._world.is_main:
             newest = session.saved[-1]  # a kill may have kept it from being copied
             if not is_checkpoint(checkpoint_path(self._mirror, step_of(newest))):
-                self._mirroring = beside("checkpoint", lambda: self._copy(newest))
+                self._mirroring = run_in_background("checkpoint", lambda: self._copy(newest))
 
     def clock_wishes(self) -> bool:
         """Whether this rank, if it is the main one, finds that enough time has passed."""
@@ -130,7 +129,7 @@ class CheckpointSaver:
                 staged = self._staging.hold(share)
                 self._under_way = (
                     step,
-                    beside("checkpoint", lambda: self._write(step, staged, record)),
+                    run_in_background("checkpoint", lambda: self._write(step, staged, record)),
                 )
         if last:
             self.finish()
@@ -178,10 +177,10 @@ class CheckpointSaver:
         amount = f"{needed / 1e9:.3g} GB of host memory"
         if not all(fits):
             there = f"{(free or 0) / 1e9:.3g} GB are free"
-            session.screen.say(f"! asynchronous checkpoints need {amount}, and {there}"
+            session.display.print(f"! asynchronous checkpoints need {amount}, and {there}"
                                ": training waits for each")  # fmt: skip
             return None
-        session.screen.say(f"checkpoints are written beside training, with {amount}")
+        session.display.print(f"checkpoints are asynchronous, with {amount}")
         return _Staging(share)
 
     def _write(
@@ -193,15 +192,17 @@ class CheckpointSaver:
             folder = storage.save_from_any_thread(run, share, record, self._world)
         except CheckpointError as error:
             facts = {"step": step, "reason": str(error)}
-            self._news.append(News(f"! {error}; TRAINING GOES ON", "checkpoint refused", facts))
+            self._news.append(
+                News(f"! {error}; TRAINING GOES ON", RunEvent.CHECKPOINT_FAILED, facts)
+            )
             return error
         seconds = round(time.monotonic() - started, 3)
         text = f"saved {folder} in {seconds:.1f} s"
-        self._news.append(News(text, "checkpoint", {"step": step, "took_s": seconds}))
+        self._news.append(News(text, RunEvent.CHECKPOINT, {"step": step, "took_s": seconds}))
         if self._world.is_main:
             self._purge(run)
             if self._mirror is not None and (self._mirroring is None or self._mirroring.done()):
-                self._mirroring = beside("checkpoint", lambda: self._copy(folder))
+                self._mirroring = run_in_background("checkpoint", lambda: self._copy(folder))
         return None
 
     def _purge(self, run: Path) -> None:
@@ -211,7 +212,7 @@ class CheckpointSaver:
             text = (
                 f"! an older checkpoint of {run} could not be removed ({error}); TRAINING GOES ON"
             )
-            self._news.append(News(text, "purge refused", {"reason": str(error)}))
+            self._news.append(News(text, RunEvent.PURGE_FAILED, {"reason": str(error)}))
 
     def _copy(self, checkpoint: Path) -> None:
         """Copy a checkpoint to the mirror. Whatever happens there is told and harms nothing
@@ -224,12 +225,12 @@ class CheckpointSaver:
             text = (
                 f"! {checkpoint.name} was not copied to {self._mirror} ({error}); TRAINING GOES ON"
             )
-            self._news.append(News(text, "mirror refused", {"reason": str(error)}))
+            self._news.append(News(text, RunEvent.MIRROR_FAILED, {"reason": str(error)}))
             return
         self._mirrored = checkpoint
         seconds = round(time.monotonic() - started, 3)
         text = f"copied to {folder} in {seconds:.1f} s"
-        self._news.append(News(text, "mirrored", {"commit": str(folder), "took_s": seconds}))
+        self._news.append(News(text, RunEvent.MIRRORED, {"commit": str(folder), "took_s": seconds}))
         self._purge(self._mirror)
 
     def _complete_mirror(self) -> None:
@@ -243,7 +244,7 @@ class CheckpointSaver:
     def _tell_news(self) -> None:
         while self._news:
             news = self._news.popleft()
-            self._session.tell(news.text, news.event, **news.facts)
+            self._session.log(news.text, news.event, **news.facts)
 
 
 class _Staging:
@@ -258,7 +259,7 @@ class _Staging:
     def hold(self, share: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the values as they are now."""
         for name, tensor in share.items():
-            own_part(self._copies[name]).copy_(own_part(tensor), non_blocking=True)
+            local_tensor(self._copies[name]).copy_(local_tensor(tensor), non_blocking=True)
         if any(tensor.is_cuda for tensor in share.values()):
             torch.cuda.current_stream().synchronize()
         return self._copies

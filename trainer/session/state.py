@@ -15,7 +15,7 @@ from trainer.config.config import differences, from_stored, spell_value
 from trainer.config.plan import SourceFacts, TrainPlan
 from trainer.data.mixture import DataOrder, Phase, leave_out
 from trainer.errors import ConfigError
-from trainer.faults.guard import add_skipped
+from trainer.faults.history import add_left_out
 from trainer.optimizer.schedule import Anneal
 
 DataUse = dict[str, dict[str, Any]]
@@ -59,7 +59,7 @@ class State:
         """Leave out these ranges of samples too, those that are new."""
         for begin, end in skipped:
             if not self.skipped or end > self.skipped[-1][1]:
-                self.skipped = add_skipped(self.skipped, begin, end)
+                self.skipped = add_left_out(self.skipped, begin, end)
 
     def data_use(self, index: int) -> DataUse:
         """What the run has drawn of each source before sample `index`, skipped ranges left out."""
@@ -156,7 +156,7 @@ def state_from(record: Record, plan: TrainPlan) -> tuple[State, list[str]]:
 
 def _check_changes(changes: dict[str, tuple[object, object]], preset: str) -> None:
     for key, (old, new) in changes.items():
-        if key.startswith("model.") or key == "seed":
+        if key.startswith("model.") or key in ("seed", "optim.name"):
             raise ConfigError(
                 f"{key} is {spell_value(new)} and was {spell_value(old)} in this run: go on with "
                 f"--set {key}={spell_value(old)} (or the same --preset: it was {preset}), "

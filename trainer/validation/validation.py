@@ -1,7 +1,7 @@
-"""Held-out loss of each source, inside training and without a trace in it.
+"""Held-out loss of each source, in nats a token and bits a byte, without any effect on training.
 
-Sources that are held out as a whole (evaluation texts such as wikitext2, prepared beside the
-others) are scored too; they have no weight in the mean.
+Sources of which everything is held out (evaluation texts such as wikitext2, prepared in the same
+folder) are scored too; they have no weight in the mean.
 
 Nothing random is drawn, no gradient is made, and the blocks run uncompiled: a forward pass without
 gradients would be compiled once more, which took 16 s where the whole validation took 0.2 s.
@@ -9,23 +9,29 @@ gradients would be compiled once more, which took 16 s where the whole validatio
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from model.loss import IGNORED
 from model.transformer import Transformer
+from shards.format import TOKEN_BYTES, TOKENIZER
 from shards.reader import ShardReader
 from trainer.data.batches import HostBatch, targets_in, to_device
 from trainer.distributed.world import World
 from trainer.errors import at_least
-from trainer.validation.text_bytes import TextBytes
+
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +52,11 @@ class Score(NamedTuple):
     bits_per_byte: float | None
 
 
-class HeldOut:
-    """This rank's share of the held-out rows, read once and cut into batches of a fixed shape."""
+class HeldOutScorer:
+    """This rank's share of the held-out rows, read once and cut into batches of a fixed shape.
+
+    `token_bytes` [vocab_size, 2] is what `read_token_bytes` gives; None: no bits a byte.
+    """
 
     def __init__(
         self,
@@ -56,7 +65,7 @@ class HeldOut:
         rows: int,
         batch_size: int,
         pad_id: int,
-        text_bytes: TextBytes | None,
+        token_bytes: Ids | None,
         world: World,
     ) -> None:
         self._pad_id, self._world = pad_id, world
@@ -70,7 +79,7 @@ class HeldOut:
             for first in range(0, len(chosen), batch_size):
                 if number % world.world_size == world.rank:
                     batch = _filled(reader, chosen[first : first + batch_size], batch_size, pad_id)
-                    n_bytes = 0 if text_bytes is None else _count_bytes(batch, text_bytes, pad_id)
+                    n_bytes = 0 if token_bytes is None else _count_bytes(batch, token_bytes, pad_id)
                     self._batches.append((source, n_bytes, batch))
                 number += 1
         while number % world.world_size:  # a sharded model must be called as often by every rank
@@ -98,13 +107,70 @@ class HeldOut:
         }
 
 
-def _count_bytes(batch: HostBatch, text_bytes: TextBytes, pad_id: int) -> int:
+def _count_bytes(batch: HostBatch, token_bytes: Ids, pad_id: int) -> int:
     """Bytes of the text that the batch's targets spell."""
     _, targets, _ = to_device(batch, torch.device("cpu"), pad_id)
     kept = (targets != IGNORED).numpy()
-    return int(
-        text_bytes.count(targets.numpy()[kept], batch.tokens.numpy().astype(np.int64)[kept]).sum()
-    )
+    ids, before = targets.numpy()[kept], batch.tokens.numpy().astype(np.int64)[kept]
+    return int(count_bytes(token_bytes, ids, before).sum())
+
+
+def count_bytes(token_bytes: Ids, ids: Ids, before: Ids) -> Ids:
+    """Bytes of text that each of `ids` adds, which follow `before`. [...] -> [...]"""
+    return np.asarray(token_bytes[ids, (token_bytes[before, 0] == 0) * 1])
+
+
+def read_token_bytes(source: Path, tokenizer_sha256: str) -> Ids | None:
+    """[vocab_size, 2]: bytes of each id in a text and at its beginning (shards/format.py).
+
+    From a prepared source's folder; None unless its tokenizer is the one with this digest.
+    """
+    path = source / TOKENIZER
+    model = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(model).hexdigest() != tokenizer_sha256:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        return np.asarray(np.load(source / TOKEN_BYTES), np.int64)
+    return token_bytes_of(model)  # a folder of version 0.1
+
+
+_UNKNOWN, _CONTROL, _BYTE = 2, 3, 6  # kinds of pieces; 1, the default, is text
+_SPACE: Final = "\u2581".encode()
+
+
+def token_bytes_of(model: bytes) -> Ids:
+    """The same, read off a SentencePiece model (sentencepiece_model.proto, Apache-2.0).
+
+    Field 1, repeated, is a piece with its spelling (1) and kind (3); field 3, the normaliser, says
+    in its field 3 whether a space is put before each text.
+    """
+    fields = list(_fields(model))
+    pieces = [dict(_fields(data)) for field, data in fields if field == 1]
+    spec = [dict(_fields(data)) for field, data in fields if field == 3]
+    adds_space = bool(spec[0].get(3, 1)) if spec else True
+    table = np.zeros((len(pieces), 2), np.int64)
+    for number, piece in enumerate(pieces):
+        text, kind = piece[1], piece.get(3, 1)
+        if kind not in (_UNKNOWN, _CONTROL):
+            n_bytes = 1 if kind == _BYTE else len(text.replace(_SPACE, b" "))
+            table[number] = n_bytes, n_bytes - (adds_space and text.startswith(_SPACE))
+    return table
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a protobuf message (protobuf.dev, Encoding)."""
+    stream = iter(message)
+
+    def varint(low: int) -> int:
+        return low if low < 128 else low - 128 + (varint(next(stream)) << 7)
+
+    for first in stream:
+        field, wire = divmod(varint(first), 8)
+        if wire == 0:  # a number
+            yield field, varint(next(stream))
+        else:  # so many bytes, or the 8 or 4 of a number of fixed size
+            size = {1: 8, 5: 4}.get(wire) or varint(next(stream))
+            yield field, bytes(islice(stream, size))
 
 
 def _spread(n_rows: int, wanted: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
