@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.inputs.sources import SOURCES, Choice, find
+from pipeline.inputs.sources import SOURCES, SourceOverrides, find
 from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def main() -> None:
-    """Turn text into shards that a training run can trust.
+    """Turn text into shards for training, each sequence with its checksum.
 
     \b
     summer-prep tokenize --source python-code --out shards/
@@ -128,29 +128,25 @@ def tokenize(source: str, **options: Any) -> None:
     summer-prep tokenize --source mine --dataset ORG/NAME --text-column text
     """
     from pipeline.prepare import prepare
-    from pipeline.progress import Screen
+    from pipeline.progress import PrepareDisplay
     from pipeline.units.executors import Executor, default_workers
-    from pipeline.units.recipe import Request
-    from pipeline.units.work import Limit
+    from pipeline.units.job import Limit
+    from pipeline.units.recipe import PrepareRequest
 
-    request = Request(
+    same = ("out", "seq_len", "val_fraction", "loss_mask", "check_encoding", "part")
+    request = PrepareRequest(
         source=find(source, _choice(options)),
         tokenizer=_tokenizer(options["tokenizer"]),
-        out=options["out"],
         data_files=() if options["dataset"] else options["data_files"],
-        seq_len=options["seq_len"],
-        val_fraction=options["val_fraction"],
-        loss_mask=options["loss_mask"],
         limit=Limit(options["max_documents"], options["max_tokens"]),
-        check_encoding=options["check_encoding"],
-        part=options["part"],
+        **{name: options[name] for name in same},
     )
     kind, address = options["executor"], options["address"]
     if address and kind != "ray":
         raise click.UsageError(f"--address {address} goes with --executor ray")
     workers = options["workers"] or (1 if kind == "ray" else default_workers())
     executor = Executor(kind, workers, address)
-    screen = Screen(sys.stderr)
+    screen = PrepareDisplay(sys.stderr)
     try:
         manifest = prepare(request, executor, screen)
     except SystemExit:
@@ -159,17 +155,17 @@ def tokenize(source: str, **options: Any) -> None:
         raise
     finally:
         screen.close()
-    _tell(request.out / source, manifest, options["as_json"])
+    _print_result(request.out / source, manifest, options["as_json"])
 
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="SHARDS/SOURCE")
-@click.option("--row", "rows", type=int, multiple=True, help="Show this row; may be repeated.")
+@click.option("--row", "rows", type=int, multiple=True, help="Show this sequence; may be repeated.")
 @click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="The numbers as JSON.")
 @one_line_failures()
 def inspect(folder: Path, rows: tuple[int, ...], split: Split, as_json: bool) -> None:
-    """Show what a prepared source holds: counts, refused records, rows as text.
+    """Show what a prepared source holds: counts, rejected records, sequences as text.
 
     \b
     summer-prep inspect shards/fineweb --row 0 --row 17
@@ -181,7 +177,7 @@ def inspect(folder: Path, rows: tuple[int, ...], split: Split, as_json: bool) ->
 
     if rows:
         for row in rows:
-            click.echo(inspection.row_lines(inspection.show_row(folder, split, row)))
+            click.echo(inspection.show_row(folder, split, row))
         return
     found = inspection.report(folder)
     tokenizer = Tokenizer.load(folder / TOKENIZER, found.manifest.facts.tokenizer.name)
@@ -195,23 +191,23 @@ def inspect(folder: Path, rows: tuple[int, ...], split: Split, as_json: bool) ->
 @click.argument("folder", type=click.Path(path_type=Path), metavar="SHARDS[/SOURCE]")
 @one_line_failures()
 def verify(folder: Path) -> None:
-    """Check every shard and row of a source, or of all sources in a folder; name every bad one.
+    """Check every shard and sequence of a source, or of all sources in a folder; name bad ones.
 
     \b
     summer-prep verify shards/
     """
-    from pipeline.checks.verify import damages, source_folders
+    from pipeline.checks.verify import find_damage, source_folders
 
     bad = 0
     for source in source_folders(folder):
         found = 0
-        for damage in damages(source):
+        for damage in find_damage(source):
             click.echo(f"{source.name}/{damage}")
             found += 1
-        click.echo(f"{source}: {f'{found} damaged' if found else 'whole'}")
+        click.echo(f"{source}: {f'{found} damaged' if found else 'intact'}")
         bad += found
     if bad:
-        click.echo("error: `summer-prep repair SHARDS/SOURCE` makes damaged units anew", err=True)
+        click.echo("error: `summer-prep repair SHARDS/SOURCE` makes damaged units again", err=True)
         raise SystemExit(1)
 
 
@@ -226,13 +222,13 @@ def repair(folder: Path, data_files: tuple[str, ...], workers: int | None) -> No
     \b
     summer-prep repair shards/fineweb
     """
-    from pipeline.checks.repair import repair as mend
+    from pipeline.checks.repair import repair as repair_source
     from pipeline.units.executors import Executor, default_workers
 
-    mended = mend(folder, data_files, Executor(workers=workers or default_workers()))
-    for damage in mended:
-        click.echo(f"mended: {damage}")
-    click.echo(f"{folder}: whole")
+    workers = workers or default_workers()
+    for damage in repair_source(folder, data_files, Executor(workers=workers)):
+        click.echo(f"repaired: {damage}")
+    click.echo(f"{folder}: intact")
 
 
 @main.command()
@@ -300,9 +296,9 @@ def tokenizer(**options: Any) -> None:
     click.echo(vocabulary.describe(made))
 
 
-def _choice(options: dict[str, Any]) -> Choice:
-    return Choice(
-        **{name: options[name] for name in Choice.__dataclass_fields__ if name in options}
+def _choice(options: dict[str, Any]) -> SourceOverrides:
+    return SourceOverrides(
+        **{name: options[name] for name in SourceOverrides.__dataclass_fields__ if name in options}
     )
 
 
@@ -312,7 +308,7 @@ def _tokenizer(path: Path | None) -> Tokenizer:
     return Tokenizer.default() if path is None else Tokenizer.load(path)
 
 
-def _tell(folder: Path, manifest: Manifest | None, as_json: bool) -> None:
+def _print_result(folder: Path, manifest: Manifest | None, as_json: bool) -> None:
     """The result, in three lines or as JSON."""
     if manifest is None:
         click.echo(f"{folder}: this part is done; others are not, so there is no manifest yet")
@@ -324,17 +320,9 @@ def _tell(folder: Path, manifest: Manifest | None, as_json: bool) -> None:
         del facts["parts"], facts["shards"]
         click.echo(json_bytes(facts), nl=False)
         return
-    n_train = manifest.n_rows - manifest.n_val_rows
-    click.echo(
-        f"{folder}: {manifest.n_documents:,} documents, {manifest.n_tokens:,} tokens in "
-        f"{n_train:,} rows of {manifest.facts.seq_len} for training and "
-        f"{manifest.n_val_rows:,} held out"
-    )
-    if not manifest.n_val_rows and manifest.facts.val_fraction:
-        click.echo("  no document is held out: the source is small; --val-fraction 0.01 takes more")
-    for reason, count in manifest.rejected.items():
-        click.echo(f"  refused: {count:,} records, {reason} (see *.rejected.jsonl)")
-    click.echo(f"  root {manifest.root}")
+    from pipeline.checks.inspection import summary_lines
+
+    click.echo(summary_lines(folder, manifest))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Failures of preparation that a user can mend."""
+"""Failures of preparation that a user can fix."""
 
 from shards.errors import SummerError
 

@@ -1,7 +1,8 @@
 """What the work will take, before it starts: files, bytes to read, tokens, disk, time.
 
 Tokens and time come from a first sample of the real input, read and encoded with the real code;
-that also shows a wrong column or a damaged file before anything is written.
+that also shows a wrong column or a damaged file before anything is written. PrepareListener is
+called with the estimate, and then with each step of the work.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from pipeline.errors import PrepareError, SourceError
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.reading import MISSING, PartReader
 from pipeline.inputs.sources import Source
-from pipeline.text.chat import Template
+from pipeline.text.chat import ChatTemplate
 from pipeline.text.documents import DocumentMaker, Documents, in_batches
 from pipeline.text.encode import Encoder, encode_documents
-from pipeline.units.units import Plan
-from pipeline.units.work import Limit
+from pipeline.units.job import Limit, PrepareJob, Step
+from pipeline.units.units import PreparePlan
 
 SAMPLE_BYTES: Final = 1 << 20
 SAMPLE_BATCHES: Final = 4
@@ -36,12 +37,13 @@ ROOM_FACTOR: Final = 1.05
 
 
 @dataclass(frozen=True)
-class Sample:
+class TextSample:
     """What a first look at the text showed."""
 
     documents: int
     text_bytes: int
     tokens: int
+    token_bytes: int
     seconds_per_byte: float
 
 
@@ -61,26 +63,45 @@ class Estimate:
     seconds: float
 
 
+class PrepareListener:
+    """Is called with the plan before the work, and with each step of it; this one does nothing."""
+
+    def waits(self, folder: Path) -> None:
+        """Another run is at work in the folder, and this one begins when that has ended."""
+
+    def planned(self, job: PrepareJob, ahead: Estimate, note: str) -> None:
+        """The plan is made and there is room for it; `note` says how text is encoded."""
+
+    def step(self, step: Step) -> None:
+        """Some documents of a unit have become rows."""
+
+    def unit_done(self, position: int) -> None:
+        """A unit has its record."""
+
+
 def take_sample(
-    inputs: Inputs, source: Source, plan: Plan, encoder: Encoder, template: Template | None
-) -> Sample:
+    inputs: Inputs,
+    source: Source,
+    plan: PreparePlan,
+    encoder: Encoder,
+    template: ChatTemplate | None,
+) -> TextSample:
     """Some of the text, read and encoded; SourceError if it is not where it should be."""
     reader, maker = PartReader(inputs, source), DocumentMaker(source, val_fraction=0.0)
-    n = text_bytes = tokens = 0
-    read, encode, warm = _Rate(), _Rate(), _Rate()
+    n = tokens = token_bytes = 0
+    read: list[tuple[int, float]] = []  # bytes and seconds of each batch
+    encoded: list[tuple[int, float]] = []
     began = time.perf_counter()
     try:
         for documents in _first_documents(plan, reader, maker):
             found = time.perf_counter()
             beginning = _beginning(documents)
-            encoded = encode_documents(encoder, beginning, template)
-            n += len(beginning)
-            text_bytes += beginning.texts.nbytes
-            tokens += len(encoded.tokens)
-            read.add(documents.texts.nbytes, found - began)
+            ids = encode_documents(encoder, beginning, template).tokens
+            n, tokens, token_bytes = n + len(beginning), tokens + len(ids), ids.itemsize
+            read.append((documents.texts.nbytes, found - began))
             began = time.perf_counter()
-            (warm if encode.bytes else encode).add(beginning.texts.nbytes, began - found)
-            if text_bytes >= SAMPLE_BYTES * SAMPLE_BATCHES:
+            encoded.append((beginning.texts.nbytes, began - found))
+            if sum(size for size, _ in encoded) >= SAMPLE_BYTES * SAMPLE_BATCHES:
                 break
     finally:
         reader.close()
@@ -89,34 +110,15 @@ def take_sample(
             f"{maker.rejected[0]['file']}: its records have no field {source.text_column!r}: "
             "name the one that holds the text with --text-column"
         )
-    if warm.bytes >= SAMPLE_BYTES:
-        encode = warm  # the first batch is slow: the encoder has not seen the common words yet
-    return Sample(n, text_bytes, tokens, read.seconds_per_byte + encode.seconds_per_byte)
-
-
-@dataclass
-class _Rate:
-    """Time spent on bytes."""
-
-    bytes: int = 0
-    seconds: float = 0.0
-
-    def add(self, n_bytes: int, seconds: float) -> None:
-        self.bytes += n_bytes
-        self.seconds += seconds
-
-    @property
-    def seconds_per_byte(self) -> float:
-        return self.seconds / max(1, self.bytes)
+    text_bytes, warm = sum(size for size, _ in encoded), encoded
+    if sum(size for size, _ in encoded[1:]) >= SAMPLE_BYTES:
+        warm = encoded[1:]  # the first is slow: the encoder has not seen the common words yet
+    seconds = _seconds_per_byte(read) + _seconds_per_byte(warm)
+    return TextSample(n, text_bytes, tokens, token_bytes, seconds)
 
 
 def estimate(
-    plan: Plan,
-    positions: Sequence[int],
-    sample: Sample,
-    limit: Limit,
-    token_bytes: int,
-    workers: int,
+    plan: PreparePlan, positions: Sequence[int], sample: TextSample, limit: Limit, workers: int
 ) -> Estimate:
     """What the units at these positions of a plan will take, going by the sample."""
     units = {position: plan.units[position].text_bytes for position in positions}
@@ -134,13 +136,13 @@ def estimate(
         limit=limit,
         read_bytes=round(share * sum(plan.units[position].read_bytes for position in positions)),
         tokens=round(wanted),
-        disk_bytes=round(wanted * token_bytes * ROOM_FACTOR),
+        disk_bytes=round(wanted * sample.token_bytes * ROOM_FACTOR),
         workers=workers,
         seconds=share * text_bytes * sample.seconds_per_byte / workers,
     )
 
 
-def refuse_without_room(folder: Path, needed_bytes: int) -> None:
+def check_disk_space(folder: Path, needed_bytes: int) -> None:
     """PrepareError if the folder's disk has less room than that."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
@@ -150,17 +152,24 @@ def refuse_without_room(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _first_documents(plan: Plan, reader: PartReader, maker: DocumentMaker) -> Iterator[Documents]:
+def _seconds_per_byte(batches: list[tuple[int, float]]) -> float:
+    return sum(seconds for _, seconds in batches) / max(1, sum(size for size, _ in batches))
+
+
+def _first_documents(
+    plan: PreparePlan, reader: PartReader, maker: DocumentMaker
+) -> Iterator[Documents]:
     """Documents from the beginning of the plan, about SAMPLE_BYTES at a time or more.
 
     Where there are none, as in a file of nothing but zeros, the search ends after a while.
     """
     numbers = itertools.chain.from_iterable(range(u.first, u.last) for u in plan.units)
-    parts = ((number, plan.parts[number]) for number in itertools.islice(numbers, MOST_READ))
     found = (
         documents
-        for number, part in parts
-        for documents in maker.documents(number, part, reader.read(part))
+        for number in itertools.islice(numbers, MOST_READ)
+        for documents in maker.documents(
+            number, plan.parts[number], reader.read(plan.parts[number])
+        )
     )
     yield from in_batches(itertools.islice(found, MOST_READ), SAMPLE_BYTES)
 

@@ -1,7 +1,8 @@
 """One source, from text to a finished folder of shards.
 
-    request = Request(source=find("fineweb"), tokenizer=Tokenizer.default(), out=Path("shards"))
-    manifest = prepare(request, Executor(workers=8), Watch())
+    request = PrepareRequest(source=find("fineweb"), tokenizer=Tokenizer.default(),
+                             out=Path("shards"))
+    manifest = prepare(request, Executor(workers=8), PrepareListener())
 
  1. inputs.py, hub.py   The listing: local files, or the Hub's, its revision pinned to a commit.
  2. units.py            The plan: files cut into parts, parts filled into units. It is written to
@@ -10,33 +11,41 @@
                         before anything is done, and what the work will take; without room on the
                         disk nothing begins.
  4. work.py             Each unit, by any worker, in any order: read, make documents, encode, pack,
-                        publish. The receipt is the commit: a unit without one is done again.
- 5. write_manifest      With all receipts there, whoever notices writes the manifest: from now on
-                        the source exists.
+                        publish. A unit whose record is missing is done again.
+ 5. write_manifest      With all unit records there, whoever notices writes the manifest: from now
+                        on the source exists.
 
 No other state is kept: the same command, started again after any end, does what is missing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Final
 
 from pipeline.errors import PrepareError
-from pipeline.estimate import Estimate, estimate, refuse_without_room, take_sample
-from pipeline.inputs.hub import HubInputs, hub_inputs
-from pipeline.inputs.inputs import Inputs, embedded_inputs, local_inputs
-from pipeline.inputs.sources import Source, refuse_unavailable
-from pipeline.text.chat import Template
-from pipeline.text.encode import encoder_note, make_encoder
+from pipeline.estimate import PrepareListener, check_disk_space, estimate, take_sample
+from pipeline.inputs.hub import HubInputs, open_inputs
+from pipeline.inputs.inputs import Inputs
+from pipeline.text.chat import ChatTemplate
+from pipeline.text.encode import make_encoder
 from pipeline.text.tokenizer import Tokenizer
+from pipeline.units.dispatch import LimitedRun, amount_of, run_all
 from pipeline.units.executors import Executor
-from pipeline.units.recipe import Request, facts_of, recipe_of, refuse_contradictions, refuse_other
-from pipeline.units.schedule import LimitedRun, amount_of, run_all
-from pipeline.units.units import Plan, make_plan, read_plan
-from pipeline.units.work import NO_LIMIT, Amount, Job, Limit, Step
+from pipeline.units.job import NO_LIMIT, Amount, Limit, PrepareJob
+from pipeline.units.recipe import (
+    PrepareRequest,
+    check_request,
+    check_same_recipe,
+    facts_of,
+    recipe_of,
+)
+from pipeline.units.units import PreparePlan, make_plan, read_plan
 from shards.errors import ShardError
 from shards.files import (
     create_exclusively,
@@ -47,80 +56,59 @@ from shards.files import (
 )
 from shards.format import (
     PLAN,
+    TOKEN_BYTES,
     TOKENIZER,
-    Facts,
     Manifest,
-    Receipt,
+    UnitRecord,
     summarise,
-    token_dtype,
     unit_name,
 )
-from shards.reader import read_manifest, read_receipt
+from shards.reader import read_manifest, read_unit_record
 from shards.writer import write_manifest
 
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
-"""What a full disk is called; numpy tells of an array half written without any number."""
+"""What a full disk is called; numpy reports an array half written without any number."""
 
 
-class Watch:
-    """Hears of the plan before the work, and of each step of it; this one does nothing."""
-
-    def waits(self, folder: Path) -> None:
-        """Another run is at work in the folder, and this one begins when that has ended."""
-
-    def planned(self, job: Job, ahead: Estimate, note: str) -> None:
-        """The plan is made and there is room for it; `note` says how text is encoded."""
-
-    def step(self, step: Step) -> None:
-        """Some documents of a unit have become rows."""
-
-    def unit_done(self, position: int) -> None:
-        """A unit has its receipt."""
-
-
-def prepare(request: Request, executor: Executor, watch: Watch) -> Manifest | None:
+def prepare(
+    request: PrepareRequest, executor: Executor, listener: PrepareListener
+) -> Manifest | None:
     """The finished source's manifest; None while other parts of an array are still at work."""
-    refuse_contradictions(request)
+    check_request(request)
     folder = (request.out / request.source.name).absolute()
-    inputs, plan = _settle(request, folder)
-    facts = facts_of(plan.recipe)
-    job = Job(
+    inputs, plan = load_or_create_plan(request, folder)
+    job = PrepareJob(
         folder=folder,
         source=request.source,
-        facts=facts,
+        facts=facts_of(plan.recipe),
         inputs=inputs,
         plan_sha256=plan.sha256,
         check_encoding=request.check_encoding,
     )
-    with _alone(folder, request.limit, watch):
+    with exclusive_if_limited(folder, request.limit, listener):
         remove_stale_temporaries(folder)
-        if (manifest := _finished(folder, facts, plan, request.limit)) is not None:
+        done = unit_records_of(folder, plan)
+        if (manifest := _finished(job, plan, done, request.limit)) is not None:
             return manifest
         try:
-            n_units = _run(request, executor, watch, job, plan)
+            n_units = _run(request, executor, listener, job, plan, done)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            told = error.strerror or "no space left on the device"
+            reason = error.strerror or "no space left on the device"
             raise PrepareError(
-                f"{folder}: {told}: make room and start the same command again, it goes on where "
+                f"{folder}: {reason}: make room and start the same command again, it goes on where "
                 "it stopped"
             ) from error
         finally:
             remove_stale_temporaries(folder)
-        _refuse_nothing(folder, plan, n_units)
-        return write_manifest(folder, facts, plan.parts, n_units)
+        _check_not_empty(folder, plan, n_units)
+        return write_manifest(folder, job.facts, plan.parts, n_units)
 
 
-def open_inputs(source: Source, data_files: tuple[str, ...] = ()) -> Inputs:
-    """The listing of a source: of local files where they are named, else of its own place."""
-    if data_files:
-        return local_inputs(data_files)
-    refuse_unavailable(source)
-    return embedded_inputs(source) if source.embedded else hub_inputs(source)
-
-
-def _alone(folder: Path, limit: Limit, watch: Watch) -> AbstractContextManager[None]:
+def exclusive_if_limited(
+    folder: Path, limit: Limit, listener: PrepareListener
+) -> AbstractContextManager[None]:
     """Under a limit, one run at a time in a folder; the next goes on where it ends or is ended.
 
     It begins units ahead, uncut, and takes back what is behind the limit: two at once took away
@@ -128,125 +116,114 @@ def _alone(folder: Path, limit: Limit, watch: Watch) -> AbstractContextManager[N
     """
     if limit == NO_LIMIT:
         return nullcontext()
-    return one_at_a_time(folder / PLAN, lambda: watch.waits(folder))
+    return one_at_a_time(folder / PLAN, lambda: listener.waits(folder))
 
 
-def receipts_of(folder: Path, plan: Plan) -> dict[int, Receipt]:
-    """The receipts there are, by position of their unit; those of another plan do not count."""
-    found, sha256 = {}, plan.sha256
+def unit_records_of(folder: Path, plan: PreparePlan) -> dict[int, UnitRecord]:
+    """The unit records there are, by position of their unit; those of another plan do not count."""
+    found = {}
     for position in range(len(plan.units)):
-        path = folder / f"{unit_name(position)}.json"
-        try:
-            receipt = read_receipt(path)
-        except (FileNotFoundError, ShardError):
-            continue
-        if receipt.plan_sha256 == sha256:
-            found[position] = receipt
+        with contextlib.suppress(FileNotFoundError, ShardError):
+            record = read_unit_record(folder / f"{unit_name(position)}.json")
+            if record.plan_sha256 == plan.sha256:
+                found[position] = record
     return found
 
 
-def _settle(request: Request, folder: Path) -> tuple[Inputs, Plan]:
+def load_or_create_plan(request: PrepareRequest, folder: Path) -> tuple[Inputs, PreparePlan]:
     """The inputs and the plan in force: the folder's, if it has one, else a new one."""
-    plan = read_plan(folder)
-    if plan is not None:
-        _refuse_other_tokenizer(plan, request.tokenizer, folder)
-    inputs = _pinned(request, plan) or open_inputs(request.source, request.data_files)
+    plan, tokenizer = read_plan(folder), request.tokenizer
+    if plan is not None and plan.recipe["tokenizer"]["sha256"] != tokenizer.info.sha256:
+        raise PrepareError(
+            f"{folder} was begun with another tokenizer than {tokenizer.name}: give that one "
+            f"(--tokenizer {folder / TOKENIZER}), choose another --out, or delete the folder to "
+            "start over"
+        )
+    inputs = inputs_from_plan(request, plan) or open_inputs(request.source, request.data_files)
     recipe = recipe_of(request, inputs)
     if plan is None:
         plan = make_plan(recipe, inputs, request.source, recipe["unit_bytes"])
         folder.mkdir(parents=True, exist_ok=True)
         fsync_folder(folder.parent)
         if not create_exclusively(folder / PLAN, plan.to_bytes()):
-            return _settle(request, folder)  # somebody else was first: theirs is in force
+            return load_or_create_plan(request, folder)  # another run was first: its plan counts
     else:
-        refuse_other(plan, recipe, inputs, folder)
-    _keep_tokenizer(request.tokenizer, folder / TOKENIZER)
+        check_same_recipe(plan, recipe, inputs, folder)
+    _keep_tokenizer(tokenizer, folder)
     return inputs, plan
 
 
-def _refuse_other_tokenizer(plan: Plan, tokenizer: Tokenizer, folder: Path) -> None:
-    if plan.recipe["tokenizer"]["sha256"] != tokenizer.info.sha256:
-        raise PrepareError(
-            f"{folder} was begun with another tokenizer than {tokenizer.name}: give that one "
-            f"(--tokenizer {folder / TOKENIZER}), choose another --out, or delete the folder to "
-            "begin anew"
-        )
+def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Put the model and its lengths beside the shards; what differs from them is damage."""
+    for name, data in ((TOKENIZER, tokenizer.model), (TOKEN_BYTES, tokenizer.token_bytes_file())):
+        path = folder / name
+        if not path.exists() or path.read_bytes() != data:
+            publish_bytes(path, data)
 
 
-def _keep_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Put the model beside the shards; the plan names its digest: anything else is damage."""
-    if not path.exists() or path.read_bytes() != tokenizer.model:
-        publish_bytes(path, tokenizer.model)
-
-
-def _pinned(request: Request, existing: Plan | None) -> HubInputs | None:
-    """The Hub's files as an existing plan lists them: the same commit, no question asked."""
+def inputs_from_plan(request: PrepareRequest, plan: PreparePlan | None) -> HubInputs | None:
+    """The Hub's files as an existing plan lists them: the same commit, without asking the Hub."""
     source = request.source
-    if existing is None or request.data_files or source.embedded or source.unavailable:
+    if plan is None or request.data_files or source.embedded or source.unavailable:
         return None
-    recipe = existing.recipe
+    recipe = plan.recipe
     if source.revision not in ("", recipe["revision"]) or source.dataset != recipe["dataset"]:
         return None
-    return HubInputs(source.dataset, recipe["revision"], existing.files, recipe["licence"])
+    return HubInputs(source.dataset, recipe["revision"], plan.files, recipe["licence"])
 
 
-def _run(request: Request, executor: Executor, watch: Watch, job: Job, plan: Plan) -> int:
+def _run(
+    request: PrepareRequest,
+    executor: Executor,
+    listener: PrepareListener,
+    job: PrepareJob,
+    plan: PreparePlan,
+    done: Mapping[int, UnitRecord],
+) -> int:
     """Do what is missing; the number of units that the source consists of."""
-    receipts = receipts_of(job.folder, plan)
     number, of = request.part
-    missing = [p for p in range(len(plan.units))[number - 1 :: of] if p not in receipts]
+    missing = [p for p in range(len(plan.units))[number - 1 :: of] if p not in done]
     if not missing:
         return len(plan.units)
     encoder = make_encoder(request.tokenizer)
-    template = Template.of(request.tokenizer) if job.source.shape == "chat" else None
+    template = ChatTemplate.of(request.tokenizer) if job.source.shape == "chat" else None
     sample = take_sample(job.inputs, job.source, plan, encoder, template)
-    done = sum((amount_of(receipt.shards) for receipt in receipts.values()), Amount())
-    ahead = estimate(
-        plan,
-        missing,
-        sample,
-        request.limit.after(done),
-        token_dtype(request.tokenizer.vocab_size).itemsize,
-        executor.workers,
-    )
-    refuse_without_room(job.folder, ahead.disk_bytes)
-    with executor.running(
-        job, len(missing), watch.step
-    ) as submit:  # may fork: a screen has threads
-        watch.planned(job, ahead, encoder_note(request.tokenizer))
+    made = sum((amount_of(record.shards) for record in done.values()), Amount())
+    ahead = estimate(plan, missing, sample, request.limit.after(made), executor.workers)
+    check_disk_space(job.folder, ahead.disk_bytes)
+    # the pool may fork, so it begins before the display, which has threads
+    with executor.running(job, len(missing), listener.step) as submit:
+        listener.planned(job, ahead, encoder.note)
         if request.limit == NO_LIMIT:
-            run_all(missing, submit, executor.at_once, watch.unit_done)
+            run_all(missing, submit, executor.at_once, listener.unit_done)
             return len(plan.units)
         limited = LimitedRun(job.folder, plan.units, request.limit, submit, executor.at_once)
-        return limited.run(receipts, watch.unit_done)
+        return limited.run(done, listener.unit_done)
 
 
-def _finished(folder: Path, facts: Facts, plan: Plan, limit: Limit) -> Manifest | None:
-    """The manifest, if it is there and is what the receipts add up to."""
+def _finished(
+    job: PrepareJob, plan: PreparePlan, done: Mapping[int, UnitRecord], limit: Limit
+) -> Manifest | None:
+    """The manifest, if it is there and is what the unit records add up to."""
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(job.folder)
     except ShardError:
         return None
-    receipts = receipts_of(folder, plan)
-    n_units = len(receipts)
-    if set(receipts) != set(range(n_units)) or (limit == NO_LIMIT and n_units < len(plan.units)):
+    if set(done) != set(range(len(done))) or (limit == NO_LIMIT and len(done) < len(plan.units)):
         return None
-    shards = [shard for position in range(n_units) for shard in receipts[position].shards]
-    complete = summarise(facts, plan.parts, shards, manifest.rejected)
+    shards = [shard for position in range(len(done)) for shard in done[position].shards]
+    complete = summarise(job.facts, plan.parts, shards, manifest.rejected)
     return manifest if manifest == complete else None
 
 
-def _refuse_nothing(folder: Path, plan: Plan, n_units: int) -> None:
+def _check_not_empty(folder: Path, plan: PreparePlan, n_units: int) -> None:
     """PrepareError if all is done and not one document came of it."""
-    receipts = receipts_of(folder, plan)
-    if len(receipts) < n_units or any(r.shards for r in receipts.values()):
+    records = unit_records_of(folder, plan)
+    if len(records) < n_units or any(record.shards for record in records.values()):
         return
-    reasons: dict[str, int] = {}
-    for receipt in receipts.values():
-        for reason, count in receipt.rejected.items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    rejected = sum((Counter(record.rejected) for record in records.values()), Counter[str]())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items()))
     raise PrepareError(
-        f"not one document came of the {len(plan.files)} files ({told or 'no records'}): see "
+        f"not one document came of the {len(plan.files)} files ({reasons or 'no records'}): see "
         f"{folder}/*.rejected.jsonl, then delete the folder and give other files or --text-column"
     )

@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass
+from bisect import bisect
 from pathlib import Path
 from typing import Final, TextIO
 
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
-from pipeline.estimate import Estimate
-from pipeline.prepare import Watch
-from pipeline.units.work import NO_LIMIT, Job, Step
+from pipeline.estimate import Estimate, PrepareListener
+from pipeline.units.job import NO_LIMIT, PrepareJob, Step
 
 PLAIN_INTERVAL_S: Final = 30.0
 """How often a line is written where nothing can move: files, pipes, CI."""
-LEAST_MARKS: Final = 3
+LEAST_SAMPLES: Final = 3
 """Steps of each worker, at least, that the rate is taken from."""
-MOST_MARKS: Final = 1000
-"""Steps kept of the whole time, at most; of a long run only some."""
+GROWTH: Final = 1.001
+"""Of a long run only those steps are kept after which so many times the text was done."""
 
 
-@dataclass(frozen=True)
-class Mark:
-    """How much text was done at a time."""
-
-    at: float
-    text_bytes: int
-
-
-class Course:
-    """How far the work is, how fast it goes and what is left of it. It is told the time.
+class ProgressEstimator:
+    """How far the work is, how fast it goes and what is left of it. The caller gives the time.
 
     The work is the planned bytes of text. What a planned byte yields is known of the units that
     are done (records have other fields, compressed files are guessed), and taken to hold for those
@@ -51,8 +42,10 @@ class Course:
         self._ended: set[int] = set()
         self._ended_planned = self._ended_text = 0
         self.documents = self.tokens = self.text_bytes = 0
-        self._trail: deque[Mark] = deque()
-        self._last = Mark(0.0, 0)
+        # when so much text was done; the first text is the slowest: rates are of what comes later
+        self._times: list[float] = []
+        self._texts: list[int] = []
+        self._now = 0.0
 
     def step(self, step: Step, now: float) -> None:
         """A unit has come further, or is begun (again)."""
@@ -66,10 +59,16 @@ class Course:
         else:
             begun, _ = self._at_work.get(step.unit, (now, now))
             self._at_work[step.unit] = begun if step.text_bytes else now, now
-        self._note(now)
+        self._now = now
+        if self._texts and self.text_bytes < self._texts[-1]:  # a unit was lost: no rate of that
+            self._times, self._texts = [], []
+        last_at, last = (self._times[-1], self._texts[-1]) if self._times else (-1.0, 0)
+        if now > last_at and self.text_bytes > last * GROWTH:
+            self._times.append(now)
+            self._texts.append(self.text_bytes)
 
     def unit_done(self, position: int) -> None:
-        """A unit is done; its last step may be told later."""
+        """A unit is done; its last step may be reported later."""
         if position in self._ended:
             return
         self._ended.add(position)
@@ -88,46 +87,30 @@ class Course:
         limit = self._ahead.limit
         done = self._ended_planned + sum(self._planned_of(unit) for unit in self._at_work)
         shares = [done / self._planned_bytes]
-        if limit.documents:
-            shares.append(self.documents / limit.documents)
-        if limit.tokens:
-            shares.append(self.tokens / limit.tokens)
+        shares += [self.documents / limit.documents] if limit.documents else []
+        shares += [self.tokens / limit.tokens] if limit.tokens else []
         return min(1.0, max(shares))
 
     def bytes_per_second(self) -> float:
-        """Text of late, a second; 0 if nothing tells yet."""
-        first, last = self._trail[0] if self._trail else self._last, self._last
-        done, seconds = last.text_bytes - first.text_bytes, last.at - first.at
+        """Text of late, a second; 0 if it is not known yet."""
+        if not self._times:
+            return 0.0
+        half_time = bisect(self._times, (self._times[0] + self._now) / 2) - 1
+        half_text = bisect(self._texts, self.text_bytes / 2) - 1
+        least = LEAST_SAMPLES * max(1, len(self._at_work))
+        first = max(0, min(max(half_time, half_text), len(self._times) - least))
+        done, seconds = self.text_bytes - self._texts[first], self._now - self._times[first]
         return done / seconds if done > 0 and seconds > 0 else 0.0
 
     def seconds_left(self, now: float) -> float | None:
-        """Seconds until all is done, or None if nothing tells yet."""
+        """Seconds until all is done, or None if it is not known yet."""
         rate, share = self.bytes_per_second(), self.share
         if not rate or not share:
             return None
-        left = self.text_bytes * (1 - share) / share / rate - (now - self._last.at)
-        if self._ahead.limit == NO_LIMIT:  # with few units left, the longest of them tells
+        left = self.text_bytes * (1 - share) / share / rate - (now - self._now)
+        if self._ahead.limit == NO_LIMIT:  # with few units left, the longest of them decides
             left = max([left, *(self._seconds_of(unit, now) for unit in self._at_work)])
         return max(0.0, left)
-
-    def _note(self, now: float) -> None:
-        trail, self._last = self._trail, Mark(now, self.text_bytes)
-        if not self.text_bytes:
-            return  # the first text is the slowest: the rate is taken from what comes after it
-        if not trail:
-            self._began = now
-            trail.append(self._last)
-        if self.text_bytes > trail[-1].text_bytes:
-            if now - trail[-1].at > (now - self._began) / MOST_MARKS:
-                trail.append(self._last)
-        elif self.text_bytes < trail[-1].text_bytes:  # a unit was lost: no rate is made of that
-            trail.clear()
-            trail.append(self._last)
-        half, least = (self._began + now) / 2, LEAST_MARKS * max(1, len(self._at_work))
-        while len(trail) > least and (
-            trail[1].at <= half or trail[1].text_bytes <= self.text_bytes / 2
-        ):
-            trail.popleft()
 
     def _planned_of(self, unit: int) -> float:
         """The planned bytes that a unit at work has behind it."""
@@ -143,28 +126,27 @@ class Course:
         return left * (heard - begun) / done - (now - heard) if done else 0.0
 
 
-class Screen(Watch):
-    """Tells a stream; on a terminal its last line is kept up to date."""
+class PrepareDisplay(PrepareListener):
+    """Writes to a stream; on a terminal a bar is kept up to date."""
 
     def __init__(self, stream: TextIO) -> None:
         self._console = Console(
             file=stream, highlight=False, soft_wrap=True, force_terminal=stream.isatty()
         )
         self._lock = threading.Lock()  # steps come from a thread that listens to the workers
-        self._course: Course | None = None
+        self._estimator: ProgressEstimator | None = None
         self._ahead: Estimate
-        self._began = self._told = 0.0
-        self._live = Live(
-            console=self._console,
-            get_renderable=lambda: Text(self._line(), no_wrap=True, overflow="ellipsis"),
-            transient=True,
-        )
+        self._began = self._printed = 0.0
+        one_line = Column(no_wrap=True, overflow="ellipsis")
+        columns = BarColumn(bar_width=20), TextColumn("{task.description}", table_column=one_line)
+        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._task = self._bar.add_task("", total=1.0)
 
     def waits(self, folder: Path) -> None:
         """Say for whom it waits."""
         self._console.print(f"{folder}: another limited run is at work here; this one waits for it")
 
-    def planned(self, job: Job, ahead: Estimate, note: str) -> None:
+    def planned(self, job: PrepareJob, ahead: Estimate, note: str) -> None:
         """Show what the work will take."""
         facts = job.facts
         on = "one worker" if ahead.workers == 1 else f"{ahead.workers} workers"
@@ -172,68 +154,60 @@ class Screen(Watch):
             f"{facts.source}: {ahead.n_files:,} files of {facts.dataset}"
             + (f" at {facts.revision[:12]}" if facts.revision else ""),
             f"  licence    {facts.licence}",
-            f"  to read    {size(ahead.read_bytes)} in {len(ahead.units):,} units of work"
+            f"  to read    {decimal(ahead.read_bytes)} in {len(ahead.units):,} units of work"
             + ("" if ahead.limit == NO_LIMIT else ", as far as the limit reaches"),
-            f"  to write   about {ahead.tokens / 1e6:,.1f} M tokens, {size(ahead.disk_bytes)} "
+            f"  to write   about {ahead.tokens / 1e6:,.1f} M tokens, {decimal(ahead.disk_bytes)} "
             f"into {job.folder}",
             f"  tokenizer  {facts.tokenizer.name}, {facts.tokenizer.vocab_size:,} entries, {note}",
             f"  time       about {duration(ahead.seconds)} on {on}, at the rate of a first sample",
         ):
             self._console.print(line, markup=False)
-        self._course, self._ahead = Course(ahead), ahead
-        self._began = self._told = time.monotonic()
+        self._estimator, self._ahead = ProgressEstimator(ahead), ahead
+        self._began = self._printed = time.monotonic()
         if self._console.is_terminal:
-            self._live.start()
+            self._bar.start()
 
     def step(self, step: Step) -> None:
         """Count a step; where no line moves, print one now and then."""
-        if self._course is None:
+        if (estimator := self._estimator) is None:
             return
-        with self._lock:
-            self._course.step(step, time.monotonic())
         now = time.monotonic()
-        if not self._console.is_terminal and now - self._told > PLAIN_INTERVAL_S:
-            self._told = now
-            self._console.print(self._line(), markup=False)
+        with self._lock:
+            estimator.step(step, now)
+            line = self._line(estimator, now)
+            self._bar.update(self._task, completed=estimator.share, description=line)
+        if not self._console.is_terminal and now - self._printed > PLAIN_INTERVAL_S:
+            self._printed = now
+            self._console.print(line, markup=False)
 
     def unit_done(self, position: int) -> None:
         """Count a unit."""
-        if self._course is not None:
+        if self._estimator is not None:
             with self._lock:
-                self._course.unit_done(position)
+                self._estimator.unit_done(position)
 
     def close(self) -> None:
-        """Leave the screen in order, with the last line standing."""
-        if self._live.is_started:
-            self._live.stop()
-        if self._course is not None:
-            self._console.print(self._line(last=True), markup=False)
-        self._course = None
+        """Stop the bar and write a last line, about all of the work."""
+        if self._bar.live.is_started:
+            self._bar.stop()
+        if (estimator := self._estimator) is not None:
+            rate = estimator.text_bytes / max(time.monotonic() - self._began, 1e-9)
+            self._console.print(self._counts(estimator, rate), markup=False)
+        self._estimator = None
 
-    def _line(self, last: bool = False) -> str:
-        course, now = self._course, time.monotonic()
-        if course is None:
-            return ""
-        with self._lock:
-            left = None if last else course.seconds_left(now)
-            rate = course.bytes_per_second()
-            if last:
-                rate = course.text_bytes / max(now - self._began, 1e-9)
-            of = f"/{len(self._ahead.units):,}" if self._ahead.limit == NO_LIMIT else ""
-            return (
-                ("" if last else f"{course.share:.0%}, ")
-                + ("" if left is None else f"{duration(left)} left, ")
-                + f"{course.n_ended:,}{of} units, {course.documents:,} documents, "
-                f"{course.tokens / 1e6:,.1f} M tokens, {rate / 1e6:,.1f} MB/s"
-            )
+    def _line(self, estimator: ProgressEstimator, now: float) -> str:
+        left = estimator.seconds_left(now)
+        eta = "" if left is None else f"{duration(left)} left, "
+        return f"{estimator.share:.0%}, {eta}" + self._counts(
+            estimator, estimator.bytes_per_second()
+        )
 
-
-def size(n_bytes: float) -> str:
-    """Bytes in the unit that suits them."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:,.1f} {unit}"
-    return f"{n_bytes / 1e3:,.1f} kB"
+    def _counts(self, estimator: ProgressEstimator, rate: float) -> str:
+        of = f"/{len(self._ahead.units):,}" if self._ahead.limit == NO_LIMIT else ""
+        return (
+            f"{estimator.n_ended:,}{of} units, {estimator.documents:,} documents, "
+            f"{estimator.tokens / 1e6:,.1f} M tokens, {rate / 1e6:,.1f} MB/s"
+        )
 
 
 def duration(seconds: float) -> str:

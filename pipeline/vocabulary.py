@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import TokenizerError
+from pipeline.inputs.hub import open_inputs
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.reading import PartReader
-from pipeline.inputs.sources import Choice, Source, find
-from pipeline.prepare import open_inputs
+from pipeline.inputs.sources import Source, SourceOverrides, find
 from pipeline.text.documents import DocumentMaker, Documents
-from pipeline.text.encode import encoder_note
+from pipeline.text.encode import make_encoder
 from pipeline.text.tokenizer import Tokenizer, default_model, extend, train
 from pipeline.units.units import cut_into_parts
 from shards.files import publish_bytes
@@ -30,7 +30,7 @@ class Texts:
 
     def lines(self) -> Iterator[str]:
         """The lines of the documents, without those that are held out."""
-        choice = Choice(data_files=self.data_files, text_column=self.text_column)
+        choice = SourceOverrides(data_files=self.data_files, text_column=self.text_column)
         for name in self.names or ("text",):
             source = find(name, choice)
             read = 0
@@ -87,7 +87,7 @@ def describe(tokenizer: Tokenizer) -> str:
         f"  BOS {info.bos_id}, EOS {info.eos_id}, padding {info.pad_id} (<unk>)",
         f"  control pieces {' '.join(named)}",
         f"  spare slots    {len(control) - len(named)}",
-        f"  encoding       {encoder_note(tokenizer)}",
+        f"  encoding       {make_encoder(tokenizer).note}",
     ]
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@
       ConfigError ...     trainer/errors.py
       EvaluationError ... tools/errors.py
 
-A message names the thing, the value and the mend, in one line.
+A message names the thing, the value and the fix, in one line.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ R = TypeVar("R")
 
 
 class SummerError(Exception):
-    """A failure that the user can mend; the message says how."""
+    """A failure that the user can fix; the message says how."""
 
 
 class ShardError(SummerError):
-    """A shard, sidecar, receipt or manifest that is missing, damaged or unknown."""
+    """A shard, sidecar, unit record or manifest that is missing, damaged or unknown."""
 
 
 class VersionError(SummerError):

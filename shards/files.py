@@ -1,8 +1,8 @@
 """Publishing files so that nothing visible is ever half a file.
 
 A file is written under a temporary name in its own folder, flushed to the device, renamed, and
-then the folder itself is flushed: after a power cut the name is either absent or whole. Without
-the last flush the rename may be lost although the caller was told that it is done.
+then the folder itself is flushed: after a power cut the name is either absent or complete. Without
+the last flush the rename may be lost although the caller believes that it is done.
 
 A temporary is locked (flock) while its writer lives, and the kernel lets go when the writer dies,
 however it dies. So whoever can lock one knows that nobody will finish it. (The pid in the name is
@@ -43,7 +43,7 @@ def fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def publish(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears as `path`, whole and durable, once the block has ended well."""
+    """A binary file that appears as `path`, complete and durable, once the block has ended well."""
     with _temporary(path) as (file, temporary):
         yield file
         _flush_to_device(file)
@@ -58,7 +58,7 @@ def publish_bytes(path: Path, data: bytes) -> None:
 
 
 def json_bytes(value: object) -> bytes:
-    """The one way the house spells JSON: UTF-8, keys in the given order, one final newline."""
+    """The one way to spell JSON here: UTF-8, keys in the given order, one final newline."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -71,7 +71,7 @@ def create_exclusively(path: Path, data: bytes) -> bool:
     """True if this call published `data` as `path`, False if `path` was there already.
 
     The first of several writers wins, and the others never see half of what it wrote: the name is
-    given by link(2), which refuses an existing one, to a temporary that is already whole.
+    given by link(2), which fails for an existing one, to a temporary that is already complete.
     """
     with _temporary(path) as (file, temporary):
         file.write(data)

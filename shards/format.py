@@ -1,4 +1,4 @@
-"""The words of the format: record types, manifest, receipt, and the digests that bind them."""
+"""What the files of the shard format hold: row records, manifest, unit record, dataset hash."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ Split = Literal["train", "val"]
 Packing = Literal["concat", "concat+mask"]
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # [n, seq_len], uint16 or uint32
 Masks = npt.NDArray[np.uint8]  # [n, seq_len / 8], bitorder "little", 1 = a target
+Ordinals = npt.NDArray[np.uint32]
+Flags = npt.NDArray[np.bool_]
 
 ROW_RECORD: Final = np.dtype([("xxh3", "<u8"), ("part", "<u4"), ("record", "<u4")])
 """One row's sidecar entry: its digest, and the part and record its first token comes from."""
@@ -55,14 +57,14 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 def row_digest(row: Tokens, mask: Masks | None = None) -> int:
     """XXH3-64 of a row's bytes, then of its mask's bytes if it has one."""
-    whole = row if mask is None else row.tobytes() + mask.tobytes()
-    return xxhash.xxh3_64_intdigest(whole)  # type: ignore[arg-type]
+    data = row if mask is None else row.tobytes() + mask.tobytes()
+    return xxhash.xxh3_64_intdigest(data)  # type: ignore[arg-type]
 
 
 def row_digests(rows: Tokens, masks: Masks | None = None) -> npt.NDArray[np.uint64]:
     """The digest of each row with its mask. [n]"""
-    whole = (np.ascontiguousarray(rows),) if masks is None else (rows, masks)
-    return np.fromiter(map(row_digest, *whole), np.uint64, len(rows))
+    pairs = (np.ascontiguousarray(rows),) if masks is None else (rows, masks)
+    return np.fromiter(map(row_digest, *pairs), np.uint64, len(rows))
 
 
 def unit_name(position: int) -> str:
@@ -114,8 +116,8 @@ class ShardInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Receipt:
-    """What one unit became. Its presence is the commit: without it the unit is done again."""
+class UnitRecord:
+    """What one unit became, published last: a unit without its record is done again."""
 
     unit: str
     plan_sha256: str
@@ -124,13 +126,13 @@ class Receipt:
     rejected_sha256: str | None
 
     def to_json(self) -> dict[str, object]:
-        """The receipt as it stands in `<unit>.json`."""
+        """The record as it stands in `<unit>.json`."""
         return {FORMAT_KEY: SHARDS, **asdict(self)}
 
     @classmethod
-    def from_json(cls, value: Any) -> Receipt:
-        """The receipt that a JSON object spells; ShardError if it spells none."""
-        value = _known_format(value, "the receipt")
+    def from_json(cls, value: Any) -> UnitRecord:
+        """The record that a JSON object spells; ShardError if it spells none."""
+        value = _known_format(value, "the unit record")
         shards = tuple(_build(ShardInfo, shard) for shard in value.get("shards", ()))
         return _build(cls, {**value, "shards": shards})
 
@@ -175,21 +177,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, object]:
         """The manifest as it stands in manifest.json."""
-        facts = asdict(self.facts)
-        tokenizer = facts.pop("tokenizer")
-        return {
-            FORMAT_KEY: SHARDS,
-            **facts,
-            "tokenizer": tokenizer,
-            "n_rows": self.n_rows,
-            "n_tokens": self.n_tokens,
-            "n_documents": self.n_documents,
-            "n_val_rows": self.n_val_rows,
-            "rejected": dict(self.rejected),
-            "parts": [asdict(part) for part in self.parts],
-            "shards": [asdict(shard) for shard in self.shards],
-            "root": self.root,
-        }
+        counts = asdict(self)
+        return {FORMAT_KEY: SHARDS, **counts.pop("facts"), **counts}
 
     @classmethod
     def from_json(cls, value: Any) -> Manifest:
@@ -201,9 +190,7 @@ class Manifest:
         shards = tuple(_build(ShardInfo, shard) for shard in value.get("shards", ()))
         manifest = _build(cls, {**value, "facts": facts, "parts": parts, "shards": shards})
         if manifest != summarise(facts, parts, shards, manifest.rejected):
-            raise ShardError(
-                "its counts or root do not fit what it lists: it was edited or damaged"
-            )
+            raise ShardError("its counts or its dataset hash (`root`) do not fit what it lists")
         return manifest
 
 
@@ -265,7 +252,7 @@ def _build(cls: type[T], value: Any) -> T:
     A field with a default may be absent: a later version has added it.
     """
     if not isinstance(value, dict):
-        raise ShardError(f"{value!r} stands where a {cls.__name__} should")
+        raise ShardError(f"{value!r} where a {cls.__name__} should be")
     every = fields(cls)  # type: ignore[arg-type]
     needed = [each.name for each in every if each.default is each.default_factory is MISSING]
     if absent := [name for name in needed if name not in value]:

@@ -22,10 +22,10 @@ from shards.format import (
     ROW_RECORD,
     Manifest,
     Masks,
-    Receipt,
     ShardInfo,
     Split,
     Tokens,
+    UnitRecord,
     parse_json,
     row_digest,
 )
@@ -35,7 +35,7 @@ _OPEN_SHARDS: Final = 128
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared source; ShardError says what is wrong and what mends it."""
+    """The manifest of a prepared source; ShardError says what is wrong and what fixes it."""
     path = folder / MANIFEST
     try:
         return Manifest.from_json(parse_json(path.read_bytes()))
@@ -52,14 +52,14 @@ def read_manifest(folder: Path) -> Manifest:
     except (ShardError, TypeError) as error:
         raise ShardError(
             f"{path}: {error}; delete it and run the same `summer-prep tokenize` again: "
-            "it is written anew from the receipts"
+            "it is made from the unit records"
         ) from error
 
 
-def read_receipt(path: Path) -> Receipt:
-    """The receipt in a file; ShardError names the file and the mend if it is none."""
+def read_unit_record(path: Path) -> UnitRecord:
+    """The unit record in a file; ShardError names the file and the fix if it is none."""
     try:
-        return Receipt.from_json(parse_json(path.read_bytes()))
+        return UnitRecord.from_json(parse_json(path.read_bytes()))
     except (ShardError, TypeError) as error:
         raise ShardError(f"{path}: {error}; delete it and prepare the source again") from error
 
@@ -78,11 +78,9 @@ def find_sources(root: Path) -> dict[str, Manifest]:
         raise ShardError(
             f"{root} is one source itself: name the folder that holds it, {root.parent}"
         )
-    hint = (
-        f"unfinished: {', '.join(unfinished)}; run their `summer-prep tokenize` again"
-        if unfinished
-        else "prepare one with `summer-prep tokenize --source NAME --out " + f"{root}`"
-    )
+    hint = f"prepare one with `summer-prep tokenize --source NAME --out {root}`"
+    if unfinished:
+        hint = f"unfinished: {', '.join(unfinished)}; run their `summer-prep tokenize` again"
     raise ShardError(f"{root}: no prepared source in this folder; {hint}")
 
 
@@ -146,9 +144,8 @@ class ShardReader:
         number = bisect.bisect_right(self._ends, index)  # numpy takes five times as long for one
         shard = self._open.get(number)
         if shard is None:
-            shard = self._open[number] = _OpenShard(
-                self.folder, self.manifest, self._shards[number]
-            )
+            info = self._shards[number]
+            shard = self._open[number] = _OpenShard(self.folder, self.manifest, info)
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
@@ -159,67 +156,74 @@ class _OpenShard:
     """A shard, its mask and its sidecar, opened and found to be what the manifest says."""
 
     def __init__(self, folder: Path, manifest: Manifest, info: ShardInfo) -> None:
-        facts = manifest.facts
-        self._source, self._path = facts.source, folder / info.file
-        self._mend = f"`summer-prep repair {folder}` makes it anew"
-        dtype = np.dtype(facts.dtype).newbyteorder("<")
-        self._data = self._array(folder / info.file, (info.n_rows, facts.seq_len), dtype)
-        self._mask = None
-        if facts.masked:
-            mask = folder / f"{info.stem}.mask.npy"
-            self._mask = self._array(mask, (info.n_rows, facts.seq_len // 8), np.dtype(np.uint8))
-        self.records = self._sidecar(folder / f"{info.stem}.rows.npy", info)
+        self._facts, self._path = manifest.facts, folder / info.file
+        path = self._path
+        try:
+            self._data = RowFile(path, (info.n_rows, self._facts.seq_len), self._facts.dtype)
+            self._mask = None
+            if self._facts.masked:
+                path = folder / f"{info.stem}.mask.npy"
+                self._mask = RowFile(path, (info.n_rows, self._facts.seq_len // 8), "u1")
+            path = folder / f"{info.stem}.rows.npy"
+            self.records = _read_sidecar(path, info)
+        except FileNotFoundError:
+            raise self._error(f"{path} is missing") from None
+        except ValueError as error:
+            raise self._error(f"{path} is damaged ({error})") from error
         self._digests = self.records["xxh3"]
 
     def read(self, row: int, tokens: Tokens, mask: Masks | None) -> None:
         """Fill tokens [seq_len] and mask [seq_len / 8]; ShardError if damaged."""
-        whole = self._data.read_into(row, tokens)
+        complete = self._data.read_into(row, tokens)
         if self._mask is not None and mask is not None:
-            whole = self._mask.read_into(row, mask) and whole
-        if not whole or row_digest(tokens, mask) != self._digests[row]:
-            raise ShardError(
-                f"{self._source}: {self._path} row {row} is damaged (its digest differs); "
-                f"{self._mend}"
-            )
+            complete = self._mask.read_into(row, mask) and complete
+        if not complete or row_digest(tokens, mask) != self._digests[row]:
+            raise self._error(f"{self._path} row {row} is damaged (its digest differs)")
 
-    def _array(self, path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> _RowFile:
-        try:
-            return _RowFile(path, shape, dtype)
-        except FileNotFoundError:
-            raise ShardError(f"{self._source}: {path} is missing; {self._mend}") from None
-        except (ValueError, EOFError) as error:
-            raise ShardError(
-                f"{self._source}: {path} is damaged ({error}); {self._mend}"
-            ) from error
-
-    def _sidecar(self, path: Path, info: ShardInfo) -> npt.NDArray[np.void]:
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            raise ShardError(f"{self._source}: {path} is missing; {self._mend}") from None
-        if hashlib.sha256(data).hexdigest() != info.rows_sha256:
-            raise ShardError(f"{self._source}: {path} is damaged; {self._mend}")
-        records: npt.NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
-        if records.dtype != ROW_RECORD or len(records) != info.n_rows:
-            raise ShardError(f"{self._source}: {path} does not list {info.n_rows} rows")
-        return records
+    def _error(self, what: str) -> ShardError:
+        fix = f"`summer-prep repair {self._path.parent}` makes it again"
+        return ShardError(f"{self._facts.source}: {what}; {fix}")
 
 
-class _RowFile:
-    """A two-dimensional .npy file of a known shape, read a row at a time."""
+def _read_sidecar(path: Path, info: ShardInfo) -> npt.NDArray[np.void]:
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != info.rows_sha256:
+        raise ValueError("its SHA-256 is not the manifest's")
+    records: npt.NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
+    if records.dtype != ROW_RECORD or len(records) != info.n_rows:
+        raise ValueError(f"it does not list {info.n_rows} rows")
+    return records
 
-    def __init__(self, path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-            raise ValueError(f"it holds {array.shape} {array.dtype}, not {shape} {dtype}")
-        self._start, self._row_bytes = array.offset, shape[1] * dtype.itemsize
+
+class RowFile:
+    """A two-dimensional .npy file of a known shape, read some rows at a time.
+
+    ValueError if its header or its size is another one.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int], dtype: str) -> None:
+        self._dtype, self._width = np.dtype(dtype).newbyteorder("<"), shape[1]
+        wanted = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        header = io.BytesIO()
+        write_header: Any = np.lib.format.write_array_header_1_0
+        write_header(header, wanted)
+        self._start, self._row_bytes = header.tell(), self._width * self._dtype.itemsize
+        self.n_bytes = self._start + shape[0] * self._row_bytes
         self._handle = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._handle)
-        size, expected = os.fstat(self._handle).st_size, self._start + shape[0] * self._row_bytes
-        if size != expected:
-            raise ValueError(f"{size} bytes, {expected} expected")
+        size = os.fstat(self._handle).st_size
+        if size != self.n_bytes:
+            raise ValueError(f"{size:,} bytes where {self.n_bytes:,} should be")
+        if os.pread(self._handle, self._start, 0) != header.getvalue():
+            raise ValueError(f"its header is not that of {shape} {dtype}")
+
+    def read(self, rows: slice) -> npt.NDArray[Any]:
+        """The rows [n, width]; they are zero where the file has become shorter."""
+        out = np.zeros((rows.stop - rows.start, self._width), self._dtype)
+        self.read_into(rows.start, out)
+        return out
 
     def read_into(self, row: int, out: npt.NDArray[Any]) -> bool:
-        """Fill `out` with the row's bytes; whether there were enough of them."""
+        """Fill `out` with the bytes from a row on; whether there were enough of them."""
         at = self._start + row * self._row_bytes
-        return os.preadv(self._handle, [out.data], at) == self._row_bytes
+        return os.preadv(self._handle, [out.data], at) == out.nbytes

@@ -1,7 +1,7 @@
-"""Rows -> shards, receipts and the manifest. Run again with the same rows it writes the same bytes.
+"""Rows -> shards, unit records, manifest. With the same rows it writes the same bytes again.
 
 The order of publishing is what makes a unit exactly-once: shard, mask, sidecar, rejected records,
-and only then the receipt. A process that dies anywhere before the receipt leaves whole files that
+and only then the unit record. A process that dies anywhere before it leaves intact files that
 the next try writes over with the same bytes.
 """
 
@@ -26,21 +26,20 @@ from shards.format import (
     Facts,
     Manifest,
     Masks,
+    Ordinals,
     Part,
-    Receipt,
     ShardInfo,
     Split,
     Tokens,
+    UnitRecord,
     row_digests,
     summarise,
     unit_name,
 )
-from shards.reader import read_receipt
+from shards.reader import read_unit_record
 
 SHARD_BYTES: Final = 64 << 20
 """A shard's size at most. It is also what a writer holds in memory for each split."""
-
-Ordinals = npt.NDArray[np.uint32]
 
 
 class ShardWriter:
@@ -48,7 +47,7 @@ class ShardWriter:
 
         writer = ShardWriter(folder, "00000", facts)
         writer.add("train", rows, parts, records)      # as often as it takes
-        receipt = writer.finish(rejected, plan_sha256)
+        record = writer.finish(rejected, plan_sha256)
 
     Where shards are cut depends on the rows alone, not on how `add` was given them.
     """
@@ -70,25 +69,19 @@ class ShardWriter:
     ) -> None:
         """Append rows [n, seq_len] with the part and record [n] of each one's first token."""
         if (masks is not None) != self._facts.masked:
-            raise ShardError(
-                f"packing {self._facts.packing!r} does not fit rows with masks {masks}"
-            )
-        start = 0
-        while start < len(rows):
+            raise ShardError(f"packing {self._facts.packing!r} does not fit masks {masks}")
+        while len(rows):
             buffer = self._open.setdefault(split, _Buffer(self._facts))
-            stop = min(len(rows), start + buffer.room)
-            cut = slice(start, stop)
-            buffer.append(
-                rows[cut], parts[cut], records[cut], None if masks is None else masks[cut]
-            )
-            if buffer.room == 0:
+            n = buffer.append(rows, parts, records, masks)
+            if not buffer.room:
                 self._publish(split)
-            start = stop
+            rows, parts, records = rows[n:], parts[n:], records[n:]
+            masks = None if masks is None else masks[n:]
 
-    def finish(self, rejected: Sequence[Mapping[str, object]], plan_sha256: str) -> Receipt:
-        """The receipt, published after everything it vouches for.
+    def finish(self, rejected: Sequence[Mapping[str, object]], plan_sha256: str) -> UnitRecord:
+        """The unit's record, published after everything it lists.
 
-        `rejected` holds one {reason, file, record} a refused record.
+        `rejected` holds one {reason, file, record} a rejected record.
         """
         for split in tuple(self._open):
             self._publish(split)
@@ -97,15 +90,15 @@ class ShardWriter:
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in rejected)
             publish_bytes(self._folder / f"{self._unit}.rejected.jsonl", lines.encode())
             rejected_sha256 = hashlib.sha256(lines.encode()).hexdigest()
-        receipt = Receipt(
+        unit_record = UnitRecord(
             unit=self._unit,
             plan_sha256=plan_sha256,
             shards=(*self._shards["train"], *self._shards["val"]),
             rejected=dict(sorted(Counter(str(record["reason"]) for record in rejected).items())),
             rejected_sha256=rejected_sha256,
         )
-        publish_json(self._folder / f"{self._unit}.json", receipt.to_json())
-        return receipt
+        publish_json(self._folder / f"{self._unit}.json", unit_record.to_json())
+        return unit_record
 
     def _publish(self, split: Split) -> None:
         rows, records, masks = self._open.pop(split).contents()
@@ -148,14 +141,16 @@ class _Buffer:
     def room(self) -> int:
         return len(self._rows) - self._n
 
-    def append(self, rows: Tokens, parts: Ordinals, records: Ordinals, masks: Masks | None) -> None:
-        here = slice(self._n, self._n + len(rows))
-        self._rows[here] = rows
-        self._records["part"][here] = parts
-        self._records["record"][here] = records
+    def append(self, rows: Tokens, parts: Ordinals, records: Ordinals, masks: Masks | None) -> int:
+        """The number of rows for which there was room."""
+        n = min(len(rows), self.room)
+        here = slice(self._n, self._n + n)
+        self._rows[here] = rows[:n]
+        self._records["part"][here], self._records["record"][here] = parts[:n], records[:n]
         if self._masks is not None and masks is not None:
-            self._masks[here] = masks
-        self._n += len(rows)
+            self._masks[here] = masks[:n]
+        self._n += n
+        return n
 
     def contents(self) -> tuple[Tokens, npt.NDArray[np.void], Masks | None]:
         masks = None if self._masks is None else self._masks[: self._n]
@@ -165,20 +160,16 @@ class _Buffer:
 def write_manifest(
     folder: Path, facts: Facts, parts: Sequence[Part], n_units: int
 ) -> Manifest | None:
-    """The manifest, published, once all `n_units` receipts are there; None before that.
+    """The manifest, published, once all `n_units` records are there; None before that.
 
-    Whoever finds the receipts complete may call it: every caller writes the same bytes.
+    Whoever finds the records complete may call it: every caller writes the same bytes.
     """
-    receipts = []
-    for position in range(n_units):
-        path = folder / f"{unit_name(position)}.json"
-        if not path.exists():
-            return None
-        receipts.append(read_receipt(path))
-    rejected: Counter[str] = Counter()
-    for receipt in receipts:
-        rejected.update(receipt.rejected)
-    shards = [shard for receipt in receipts for shard in receipt.shards]
+    paths = [folder / f"{unit_name(position)}.json" for position in range(n_units)]
+    if not all(path.exists() for path in paths):
+        return None
+    records = [read_unit_record(path) for path in paths]
+    rejected = sum((Counter(record.rejected) for record in records), Counter[str]())
+    shards = [shard for record in records for shard in record.shards]
     manifest = summarise(facts, parts, shards, dict(sorted(rejected.items())))
     publish_json(folder / MANIFEST, manifest.to_json())
     return manifest

@@ -8,7 +8,7 @@
 Each start is a `summer-prep` command in a process group of its own. What it does to the disk are
 its points (a write has two: before it and half-way), a line of the log each: it dies by SIGKILL
 when it comes to number N. Workers are forked rather than spawned, so that a round takes a twentieth
-of a second; units and shards are small. `spoil` names a promise that is broken on purpose.
+of a second; units and shards are small. `spoil` names a guarantee that is broken on purpose.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ SHARD_BYTES = 1 << 11
 
 
 class Points:
-    """Notes what a process does to the disk, and ends it at the point it was told."""
+    """Notes what a process does to the disk, and ends it at the point it was given."""
 
     def __init__(self, log: Path, stop: int, where: str) -> None:
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -99,8 +99,8 @@ def _in_place(path: Path) -> Iterator[Any]:
         yield file, path
 
 
-def _finish_with_the_receipt_first(self: Any, *arguments: Any) -> Any:
-    """A unit's end as it should not be: what the receipt vouches for comes after it."""
+def _finish_with_the_record_first(self: Any, *arguments: Any) -> Any:
+    """A unit's end as it should not be: what the unit_record vouches for comes after it."""
     later: list[tuple[Path, io.BytesIO]] = []
 
     @contextlib.contextmanager
@@ -111,11 +111,11 @@ def _finish_with_the_receipt_first(self: Any, *arguments: Any) -> Any:
     writer, publish_bytes = shards.writer, shards.files.publish_bytes
     writer.publish, plain = hold_back, writer.publish  # type: ignore[attr-defined]
     writer.publish_bytes = lambda path, data: later.append((path, io.BytesIO(data)))  # type: ignore[attr-defined]
-    receipt = _plain_finish(self, *arguments)
+    unit_record = _plain_finish(self, *arguments)
     writer.publish, writer.publish_bytes = plain, publish_bytes  # type: ignore[attr-defined]
     for path, data in later:
         publish_bytes(path, data.getvalue())
-    return receipt
+    return unit_record
 
 
 _plain_finish = shards.writer.ShardWriter.finish
@@ -124,31 +124,31 @@ SPOILS: dict[str, Any] = {
     "no rename": (shards.files, "_temporary", _in_place),
     "no flush": (shards.files, "_flush_to_device", lambda file: file.flush()),
     "no flush of the folder": (shards.files, "fsync_folder", lambda folder: None),
-    "receipt first": (shards.writer.ShardWriter, "finish", _finish_with_the_receipt_first),
+    "unit record first": (shards.writer.ShardWriter, "finish", _finish_with_the_record_first),
 }
 
 
 def serve() -> None:
     alive: dict[int, int] = {}
     for line in sys.stdin:
-        wish = json.loads(line)
-        if "start" in wish:
+        order = json.loads(line)
+        if "start" in order:
             ours, theirs = os.pipe()
             pid = os.fork()
             if not pid:
-                _run(wish, [ours, *alive.values()])
+                _run(order, [ours, *alive.values()])
             os.setpgid(pid, pid)
             os.close(theirs)
             alive[pid] = ours
             print(pid, flush=True)
         else:
-            _, status = os.waitpid(wish["wait"], 0)
-            with open(alive.pop(wish["wait"]), "rb") as pipe:
+            _, status = os.waitpid(order["wait"], 0)
+            with open(alive.pop(order["wait"]), "rb") as pipe:
                 pipe.read()  # ends when the last of its workers has ended
             print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def _run(wish: Any, handles: list[int]) -> None:
+def _run(order: Any, handles: list[int]) -> None:
     """Be the command."""
     code = 1
     try:
@@ -158,14 +158,14 @@ def _run(wish: Any, handles: list[int]) -> None:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for handle in (0, 1):
             os.dup2(nowhere, handle)
-        os.dup2(os.open(wish["log"] + ".err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        os.dup2(os.open(order["log"] + ".err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         _become_small()
-        holder, name, spoilt = SPOILS[wish["spoil"]]
+        holder, name, spoilt = SPOILS[order["spoil"]]
         getattr(holder, name)
         setattr(holder, name, spoilt)
-        points = Points(Path(wish["log"]), wish["stop"], wish["where"])
+        points = Points(Path(order["log"]), order["stop"], order["where"])
         points.watch()
-        cli.main(wish["start"], standalone_mode=False)
+        cli.main(order["start"], standalone_mode=False)
         points.pass_by("end", "")
         code = 0
     except SystemExit as error:

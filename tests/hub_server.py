@@ -3,7 +3,7 @@
     with HubServer({"org/name": Repo({"data/train-0.parquet": b"..."})}) as hub:
         subprocess.run(..., env=hub.environment(tmp_path))
 
-A request that nobody expected is answered with 404 and kept in `strange`.
+A request that nobody expected is answered with 404 and kept in `unexpected`.
 """
 
 import json
@@ -32,7 +32,7 @@ class HubServer:
     faults: list[str] = field(default_factory=list)
     """What to do to the next requests for content: a status, "cut", "close", "stall", or "die":
     from then on no request is answered."""
-    strange: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     """The revisions that were asked for; "" where none was named."""
     head: str = COMMIT
@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if rest[0] not in (None, "main", COMMIT):
                     return self._refuse(404, "RevisionNotFound")
                 return method(name, repo, *rest[1:], body=body)
-        self.server_hub.strange.append(f"{self.command} {self.path}")
+        self.server_hub.unexpected.append(f"{self.command} {self.path}")
         return self._refuse(404, "EntryNotFound")
 
     def _info(self, name: str, repo: Repo, *, body: bytes) -> None:

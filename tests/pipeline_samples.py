@@ -10,14 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.estimate import PrepareListener
 from pipeline.inputs.inputs import local_inputs
 from pipeline.inputs.reading import PartReader
-from pipeline.inputs.sources import Choice, Source, find
-from pipeline.prepare import Watch, prepare
+from pipeline.inputs.sources import Source, SourceOverrides, find
+from pipeline.prepare import prepare
 from pipeline.text.documents import DocumentMaker
 from pipeline.text.tokenizer import Tokenizer, train
 from pipeline.units.executors import Executor
-from pipeline.units.recipe import Request
+from pipeline.units.recipe import PrepareRequest
 from pipeline.units.units import cut_into_parts
 from shards.format import Manifest
 
@@ -47,7 +48,7 @@ def write_jsonl(path: Path, rows: list[Any], column: str = "text") -> Path:
 
 
 def corpus(folder: Path, n_files: int = 6, per_file: int = 80) -> Any:
-    """Files of several kinds with documents that are told apart by their numbers."""
+    """Files of several kinds with documents that are message apart by their numbers."""
     rng = random.Random(0)
     texts = []
     for number in range(n_files):
@@ -60,11 +61,11 @@ def corpus(folder: Path, n_files: int = 6, per_file: int = 80) -> Any:
     return texts
 
 
-def request(out: Path, files: str, name: str = "mine", **changes: Any) -> Request:
+def request(out: Path, files: str, name: str = "mine", **changes: Any) -> PrepareRequest:
     """A small request: rows of 64 tokens, units of 16 kB."""
     settings = {"seq_len": 64, "val_fraction": 0.1, "unit_bytes": 1 << 14, "check_encoding": 1}
-    return Request(
-        source=find(name, Choice(data_files=(files,))),
+    return PrepareRequest(
+        source=find(name, SourceOverrides(data_files=(files,))),
         tokenizer=changes.pop("tokenizer", None) or tokenizer(),
         out=out,
         data_files=(files,),
@@ -72,8 +73,8 @@ def request(out: Path, files: str, name: str = "mine", **changes: Any) -> Reques
     )
 
 
-def prepared(wanted: Request, workers: int = 1) -> Manifest:
-    manifest = prepare(wanted, Executor(workers=workers), Watch())
+def prepared(wanted: PrepareRequest, workers: int = 1) -> Manifest:
+    manifest = prepare(wanted, Executor(workers=workers), PrepareListener())
     assert manifest is not None
     return manifest
 
@@ -112,3 +113,11 @@ def read(pattern: Any, source: Source = TEXT) -> Any:
             texts += found.texts.to_pylist()
     reader.close()
     return texts, [(entry["file"], entry["record"], entry["reason"]) for entry in maker.rejected]
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True

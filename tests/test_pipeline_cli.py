@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from pipeline.inputs.sources import SOURCES, Choice, find
+from pipeline.inputs.sources import SOURCES, SourceOverrides, find
 from pipeline.text.tokenizer import Tokenizer
 from pipeline_samples import TEXTS, tokenizer, write_jsonl
 from trainer.config.shares import SUBSTITUTES
@@ -35,9 +35,9 @@ def test_help_answers_at_once() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_shows_an_example(name: str) -> None:
-    told = run(name, "--help").output
-    assert f"summer-prep {name} " in told.split("Options:")[0].split("\n", 2)[2] or (
-        f"summer-prep {name}\n" in told.split("Options:")[0]
+    message = run(name, "--help").output
+    assert f"summer-prep {name} " in message.split("Options:")[0].split("\n", 2)[2] or (
+        f"summer-prep {name}\n" in message.split("Options:")[0]
     )
 
 
@@ -50,22 +50,24 @@ def test_the_reference_mixture_is_complete() -> None:
     for source in SOURCES:
         places = bool(source.dataset), source.embedded, bool(source.unavailable)
         assert sum(places) == 1 and source.licence, source.name
-    told = run("sources").output
-    assert all(source.name in told and source.licence in told for source in SOURCES)
+    message = run("sources").output
+    assert all(source.name in message and source.licence in message for source in SOURCES)
     assert [entry["name"] for entry in json.loads(run("sources", "--json").output)] == [
         source.name for source in SOURCES
     ]
 
 
 def test_a_row_of_the_table_can_be_read_from_elsewhere() -> None:
-    changed = find("the-stack", Choice(dataset="me/mirror", config="go,rust", revision="v1"))
+    changed = find(
+        "the-stack", SourceOverrides(dataset="me/mirror", config="go,rust", revision="v1")
+    )
     assert changed.dataset == "me/mirror" and not changed.gated
     assert changed.patterns == ("data/go/*.parquet", "data/rust/*.parquet")
     assert changed.text_column == "content"
     assert find("the-stack").patterns[:2] == ("data/c/*.parquet", "data/c++/*.parquet")
 
 
-def test_a_source_is_prepared_and_told_of(tmp_path: Path) -> None:
+def test_a_source_is_prepared_and_described(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [*TEXTS, 7])
     model = tmp_path / "small.model"
     model.write_bytes(tokenizer().model)
@@ -73,17 +75,17 @@ def test_a_source_is_prepared_and_told_of(tmp_path: Path) -> None:
                  tmp_path, "--tokenizer", model, "--seq-len", 128, "--workers", 1)  # fmt: skip
     first = run(*arguments)
     assert first.exit_code == 0, first.output
-    for told in ("mine: 1 files of local files", "to read", "to write   about", "in columns",
+    for message in ("mine: 1 files of local files", "to read", "to write   about", "in columns",
                  "at the rate of a first sample", "300 documents", "MB/s"):  # fmt: skip
-        assert told in first.stderr, told
-    assert "300 documents" in first.stdout and "refused: 1 records, wrong type" in first.stdout
+        assert message in first.stderr, message
+    assert "300 documents" in first.stdout and "rejected: 1 records, wrong type" in first.stdout
     assert "no document is held out: the source is small" in first.stdout
     again = run(*arguments, "--json")
     assert again.stderr == "" and json.loads(again.stdout)["n_documents"] == 300
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--source", "finweb"), "unknown source 'finweb': did you mean fineweb?"),
         (("--source", "zzz"), "known: fineweb, the-stack"),
@@ -97,12 +99,12 @@ def test_a_source_is_prepared_and_told_of(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_done_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...], told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...], message: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
     result = run("tokenize", *arguments, "--out", tmp_path)
     assert result.exit_code == 1
-    assert result.stderr.split("\n")[-2].startswith("error: ") and told in result.stderr
+    assert result.stderr.split("\n")[-2].startswith("error: ") and message in result.stderr
 
 
 @pytest.mark.parametrize(

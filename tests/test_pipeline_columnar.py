@@ -3,7 +3,10 @@
 import functools
 import importlib.util
 import io
+import json
 import random
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.text.columnar import ColumnarEncoder, unfit_reason
+from pipeline.text import columnar
+from pipeline.text.columnar import ColumnarEncoder, SlicedEncoder, unfit_reason
+from pipeline.text.encode import PlainEncoder
 from pipeline.text.tokenizer import Tokenizer, extend, train
+from pipeline_samples import TEXTS
+from pipeline_samples import tokenizer as small_tokenizer
 
 SPELLINGS = [
     "<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<0x0A>", "[REFERENCE_DOC_1]", "[control_9]",
@@ -104,17 +111,6 @@ def test_special_sizes() -> None:
     assert_same(encoder, tokenizer, ["x" * 1_000_000])
 
 
-def test_no_spelling_becomes_a_special_id() -> None:
-    tokenizer = Tokenizer.default()
-    kinds = tokenizer.proto.SentencePiece
-    special = [
-        i for i, p in enumerate(tokenizer.proto.pieces) if p.type in (kinds.CONTROL, kinds.UNKNOWN)
-    ]
-    every_control = [p.piece for p in tokenizer.proto.pieces if p.type == kinds.CONTROL]
-    stream = ColumnarEncoder(tokenizer).encode(pa.array([" ".join([*SPELLINGS, *every_control])]))
-    assert not np.isin(stream.tokens[1:-1], special).any()
-
-
 def test_words_are_forgotten_without_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.text.columnar._CACHED_WORDS", 50)
     monkeypatch.setattr("pipeline.text.columnar._BATCHES", 0)
@@ -146,7 +142,7 @@ def test_large_vocabulary_gives_uint32() -> None:
         ({"treat_whitespace_as_suffix": True}, "spaces"),
     ],
 )
-def test_unfit_vocabularies_are_refused(options: dict[str, Any], reason: str) -> None:
+def test_unfit_vocabularies_are_rejected(options: dict[str, Any], reason: str) -> None:
     settings_: dict[str, Any] = {
         "model_type": "bpe", "normalization_rule_name": "identity", "add_dummy_prefix": True,
         "remove_extra_whitespaces": False, "treat_whitespace_as_suffix": False, **options,
@@ -187,3 +183,77 @@ def test_real_text(shared: Path) -> None:
     assert_same(encoder, tokenizer, [line[:3000] for line in lines])
     for path in sorted((shared / "nasty").iterdir()):
         assert_same(encoder, tokenizer, [path.read_bytes().decode()[:200_000]])
+
+
+# ------------------------------------------------------------------ long texts, in slices
+
+LONG = "".join(
+    [
+        *TEXTS[:20],
+        "\n\n  def f(x):\n\treturn [x, 17]\n" * 20,
+        "漢字かな交じり文。" * 60,
+        "aGVsbG8gd29ybGQx" * 40,
+        " " * 300,
+        "▁ ▁▁ x" * 30,
+        "</s><s>[INST]" * 20,
+        "\U0001f600\u200d\u0301" * 40,
+    ]
+)
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columnar, "SLICE_BYTES", 40)
+    monkeypatch.setattr(columnar, "_WINDOW", 16)
+
+
+@pytest.mark.parametrize("vocabulary", [Tokenizer.default(), small_tokenizer()])
+def test_slices_give_the_ids_of_the_whole(vocabulary: Tokenizer, small_slices: None) -> None:
+    rng = random.Random(3)
+    sliced, whole = SlicedEncoder(vocabulary), ColumnarEncoder(vocabulary)
+    for _ in range(200):
+        texts = []
+        for _ in range(rng.randint(1, 4)):
+            first = rng.randrange(len(LONG))
+            texts.append(LONG[first : first + rng.choice([0, 5, 50, 200, 900])])
+        array = pa.array(["left out", *texts], pa.large_string())[1:]
+        found, wanted = sliced.encode(array), whole.encode(array)
+        assert found.tokens.tolist() == wanted.tokens.tolist(), texts
+        assert found.starts.tolist() == wanted.starts.tolist()
+
+
+def test_a_long_text_is_really_cut(small_slices: None) -> None:
+    encoder = SlicedEncoder(Tokenizer.default())
+    text = pa.scalar(LONG, pa.large_string())
+    cuts = list(encoder._slices(np.frombuffer(text.as_buffer(), "u1")))
+    assert len(cuts) > 50 and cuts[-1][1] == len(LONG.encode())
+    assert {left_out for _, _, left_out in cuts} == {0, 1}  # both kinds of places
+
+
+def test_the_plain_encoder_gives_the_same_stream() -> None:
+    texts = pa.array([*TEXTS[:30], "", " ", LONG], pa.large_string())
+    plain = PlainEncoder(Tokenizer.default())
+    slow, fast = plain.encode(texts), SlicedEncoder(Tokenizer.default()).encode(texts)
+    assert slow.tokens.tolist() == fast.tokens.tolist()
+    assert slow.starts.tolist() == fast.starts.tolist()
+    assert slow.tokens.dtype == fast.tokens.dtype
+    assert len(plain.encode(texts[:0]).tokens) == 0
+
+
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""  # from a small process: a child's peak counts what its parent held when it was forked
+
+
+@pytest.mark.slow
+def test_a_line_of_a_hundred_megabytes_takes_less_than_a_gigabyte(tmp_path: Path) -> None:
+    text = (" ".join(TEXTS) * 1500).replace("\n", " ")[:100_000_000]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "tokenize",
+               "--source", "mine", "--data-files", str(tmp_path / "a.jsonl"),
+               "--out", str(tmp_path), "--workers", "1", "--json"]  # fmt: skip
+    peak = subprocess.run([sys.executable, "-c", PEAK, *command], stdout=subprocess.PIPE)
+    assert peak.returncode == 0 and len(text) == 100_000_000
+    assert int(peak.stdout.split()[-1]) < 1_000_000  # kB

@@ -41,11 +41,11 @@ class Stage:
         began = time.monotonic()
         self.run(next(self.outs), 2)
         self.seconds = time.monotonic() - began
-        self.whole = files(place / "whole")
+        self.expected = files(place / "whole")
 
-    def ask(self, **wish: Any) -> int:
+    def ask(self, **order: Any) -> int:
         assert self.server.stdin is not None and self.server.stdout is not None
-        print(json.dumps(wish), file=self.server.stdin, flush=True)
+        print(json.dumps(order), file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline())
 
     def arguments(self, out: Path, workers: int) -> list[str]:
@@ -54,7 +54,7 @@ class Stage:
         return ["tokenize", *map(str, [*fixed, *chosen]), *self.options]
 
     def start(self, out: Path, workers: int = 1, **how: Any) -> int:
-        """Its pid; see crash_process.py for what else it can be told."""
+        """Its pid; see crash_process.py for what else it can be asked."""
         defaults = {"log": f"{out}.log", "stop": NEVER, "where": "main", "spoil": "nothing"}
         return self.ask(**{"start": self.arguments(out, workers), **defaults, **how})
 
@@ -72,19 +72,19 @@ class Stage:
     def errors(self, out: Path) -> str:
         return Path(f"{out}.log.err").read_text()
 
-    def look_at(self, out: Path) -> None:
-        """Whatever is visible is whole, and what it vouches for is there."""
+    def check_visible(self, out: Path) -> None:
+        """Whatever is visible is complete, and what it lists is there."""
         seen = {name: data for name, data in files(out).items() if not is_temporary(Path(name))}
-        other = [name for name in seen if seen[name] != self.whole.get(name)]
+        other = [name for name in seen if seen[name] != self.expected.get(name)]
         if not self.limited:  # units begun ahead are not cut yet
             assert other == []
         for name in set(seen) - set(other):
-            assert vouched_for(name, self.whole) <= set(seen), name
+            assert required_by(name, self.expected) <= set(seen), name
 
     def go_on(self, out: Path, workers: int) -> None:
         """The same command once more makes everything what it should be."""
         assert self.run(out, workers) == 0, self.errors(out)
-        assert files(out) == self.whole
+        assert files(out) == self.expected
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -92,8 +92,8 @@ def files(out: Path) -> dict[str, bytes]:
     return {name.split("/")[-1]: data for name, data in contents(out).items()}
 
 
-def vouched_for(name: str, names: Any) -> set[str]:
-    """What must be there when `name` is: all if it is the manifest, a unit's if its receipt."""
+def required_by(name: str, names: Any) -> set[str]:
+    """What must be there when `name` is: all if it is the manifest, a unit's if its unit_record."""
     if name == "manifest.json":
         return set(names) - {name}
     if not (name.endswith(".json") and name[0].isdigit()):
@@ -113,8 +113,8 @@ def make_stage(place: Path, kind: str) -> Iterator[Stage]:
     options = {"chat": ["--loss-mask"], "limited": ["--max-documents", "47"]}.get(kind, [])
     source = "slimorca" if chat else "mine"
     made = Stage(place, "--source", source, "--data-files", str(place / "in"), *options)
-    assert "00001.rejected.jsonl" in made.whole and "00001-val-000.npy" in made.whole
-    assert ("00001-000.mask.npy" in made.whole) == chat
+    assert "00001.rejected.jsonl" in made.expected and "00001-val-000.npy" in made.expected
+    assert ("00001-000.mask.npy" in made.expected) == chat
     with made.server:
         yield made
         assert made.server.stdin is not None
@@ -123,7 +123,7 @@ def make_stage(place: Path, kind: str) -> Iterator[Stage]:
 
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory: Any) -> Iterator[Stage]:
-    """Every kind of file: train and held out, masks, refused records."""
+    """Every kind of file: train and held out, masks, rejected records."""
     yield from make_stage(tmp_path_factory.mktemp("masked"), "chat")
 
 
@@ -152,14 +152,14 @@ def test_a_run_killed_at_any_point_goes_on_to_the_same_bytes(masked: Stage) -> N
     points = len(masked.events(out))
     for some in ([n for n in (first, first + 1) if n < points] for first in range(0, points, 2)):
         outs = killed_at(masked, some)
-        list(map(masked.look_at, outs))
+        list(map(masked.check_visible, outs))
         pids = [masked.start(out, rng.choice([1, 1, 2, 3])) for out in outs]
         assert [masked.wait(pid) for pid in pids] == [0] * len(outs)
         for out, point in zip(outs, some, strict=True):
-            assert files(out) == masked.whole, point
+            assert files(out) == masked.expected, point
 
 
-def broken_promises(events: list[list[str]], whole: Any) -> set[str]:
+def durability_faults(events: list[list[str]], whole: Any) -> set[str]:
     """What a loss of power could have undone or left half, by what was flushed and when."""
     flushed: set[str] = set()
     visible: set[str] = set()
@@ -177,12 +177,12 @@ def broken_promises(events: list[list[str]], whole: Any) -> set[str]:
         elif event in ("replace", "link"):
             if name not in flushed:
                 found.add("a file is published that was not flushed")
-            if not vouched_for(other[0], {*whole, *visible}) <= durable:
-                found.add("a file is published before what it vouches for")
+            if not required_by(other[0], {*whole, *visible}) <= durable:
+                found.add("a file is published before what it lists")
             visible.add(other[0])
         elif event == "unlink" and name in visible:
-            if any(name in vouched_for(receipt, [name]) for receipt in durable):
-                found.add("a file is removed before what vouches for it")
+            if any(name in required_by(unit_record, [name]) for unit_record in durable):
+                found.add("a file is removed before what lists it")
             visible.discard(name)
     if durable != set(whole):
         found.add("a folder is not flushed")
@@ -190,37 +190,39 @@ def broken_promises(events: list[list[str]], whole: Any) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         ("nothing", ""),
         ("no rename", "a visible name is written to"),
         ("no flush", "a file is published that was not flushed"),
         ("no flush of the folder", "a folder is not flushed"),
-        ("receipt first", "a file is published before what it vouches for"),
+        ("unit record first", "a file is published before what it lists"),
     ],
 )
-def test_what_is_published_outlives_a_loss_of_power(masked: Stage, spoil: str, told: str) -> None:
+def test_what_is_published_outlives_a_loss_of_power(
+    masked: Stage, spoil: str, message: str
+) -> None:
     out = next(masked.outs)
-    assert masked.run(out, spoil=spoil) == 0 and files(out) == masked.whole
-    found = broken_promises(masked.events(out), masked.whole)
-    assert (told in found) if told else not found
+    assert masked.run(out, spoil=spoil) == 0 and files(out) == masked.expected
+    found = durability_faults(masked.events(out), masked.expected)
+    assert (message in found) if message else not found
 
 
 def test_what_is_taken_back_outlives_a_loss_of_power(limited: Stage) -> None:
     out = next(limited.outs)
     assert limited.run(out, 3) == 0
     assert any(event == "unlink" and name[0].isdigit() for event, name, *_ in limited.events(out))
-    assert not broken_promises(limited.events(out), limited.whole)
+    assert not durability_faults(limited.events(out), limited.expected)
 
 
 @pytest.mark.parametrize(
     ("spoil", "event"),
     [
         ("no rename", ["half", "00000-000.npy"]),
-        ("receipt first", ["open", "00000-val-000.rows.npy"]),
+        ("unit record first", ["open", "00000-val-000.rows.npy"]),
     ],
 )
-def test_a_broken_promise_would_be_noticed(masked: Stage, spoil: str, event: list[str]) -> None:
+def test_a_wrong_order_of_writes_is_noticed(masked: Stage, spoil: str, event: list[str]) -> None:
     """The test above that kills at each point is no formality."""
     out = next(masked.outs)
     assert masked.run(out, spoil=spoil) == 0
@@ -229,7 +231,7 @@ def test_a_broken_promise_would_be_noticed(masked: Stage, spoil: str, event: lis
                 if what == event[0] and event[1] in name]  # fmt: skip
     (out,) = killed_at(masked, [point], spoil=spoil)
     with pytest.raises(AssertionError):
-        masked.look_at(out)
+        masked.check_visible(out)
 
 
 def test_a_repair_killed_at_any_point_is_repaired(masked: Stage) -> None:
@@ -242,12 +244,12 @@ def test_a_repair_killed_at_any_point_is_repaired(masked: Stage) -> None:
         return out, ["repair", str(source), "--data-files", str(masked.place / "in")]
 
     out, command = harmed()
-    assert masked.run(out, start=command) == 0 and files(out) == masked.whole
+    assert masked.run(out, start=command) == 0 and files(out) == masked.expected
     for point in rng.sample(range(len(masked.events(out))), 20):
         out, command = harmed()
         assert masked.run(out, start=command, stop=point) == -signal.SIGKILL
         assert masked.run(out, start=command) == 0, masked.errors(out)
-        assert files(out) == masked.whole, point
+        assert files(out) == masked.expected, point
 
 
 def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(stage: Stage) -> None:
@@ -262,7 +264,7 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(stage: Stage) 
             if stage.wait(pid) == -signal.SIGKILL:
                 break
         begun += out.exists()
-        stage.look_at(out)
+        stage.check_visible(out)
         stage.go_on(out, rng.choice([1, 2, 3]))
     assert begun > 10
 
@@ -274,7 +276,7 @@ def test_a_worker_that_dies_alone_costs_no_byte(stage: Stage, seed: int) -> None
     assert stage.run(out, 2, where="worker", stop=rng.randrange(50)) == 1
     assert "a worker process was ended from outside" in stage.errors(out).splitlines()[-1]
     assert not [name for name in files(out) if is_temporary(Path(name))]
-    stage.look_at(out)
+    stage.check_visible(out)
     stage.go_on(out, rng.choice([1, 3]))
 
 
@@ -287,17 +289,17 @@ def test_two_runs_at_once_end_well(stage: Stage, seed: int) -> None:
         pids.append(stage.start(out, workers))
         time.sleep(rng.choice([0, 0.3]) * rng.random() * stage.seconds)
     assert [stage.wait(pid) for pid in pids] == [0, 0], stage.errors(out)
-    assert files(out) == stage.whole
+    assert files(out) == stage.expected
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_run_killed_beside_another_does_it_no_harm(stage: Stage, seed: int) -> None:
+def test_a_run_killed_while_another_works_does_no_damage(stage: Stage, seed: int) -> None:
     rng = random.Random(seed)
     out = next(stage.outs)
     killed = stage.start(out, rng.choice([1, 3]), stop=rng.randrange(200))
     other = stage.start(out, rng.choice([1, 3]))
     stage.wait(killed)
     assert stage.wait(other) == 0, stage.errors(out)
-    stage.look_at(out)
+    stage.check_visible(out)
     assert "manifest.json" in files(out)
     stage.go_on(out, 1)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,28 +11,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.checks.damage import Damage
 from pipeline.checks.repair import repair
-from pipeline.checks.verify import damages, unit_of
+from pipeline.checks.verify import Damage, find_damage
 from pipeline.errors import PrepareError
 from pipeline.units.executors import Executor
 from pipeline_samples import TEXTS, contents, prepared, request, write_jsonl
 from shards import writer
 from shards.files import json_bytes
-from shards.format import ShardInfo, compute_root
+from shards.format import TOKEN_BYTES, ShardInfo, compute_root
 from shards.reader import read_manifest
 
 Hit = tuple[str, dict[str, set[int]]]
 """What was done, and to which files; of a shard with the rows, if only rows were hit."""
 
 
-class Harm:
-    """Does random harm to a source."""
+class RandomDamage:
+    """Damages a source at random."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.rng = folder, random.Random(seed)
         self.names = sorted(path.name for path in folder.iterdir())
-        self.shards = [n for n in self.names if n.endswith(".npy") and n.count(".") == 1]
+        self.shards = [n for n in self.names if re.fullmatch(r"[\w-]+-\d+\.npy", n)]
         self.kinds: list[Callable[[], Hit]] = [
             self.flip, self.flip, self.cut, self.extend, self.remove, self.zero, self.swap_shards,
             self.swap_sidecars, self.swap_pairs, self.swap_rows, self.edit, self.edit, self.edit,
@@ -52,7 +52,7 @@ class Harm:
 
     def rows_at(self, name: str, first: int, last: int) -> set[int]:
         """The rows of a shard or mask that its bytes [first, last) belong to; none for others."""
-        if name.endswith((".rows.npy", ".json", ".jsonl", ".model")):
+        if not name[0].isdigit() or name.endswith((".rows.npy", ".json", ".jsonl")):
             return set()
         array = np.load(self.folder / name)
         start = (self.folder / name).stat().st_size - array.nbytes
@@ -83,7 +83,7 @@ class Harm:
         return "extend", {path.name: set()}
 
     def remove(self) -> Hit:
-        path = self.any(self.names)
+        path = self.any([name for name in self.names if name != TOKEN_BYTES])  # old: without one
         path.unlink()
         return "remove", {path.name: set()}
 
@@ -154,22 +154,21 @@ class Harm:
         value = json.loads(path.read_text())
         shards = value["shards"]
         shard = self.rng.choice(shards)
-        harm = self.rng.choice(["n_rows", "n_tokens", "n_documents", "bytes", "file", "split",
+        change = self.rng.choice(["n_rows", "n_tokens", "n_documents", "bytes", "file", "split",
                                 "rows_sha256", "order", "drop", "double"])  # fmt: skip
-        if harm == "order":
+        if change == "order":
             self.rng.shuffle(shards)
-        elif harm in ("drop", "double"):
-            shards[shards.index(shard) :][:1] = [] if harm == "drop" else [shard, shard]
+        elif change in ("drop", "double"):
             value["shards"] = (
-                [s for s in shards if s != shard] if harm == "drop" else [*shards, shard]
+                [s for s in shards if s != shard] if change == "drop" else [*shards, shard]
             )
         else:
-            shard[harm] = {"train": "val", "val": "train"}.get(shard[harm]) or self.other(
-                shard[harm]
+            shard[change] = {"train": "val", "val": "train"}.get(shard[change]) or self.other(
+                shard[change]
             )
         self.count_again(value)
         path.write_bytes(json_bytes(value))
-        return f"count again, {harm}", {path.name: set()}
+        return f"count again, {change}", {path.name: set()}
 
     def count_again(self, value: Any) -> None:
         facts = read_manifest(self.folder).facts
@@ -180,7 +179,7 @@ class Harm:
         value["root"] = compute_root(facts, infos)
 
     def contradict(self) -> Hit:
-        """A receipt says something else than the manifest, and both are whole."""
+        """A unit record differs from the manifest, and both are valid."""
         path = self.any([name for name in self.names if name[0].isdigit() and ".json" in name[5:]
                          and name.endswith(".json")])  # fmt: skip
         value = json.loads(path.read_text())
@@ -210,7 +209,7 @@ def names_it(found: list[Damage], name: str, rows: set[int]) -> bool:
     """Whether the damage to a file, and to these rows of it, is among what was found."""
     stem = name.removesuffix(".npy").removesuffix(".rows").removesuffix(".mask")
     accepted = {name, f"{stem}.npy"} if name.endswith(".npy") else {name}
-    if name[0].isdigit():  # a receipt and the list whose digest it has differ: either may be wrong
+    if name[0].isdigit():  # a record and the list whose digest it has differ: either may be wrong
         accepted |= {name.replace(".json", ".rejected.jsonl")}
     named = [damage for damage in found if damage.file in accepted]
     return bool(named) and (not rows or any(rows <= set(damage.rows) for damage in named))
@@ -218,7 +217,7 @@ def names_it(found: list[Damage], name: str, rows: set[int]) -> bool:
 
 @pytest.fixture(scope="module", params=["text", "chat"])
 def whole(request: Any, tmp_path_factory: Any) -> Any:
-    """A folder with a prepared source of two units or more, with refused records."""
+    """A folder with a prepared source of two units or more, with rejected records."""
     place, chat = tmp_path_factory.mktemp(request.param), request.param == "chat"
     for number in range(2 + (not chat)):
         texts = TEXTS[number * 20 : number * 20 + 16]
@@ -240,7 +239,7 @@ def wanted(out: Path, files: Path, chat: bool) -> Any:
 
 @pytest.fixture
 def folder(whole: Any, tmp_path: Path) -> Any:
-    """A copy of the source's folder, to do harm to."""
+    """A copy of the source's folder, to damage."""
     (source,) = (path for path in whole[0].iterdir() if (path / "manifest.json").exists())
     return Path(shutil.copytree(source, tmp_path / source.name))
 
@@ -255,12 +254,12 @@ def put_back(folder: Path, before: dict[str, bytes]) -> None:
 
 
 def test_of_a_thousand_random_damages_all_are_named(folder: Path) -> None:
-    before, harm = contents(folder), Harm(folder, seed=1)
-    assert list(damages(folder)) == []
+    before, damage = contents(folder), RandomDamage(folder, seed=1)
+    assert list(find_damage(folder)) == []
     missed = []
     for _ in range(500):  # of text, and of conversations
-        what, hit = harm.do()
-        found = list(damages(folder))
+        what, hit = damage.do()
+        found = list(find_damage(folder))
         missed += [(what, name, rows, list(map(str, found)))
                    for name, rows in hit.items() if not names_it(found, name, rows)]  # fmt: skip
         put_back(folder, before)
@@ -269,12 +268,12 @@ def test_of_a_thousand_random_damages_all_are_named(folder: Path) -> None:
 
 def test_repair_redoes_the_units_concerned_and_no_others(whole: Any, folder: Path) -> None:
     place, chat = whole
-    before, harm = contents(folder), Harm(folder, seed=2)
+    before, damage = contents(folder), RandomDamage(folder, seed=2)
     files = (str(place / "in"),)
     for turn in range(25):
-        what, hit = harm.do()
+        what, hit = damage.do()
         gone = {"units.json", "tokenizer.model"} & set(hit)
-        units = {unit for name in hit if (unit := unit_of(Damage(name, "")))}
+        units = {unit for name in hit if (unit := Damage(name, "").unit)}
         others = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()
                   if path.name[:5] not in units and path.name[0].isdigit()}  # fmt: skip
         if gone:

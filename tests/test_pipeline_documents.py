@@ -1,4 +1,4 @@
-"""Records -> documents: pages joined from lines, what is held out, what is refused."""
+"""Records -> documents: pages joined from lines, what is held out, what is rejected."""
 
 import contextlib
 from pathlib import Path
@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from pipeline.inputs.inputs import local_inputs
 from pipeline.inputs.reading import PartReader, Records
-from pipeline.inputs.sources import Source, find
+from pipeline.inputs.sources import find
 from pipeline.text import documents
 from pipeline.text.documents import DocumentMaker, Documents, held_out, in_batches
 from pipeline.units.units import cut_into_parts
+from pipeline_samples import TEXT
 from shards.format import Part
 
 PART = Part(file="a", first=0, last=1)
-SOURCE = Source(name="mine", about="", licence="")
 
 
 def pages_of(path: Path) -> Any:
@@ -79,7 +79,7 @@ def test_the_share_held_out_is_what_was_asked_for() -> None:
 
 
 def test_batches_hold_the_same_documents() -> None:
-    maker = DocumentMaker(SOURCE, 0.5)
+    maker = DocumentMaker(TEXT, 0.5)
     several = [
         next(maker.documents(n, PART, [Records(n, pa.array([f"{n}", f"text {n}"]))]))
         for n in range(10)
@@ -97,7 +97,7 @@ def test_batches_hold_the_same_documents() -> None:
 
 
 def test_a_batch_is_full_once_it_has_its_size() -> None:
-    maker = DocumentMaker(SOURCE, 0.0)
+    maker = DocumentMaker(TEXT, 0.0)
     several = [
         next(maker.documents(n, PART, [Records(0, pa.array([f"text {n}"]))])) for n in range(8)
     ]
@@ -142,9 +142,9 @@ def test_a_conversation_above_the_largest_record_is_refused(
     assert [(each["record"], each["reason"]) for each in maker.rejected] == [(4, "above 128 MiB")]
 
 
-def test_a_text_above_the_largest_record_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_above_the_largest_record_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "MAX_RECORD_BYTES", 5)
-    maker = DocumentMaker(SOURCE, 0.0)
+    maker = DocumentMaker(TEXT, 0.0)
     records = Records(40, pa.array(["12345", "123456", None, "é é"]))
     (found,) = maker.documents(0, PART, [records])
     assert isinstance(found, Documents)

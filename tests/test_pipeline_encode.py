@@ -8,17 +8,18 @@ import pytest
 
 from pipeline.errors import TokenizerError
 from pipeline.text import encode
-from pipeline.text.columnar import Stream
-from pipeline.text.encode import CheckedEncoder, PlainEncoder, encoder_note, make_encoder
-from pipeline.text.slices import SlicedEncoder
+from pipeline.text.columnar import SlicedEncoder, Stream
+from pipeline.text.encode import CheckedEncoder, PlainEncoder, make_encoder
 from pipeline.text.tokenizer import Tokenizer
 from pipeline_samples import TEXTS, tokenizer
 
 CLEAN = ["one dog", "", "two cats and a dog"]
 
 
-class Lying:
+class WrongEncoder:
     """Gives another last id to every text that holds a Z."""
+
+    note = "wrongly"
 
     def encode(self, texts: pa.Array) -> Stream:
         tokens, starts = make_encoder(tokenizer()).encode(texts)
@@ -28,7 +29,9 @@ class Lying:
 
 
 def checked(texts: list[str], n: int, encoder: Any = None) -> Stream:
-    return CheckedEncoder(encoder or Lying(), tokenizer(), n).encode(pa.array(texts, pa.string()))
+    return CheckedEncoder(encoder or WrongEncoder(), tokenizer(), n).encode(
+        pa.array(texts, pa.string())
+    )
 
 
 def test_what_is_right_passes_unchanged() -> None:
@@ -49,11 +52,11 @@ def test_the_first_difference_is_named(place: int) -> None:
 
 
 def test_the_number_counts_over_batches() -> None:
-    encoder = CheckedEncoder(Lying(), tokenizer(), 4)
+    encoder = CheckedEncoder(WrongEncoder(), tokenizer(), 4)
     encoder.encode(pa.array(CLEAN, pa.string()))
     with pytest.raises(TokenizerError):
         encoder.encode(pa.array(["dog Z", "dog"], pa.string()))
-    encoder = CheckedEncoder(Lying(), tokenizer(), 4)
+    encoder = CheckedEncoder(WrongEncoder(), tokenizer(), 4)
     for batch in (CLEAN, ["dog", "dog Z"], ["dog Z"]):
         encoder.encode(pa.array(batch, pa.string()))  # the fifth is not compared any more
 
@@ -66,7 +69,9 @@ def test_of_a_long_text_the_beginning_is_compared(monkeypatch: pytest.MonkeyPatc
         checked([*CLEAN, "Z " + long], 4)
 
 
-def test_a_short_text_beside_a_long_one_is_compared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_text_next_to_a_long_one_is_compared_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(encode, "CHECKED_CHARACTERS", 20)
     with pytest.raises(TokenizerError, match="'dog Z'"):
         checked(["a dog and a cat " * 5, "dog Z"], 4)
@@ -78,12 +83,14 @@ def test_a_short_text_beside_a_long_one_is_compared_whole(monkeypatch: pytest.Mo
 
 def test_columns_serve_what_they_are_exact_on_and_sentencepiece_the_rest() -> None:
     fit = tokenizer()
-    assert isinstance(make_encoder(fit), SlicedEncoder) and encoder_note(fit) == "in columns"
+    encoder = make_encoder(fit)
+    assert isinstance(encoder, SlicedEncoder) and encoder.note == "in columns"
     proto = type(fit.proto).FromString(fit.model)
     proto.normalizer_spec.add_dummy_prefix = False
     unfit = Tokenizer(proto.SerializeToString(), "unfit")
-    assert isinstance(make_encoder(unfit), PlainEncoder)
-    assert encoder_note(unfit).startswith("plain sentencepiece, slowly: it treats spaces")
+    plain = make_encoder(unfit)
+    assert isinstance(plain, PlainEncoder)
+    assert plain.note.startswith("plain sentencepiece, slowly: it treats spaces")
 
 
 def test_no_text_is_an_empty_stream() -> None:

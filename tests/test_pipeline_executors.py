@@ -49,8 +49,8 @@ class Stage:
             rows = [f"{number}/{n} {rng.choice(TEXTS)}" for n in range(4500)]
             write_jsonl(folder / "in" / f"{number:03}.jsonl", rows)
         assert self.run("whole", "--workers", "1").returncode == 0
-        self.whole = contents(folder / "whole")
-        assert sum(name.endswith(".rows.npy") for name in self.whole) > N_UNITS
+        self.expected = contents(folder / "whole")
+        assert sum(name.endswith(".rows.npy") for name in self.expected) > N_UNITS
 
     def arguments(self, out: str, *more: str) -> list[str]:
         return [sys.executable, "-c", COMMAND, "tokenize", "--source", "mine", "--data-files",
@@ -72,11 +72,11 @@ class Stage:
             timeout=120, check=False,
         )  # fmt: skip
 
-    def receipts(self, out: str) -> int:
+    def unit_records(self, out: str) -> int:
         return len(list((self.folder / out / "mine").glob("[0-9]*.json")))
 
-    def wait_for(self, out: str, receipts: int, process: "subprocess.Popen[str]") -> None:
-        wait_until(lambda: self.receipts(out) >= receipts or process.poll() is not None)
+    def wait_for(self, out: str, unit_records: int, process: "subprocess.Popen[str]") -> None:
+        wait_until(lambda: self.unit_records(out) >= unit_records or process.poll() is not None)
         assert process.poll() is None
 
     def temporaries(self, out: str) -> list[str]:
@@ -149,19 +149,19 @@ def test_a_pool_that_is_ended_in_any_way_goes_on_to_the_same_bytes(
     stage: Stage, spawned: bool
 ) -> None:
     out = f"ended-{spawned}"
-    for number, (end, code, told) in enumerate(ENDS):
+    for number, (end, code, message) in enumerate(ENDS):
         process = stage.start(out, "--workers", "3", spawned=spawned)
         stage.wait_for(out, 3 + 7 * number, process)
-        done = stage.receipts(out)
+        done = stage.unit_records(out)
         end(process)
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == code, stderr
-        assert stderr.splitlines()[-1].startswith(told) and "Traceback" not in stderr
+        assert stderr.splitlines()[-1].startswith(message) and "Traceback" not in stderr
         wait_until(lambda group=process.pid: not lives(group))  # type: ignore[misc]
         assert stage.temporaries(out) == []
-        assert done <= stage.receipts(out) < N_UNITS
+        assert done <= stage.unit_records(out) < N_UNITS
     assert stage.run(out, "--workers", "2").returncode == 0
-    assert contents(stage.folder / out) == stage.whole
+    assert contents(stage.folder / out) == stage.expected
 
 
 def test_ctrl_c_as_the_workers_start_is_one_line(stage: Stage) -> None:
@@ -187,9 +187,9 @@ prepared(request(Path(sys.argv[1]), sys.argv[2], unit_bytes=1 << 19), workers=2)
 def test_a_script_needs_no_guard_against_its_workers(stage: Stage, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(stage.folder / "in")]
-    told = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+    message = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
                           check=False)  # fmt: skip
-    assert (told.returncode, told.stdout, told.stderr) == (0, "once\n", "")
+    assert (message.returncode, message.stdout, message.stderr) == (0, "once\n", "")
 
 
 # ------------------------------------------------------------------ parts of an array
@@ -210,15 +210,17 @@ def test_parts_at_once_and_in_any_order_give_the_same_bytes(
 
     parts = [f"{number}/{n_parts}" for number in range(1, n_parts + 1)]
     random.Random(n_parts).shuffle(parts)
-    told = []
+    message = []
     for at_once in (parts[:1], parts[1:]):
         running = [start("parts", part) for part in at_once]
-        told += [process.communicate(timeout=120)[0] for process in running]
+        message += [process.communicate(timeout=120)[0] for process in running]
         assert [process.returncode for process in running] == [0] * len(at_once)
-    assert "others are not, so there is no manifest yet" in told[0]
-    assert sum("documents" in line for line in told) >= 1  # the last one, or two that end at once
+    assert "others are not, so there is no manifest yet" in message[0]
+    assert (
+        sum("documents" in line for line in message) >= 1
+    )  # the last one, or two that end at once
     if files == "in":
-        assert contents(tmp_path / "parts") == stage.whole
+        assert contents(tmp_path / "parts") == stage.expected
         return
     process = start("whole", "1/1")
     process.communicate(timeout=120)
@@ -231,7 +233,7 @@ def test_the_array_script_of_the_readme_does_each_part_once(tmp_path: Path) -> N
                  if "#SBATCH --array" in block]  # fmt: skip
     first, last = map(int, re.findall(r"--array=(\d+)-(\d+)", script)[0])
     (cores,) = re.findall(r"--cpus-per-task=(\d+)", script)
-    told = set()
+    message = set()
     for task in (first, last):
         environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task),
                        "SLURM_ARRAY_TASK_COUNT": str(last - first + 1)}  # fmt: skip
@@ -239,8 +241,8 @@ def test_the_array_script_of_the_readme_does_each_part_once(tmp_path: Path) -> N
         out = subprocess.run(["bash", "-c", whole], env=environment, capture_output=True, text=True,
                              check=True).stdout  # fmt: skip
         assert f"--workers {cores} " in out
-        told.add(out.split("--part ")[1].strip())
-    assert told == {f"1/{last}", f"{last}/{last}"}
+        message.add(out.split("--part ")[1].strip())
+    assert message == {f"1/{last}", f"{last}/{last}"}
 
 
 # ------------------------------------------------------------------ limits
@@ -249,15 +251,15 @@ def test_the_array_script_of_the_readme_does_each_part_once(tmp_path: Path) -> N
 def test_limited_runs_at_once_and_with_any_number_of_workers_take_the_same(stage: Stage) -> None:
     limit = ("--max-documents", "12000", "--max-tokens", "9000000")
     both = [stage.start("limited", "--workers", workers, *limit) for workers in ("1", "3")]
-    told = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
+    message = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], message
     assert stage.run("alone", "--workers", "2", *limit).returncode == 0
     assert contents(stage.folder / "limited") == contents(stage.folder / "alone")
-    assert told[0][0] == told[1][0].replace("alone", "limited")
-    assert "12,000 documents" in told[0][0]
+    assert message[0][0] == message[1][0].replace("alone", "limited")
+    assert "12,000 documents" in message[0][0]
     for other in ((), ("--max-documents", "12001", "--max-tokens", "9000000")):
-        refused = stage.run("alone", *other)
-        assert refused.returncode == 1 and "was begun with max_" in refused.stderr
+        rejected = stage.run("alone", *other)
+        assert rejected.returncode == 1 and "was begun with max_" in rejected.stderr
 
 
 # ------------------------------------------------------------------ Ray
@@ -316,15 +318,15 @@ def test_ray_loses_a_worker_and_a_node_and_gives_the_same_bytes(stage: Stage, cl
             os.kill(pid, signal.SIGKILL)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
-    assert contents(stage.folder / "ray") == stage.whole
+    assert contents(stage.folder / "ray") == stage.expected
     assert f"{N_UNITS}/{N_UNITS} units, 180,000 documents" in stderr and "Traceback" not in stderr
 
 
 @pytest.mark.slow
 def test_a_limit_on_ray_takes_what_one_worker_takes(stage: Stage, cluster: Any) -> None:
     limit = ("--max-tokens", "2000000")
-    told = stage.run("few-ray", "--executor", "ray", "--address", cluster["address"], *limit)
-    assert told.returncode == 0, told.stderr
+    message = stage.run("few-ray", "--executor", "ray", "--address", cluster["address"], *limit)
+    assert message.returncode == 0, message.stderr
     assert stage.run("few", "--workers", "1", *limit).returncode == 0
     assert contents(stage.folder / "few-ray") == contents(stage.folder / "few")
 
@@ -346,24 +348,24 @@ def test_what_ends_a_run_on_ray_is_one_line_and_it_goes_on(stage: Stage, cluster
         for pid in [pid for pid, command in workers.items() if command.startswith("ray::")]:
             os.kill(pid, signal.SIGKILL)
 
-    for end, code, told in (
+    for end, code, message in (
         (stop, 143, r"stopped: the same command goes on"),
         (take_the_input_away, 1, r"error: \d+\.jsonl: No such file"),
         (kill_the_head, 1, rf"error: the Ray cluster at {cluster['address']} is gone: start the"),
     ):
         process = stage.start("stopped", "--executor", "ray", "--address", cluster["address"])
-        stage.wait_for("stopped", stage.receipts("stopped") + 2, process)
+        stage.wait_for("stopped", stage.unit_records("stopped") + 2, process)
         end(process)
         _, stderr = process.communicate(timeout=120)
         if end is take_the_input_away:
             (stage.folder / "elsewhere").rename(files)
         assert process.returncode == code, stderr
         # Ray may add an empty line, or news of its own, when it is late
-        assert any(re.match(told, line) for line in stderr.splitlines()), stderr
+        assert any(re.match(message, line) for line in stderr.splitlines()), stderr
         assert "Traceback" not in stderr
     (stage.folder / "stopped" / "mine" / "00000.json").unlink(missing_ok=True)  # work for the next
-    refused = stage.run("stopped", "--executor", "ray", "--address", cluster["address"])
-    assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1].startswith("error: no Ray cluster answers at")
+    rejected = stage.run("stopped", "--executor", "ray", "--address", cluster["address"])
+    assert rejected.returncode == 1
+    assert rejected.stderr.splitlines()[-1].startswith("error: no Ray cluster answers at")
     assert stage.run("stopped", "--workers", "2").returncode == 0
-    assert contents(stage.folder / "stopped") == stage.whole
+    assert contents(stage.folder / "stopped") == stage.expected

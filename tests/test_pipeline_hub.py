@@ -136,7 +136,7 @@ def test_every_source_of_the_hub_is_read_from_there(repos: dict[str, Repo], plac
     ]
     with HubServer(repos) as hub:
         done = summer_prep(hub.environment(place / "home", TOKEN), *commands)
-        assert hub.strange == []
+        assert hub.unexpected == []
     assert done == [(0, error) for _, error in done], done
     wanted = {
         "fineweb": TEXTS[:200],
@@ -182,11 +182,11 @@ def test_what_cannot_be_had_says_so_in_a_line(repos: dict[str, Repo], place: Pat
         "has no column 'body'; it has id, text",
         "prepare its substitute: `summer-prep tokenize --source pg19`",
     ]
-    for (code, error), told in zip(done, wanted, strict=True):
-        assert code == 1 and told in error and error.count("\n") == 1, error
+    for (code, error), message in zip(done, wanted, strict=True):
+        assert code == 1 and message in error and error.count("\n") == 1, error
 
 
-def test_a_hub_out_of_reach_is_told_at_once(place: Path) -> None:
+def test_a_hub_out_of_reach_is_reported_at_once(place: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         dead = f"http://127.0.0.1:{unused.getsockname()[1]}"

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from pipeline.estimate import PrepareListener
 from pipeline.inputs.inputs import local_inputs
-from pipeline.prepare import Watch, prepare
-from pipeline.progress import Screen
+from pipeline.prepare import prepare
+from pipeline.progress import PrepareDisplay
 from pipeline.units.executors import Executor
+from pipeline.units.job import Limit
 from pipeline.units.recipe import recipe_of
-from pipeline.units.work import Limit
 from pipeline_samples import (
     WORDS,
     contents,
@@ -95,12 +96,12 @@ def test_a_second_limited_run_says_that_it_waits(
     stream = io.StringIO()
     waits = threading.Event()
 
-    class Second(Screen):
+    class Second(PrepareDisplay):
         def waits(self, folder: Path) -> None:
             super().waits(folder)
             waits.set()
 
-    class First(Watch):
+    class First(PrepareListener):
         def planned(self, *_: Any) -> None:
             second.start()
             assert waits.wait(60)

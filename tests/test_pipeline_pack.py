@@ -7,10 +7,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.text.encode import Encoded
+from pipeline.text.chat import Encoded
 from pipeline.text.pack import Packer
-from shards.format import Facts, TokenizerInfo
 from shards.writer import ShardWriter
+from shards_samples import sample_facts
 
 BOS, EOS, PAD = 1, 2, 98
 
@@ -28,13 +28,6 @@ class Kept:
         self.rows += rows.tolist()
         self.origins += zip(parts.tolist(), records.tolist(), strict=True)
         self.masks += [] if masks is None else masks.tolist()
-
-
-def facts(seq_len: int, masked: bool) -> Any:
-    info = TokenizerInfo(name="t", sha256="", vocab_size=99, bos_id=BOS, eos_id=EOS, pad_id=PAD)
-    return Facts(source="s", dataset="", revision="", licence="", seq_len=seq_len, dtype="uint16",
-                 packing="concat+mask" if masked else "concat", val_fraction=0.0,
-                 tokenizer=info)  # fmt: skip
 
 
 def encoded(lengths: list[int], masked: bool, seed: int) -> Any:
@@ -55,7 +48,7 @@ def test_rows_are_the_stream_cut_and_padded(
     batches: list[list[int]], seq_len: int, masked: bool
 ) -> None:
     kept = Kept()
-    packer = Packer(cast(ShardWriter, kept), "train", facts(seq_len, masked))
+    packer = Packer(cast(ShardWriter, kept), "train", sample_facts(seq_len=seq_len, masked=masked))
     stream: list[int] = []
     origins: list[tuple[int, int]] = []
     targets: list[bool] = []
@@ -80,7 +73,7 @@ def test_rows_are_the_stream_cut_and_padded(
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.data())
-def test_choosing_documents_keeps_them_whole(lengths: list[int], data: Any) -> None:
+def test_choosing_documents_keeps_them_complete(lengths: list[int], data: Any) -> None:
     chosen = np.array(data.draw(st.lists(st.booleans(), min_size=len(lengths),
                                          max_size=len(lengths))))  # fmt: skip
     whole = encoded(lengths, True, 0)

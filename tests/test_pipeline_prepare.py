@@ -1,23 +1,18 @@
 """The whole stage: real sources, and the same bytes whoever makes them."""
 
-import contextlib
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.inputs.sources import find
-from pipeline.prepare import Watch, prepare
 from pipeline.text.tokenizer import Tokenizer, base_model, extend, processor
-from pipeline.units.executors import Executor
-from pipeline.units.recipe import Request
-from pipeline.units.work import Limit
+from pipeline.units.job import Limit
+from pipeline.units.recipe import PrepareRequest
 from pipeline_samples import (
     TEXTS,
     contents,
@@ -68,7 +63,7 @@ SHARED = {
 def test_real_rows_of_each_source_are_tokenized_as_sentencepiece_does(
     shared: Path, tmp_path: Path, name: str
 ) -> None:
-    wanted = Request(
+    wanted = PrepareRequest(
         source=find(name), tokenizer=Tokenizer.default(), out=tmp_path, seq_len=512,
         data_files=(str(shared / SHARED[name]),), val_fraction=0.02,
     )  # fmt: skip
@@ -88,7 +83,7 @@ def test_real_rows_of_each_source_are_tokenized_as_sentencepiece_does(
 
 @pytest.mark.parametrize("name", ["python-code", "python-docs"])
 def test_what_python_carries_needs_nothing_else(tmp_path: Path, name: str) -> None:
-    wanted = Request(source=find(name), tokenizer=tokenizer(), out=tmp_path, seq_len=256,
+    wanted = PrepareRequest(source=find(name), tokenizer=tokenizer(), out=tmp_path, seq_len=256,
                      limit=Limit(documents=20))  # fmt: skip
     manifest = prepared(wanted)
     assert manifest.n_documents == 20
@@ -121,68 +116,14 @@ def test_a_loss_mask_marks_the_answers(tmp_path: Path) -> None:
     assert targets.tolist() == [token for answer in answers for token in answer]
 
 
-def test_the_bytes_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
-    corpus(tmp_path / "in")
-    for workers in (1, 3):
-        prepared(request(tmp_path / f"{workers}", str(tmp_path / "in")), workers)
-    assert contents(tmp_path / "1") == contents(tmp_path / "3")
-
-
-def test_parts_of_an_array_give_the_same_bytes(tmp_path: Path) -> None:
-    corpus(tmp_path / "in")
-    prepared(request(tmp_path / "whole", str(tmp_path / "in")))
-    for number in (3, 1, 2):
-        wanted = request(tmp_path / "parts", str(tmp_path / "in"), part=(number, 3))
-        manifest = prepare(wanted, Executor(), Watch())
-        assert (manifest is None) == (number != 2)
-    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
-
-
-RUN = """
-import sys
-from pathlib import Path
-from pipeline_samples import prepared, request
-if __name__ == "__main__":
-    prepared(request(Path(sys.argv[1]), sys.argv[2]), workers=int(sys.argv[3]))
-"""
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    corpus(tmp_path / "in", n_files=10, per_file=150)
-    prepared(request(tmp_path / "whole", str(tmp_path / "in")))
-    (tmp_path / "run.py").write_text(RUN)
-    folder = tmp_path / "killed" / "mine"
-    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "killed"),
-               str(tmp_path / "in")]  # fmt: skip
-    path = os.pathsep.join(["tests", "."])
-    for kills, workers in ((3, "1"), (24, "2")):
-        process = subprocess.Popen([*command, workers], env={**os.environ, "PYTHONPATH": path},
-                                   start_new_session=True)  # fmt: skip
-        while len(list(folder.glob("*.rows.npy"))) < kills and process.poll() is None:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        _wait_until_gone(process.pid)
-        assert not (folder / "manifest.json").exists()
-    prepared(request(tmp_path / "killed", str(tmp_path / "in")), workers=2)
-    assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
-
-
-def _wait_until_gone(group: int) -> None:
-    """Workers end by themselves when their parent is gone."""
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            os.killpg(group, 0)
-            time.sleep(0.01)
-
-
 RUN_ON_RAY = """
 import sys
 from pathlib import Path
 from pipeline.units.executors import Executor
-from pipeline.prepare import Watch, prepare
+from pipeline.estimate import PrepareListener
+from pipeline.prepare import prepare
 from pipeline_samples import request
-prepare(request(Path(sys.argv[1]), sys.argv[2]), Executor("ray"), Watch())
+prepare(request(Path(sys.argv[1]), sys.argv[2]), Executor("ray"), PrepareListener())
 """
 
 

@@ -1,4 +1,4 @@
-"""What is told of the work: how far it is, what is left, and how that is written."""
+"""Progress: how far the work is, what is left, and how that is written."""
 
 import heapq
 import io
@@ -12,9 +12,9 @@ import pytest
 from pipeline import progress
 from pipeline.estimate import Estimate
 from pipeline.prepare import prepare
-from pipeline.progress import Course, Screen, duration
+from pipeline.progress import PrepareDisplay, ProgressEstimator, duration
 from pipeline.units.executors import Executor
-from pipeline.units.work import NO_LIMIT, Amount, Limit, Step
+from pipeline.units.job import NO_LIMIT, Amount, Limit, Step
 from pipeline_samples import corpus, request
 
 MB = 1_000_000
@@ -28,7 +28,9 @@ def ahead(n_units: int, limit: Limit = NO_LIMIT) -> Estimate:
     )  # fmt: skip
 
 
-def work(course: Course, n_units: int, workers: int, yield_: float) -> Iterator[float]:
+def work(
+    estimator: ProgressEstimator, n_units: int, workers: int, yield_: float
+) -> Iterator[float]:
     """Workers of 20 MB/s that begin one after the other and are slow at first; the time, by steps.
 
     `yield_` is what a planned byte gives: files hold more than text, or less than they unpack to.
@@ -41,13 +43,13 @@ def work(course: Course, n_units: int, workers: int, yield_: float) -> Iterator[
         now, worker, unit, text = heapq.heappop(free)
         if unit is None or text >= 64 * MB * yield_:
             if unit is not None:
-                course.unit_done(unit)
+                estimator.unit_done(unit)
             if (unit := next(ahead, None)) is None:
                 continue
             text = 0.0
         else:
             text += 8 * MB
-        course.step(Step(unit, int(text), Amount(int(text) // 4000, int(text) // 4)), now)
+        estimator.step(Step(unit, int(text), Amount(int(text) // 4000, int(text) // 4)), now)
         takes = 0.4 * rng.uniform(0.8, 1.2) * (3 if worker in new else 1)
         if text:
             new.discard(worker)
@@ -59,60 +61,60 @@ def work(course: Course, n_units: int, workers: int, yield_: float) -> Iterator[
 @pytest.mark.parametrize("yield_", [0.5, 1.0, 2.0])
 def test_what_is_left_is_true_once_the_rate_is_steady(workers: int, yield_: float) -> None:
     n_units = 20 * workers
-    course = Course(ahead(n_units))
-    told = [(now, course.share, course.seconds_left(now + 0.1))
-            for now in work(course, n_units, workers, yield_)]  # fmt: skip
-    end = told[-1][0]
-    assert course.share == 1.0 and course.text_bytes >= n_units * 64 * MB * yield_
-    for now, share, left in told:
+    estimator = ProgressEstimator(ahead(n_units))
+    message = [(now, estimator.share, estimator.seconds_left(now + 0.1))
+            for now in work(estimator, n_units, workers, yield_)]  # fmt: skip
+    end = message[-1][0]
+    assert estimator.share == 1.0 and estimator.text_bytes >= n_units * 64 * MB * yield_
+    for now, share, left in message:
         if share > 0.12:  # with the smallest units the first, slow steps are a tenth
             true = end - now - 0.1
             a_unit = 64 * yield_ / 20  # who gets the last one is not foreseen
             assert left is not None and abs(left - true) < 0.15 * true + a_unit / 2
 
 
-def test_a_rate_that_halves_is_believed_before_long() -> None:
-    course, now = Course(ahead(100)), 0.0
+def test_a_rate_that_halves_is_followed_soon() -> None:
+    estimator, now = ProgressEstimator(ahead(100)), 0.0
     for unit in range(75):
-        course.step(Step(unit), now)
+        estimator.step(Step(unit), now)
         now += 1.0 if unit < 50 else 2.0
-        course.step(Step(unit, 64 * MB), now)
-        course.unit_done(unit)
-    left = course.seconds_left(now)
+        estimator.step(Step(unit, 64 * MB), now)
+        estimator.unit_done(unit)
+    left = estimator.seconds_left(now)
     assert left is not None and left == pytest.approx(50, rel=0.05)
 
 
-def test_a_unit_that_is_begun_again_counts_once() -> None:
-    course = Course(ahead(2))
-    course.step(Step(0), 0)
-    course.step(Step(0, 48 * MB, Amount(5, 50)), 1)
-    course.step(Step(0), 2)  # its machine was lost
-    assert (course.share, course.documents) == (0.0, 0)
-    course.step(Step(0, 64 * MB, Amount(7, 70)), 3)
-    course.unit_done(0)
-    assert (course.share, course.documents, course.tokens) == (0.5, 7, 70)
-    course.unit_done(0)  # told twice
-    assert course.share == 0.5
+def test_a_restarted_unit_counts_once() -> None:
+    estimator = ProgressEstimator(ahead(2))
+    estimator.step(Step(0), 0)
+    estimator.step(Step(0, 48 * MB, Amount(5, 50)), 1)
+    estimator.step(Step(0), 2)  # its machine was lost
+    assert (estimator.share, estimator.documents) == (0.0, 0)
+    estimator.step(Step(0, 64 * MB, Amount(7, 70)), 3)
+    estimator.unit_done(0)
+    assert (estimator.share, estimator.documents, estimator.tokens) == (0.5, 7, 70)
+    estimator.unit_done(0)  # reported twice
+    assert estimator.share == 0.5
 
 
 def test_the_last_unit_is_waited_for() -> None:
     """Fifteen of sixteen workers have nothing left to do."""
-    course = Course(ahead(16))
+    estimator = ProgressEstimator(ahead(16))
     for unit in range(16):
-        course.step(Step(unit), 0)
-        course.step(Step(unit, 8 * MB), 5)
+        estimator.step(Step(unit), 0)
+        estimator.step(Step(unit, 8 * MB), 5)
     for unit in range(15):
-        course.step(Step(unit, 64 * MB), 10)
-        course.unit_done(unit)
-    course.step(Step(15, 16 * MB), 10)
-    assert course.seconds_left(10) == pytest.approx(30)
+        estimator.step(Step(unit, 64 * MB), 10)
+        estimator.unit_done(unit)
+    estimator.step(Step(15, 16 * MB), 10)
+    assert estimator.seconds_left(10) == pytest.approx(30)
 
 
 def test_a_limit_is_what_the_work_is_measured_by() -> None:
-    course = Course(ahead(1000, Limit(documents=400, tokens=10**9)))
+    estimator = ProgressEstimator(ahead(1000, Limit(documents=400, tokens=10**9)))
     for at in range(1, 5):
-        course.step(Step(at, 64 * MB, Amount(50, 1000)), at)
-    assert course.share == 0.5 and course.seconds_left(4) == pytest.approx(4)
+        estimator.step(Step(at, 64 * MB, Amount(50, 1000)), at)
+    assert estimator.share == 0.5 and estimator.seconds_left(4) == pytest.approx(4)
 
 
 class Terminal(io.StringIO):
@@ -120,9 +122,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def told(tmp_path: Path, stream: io.StringIO, **changes: Any) -> str:
+def output_of(tmp_path: Path, stream: io.StringIO, **changes: Any) -> str:
     corpus(tmp_path / "in")
-    screen = Screen(stream)
+    screen = PrepareDisplay(stream)
     prepare(request(tmp_path / "out", str(tmp_path / "in"), **changes), Executor(), screen)
     screen.close()
     return stream.getvalue()
@@ -133,24 +135,24 @@ def test_a_log_file_gets_a_line_now_and_then(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # as some CI sets it
     monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", 0.0)
-    lines = told(tmp_path, io.StringIO()).splitlines()
+    lines = output_of(tmp_path, io.StringIO()).splitlines()
     assert not any(ord(character) < 32 for line in lines for character in line)
     assert any("left, 1/" in line and "documents" in line and "MB/s" in line for line in lines)
     assert lines[-1].startswith(f"{lines[-1].split('/')[0]}/{lines[-1].split('/')[0]} units")
 
 
 def test_between_its_times_a_log_file_gets_nothing(tmp_path: Path) -> None:
-    lines = told(tmp_path, io.StringIO()).splitlines()
+    lines = output_of(tmp_path, io.StringIO()).splitlines()
     assert sum("MB/s" in line for line in lines) == 1
 
 
 def test_a_terminal_has_one_line_that_moves(tmp_path: Path) -> None:
-    shown = told(tmp_path, Terminal())
+    shown = output_of(tmp_path, Terminal())
     assert "\x1b[" in shown and "to read" in shown and shown.count(" units, ") > 1
 
 
 def test_under_a_limit_the_units_have_no_number(tmp_path: Path) -> None:
-    lines = told(tmp_path, io.StringIO(), limit=Limit(documents=40)).splitlines()
+    lines = output_of(tmp_path, io.StringIO(), limit=Limit(documents=40)).splitlines()
     assert "as far as the limit reaches" in lines[2] and " units, 40 documents" in lines[-1]
     assert "/" not in lines[-1].split(" units")[0]
 

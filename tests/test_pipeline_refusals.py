@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PrepareError, SourceError, TokenizerError
-from pipeline.estimate import refuse_without_room
-from pipeline.prepare import Watch, prepare
+from pipeline.estimate import PrepareListener, check_disk_space
+from pipeline.prepare import prepare
 from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.executors import Executor
-from pipeline.units.work import Limit
+from pipeline.units.job import Limit
 from pipeline_samples import (
     TEXTS,
     contents,
@@ -27,28 +27,28 @@ from pipeline_samples import (
 )
 
 
-def refused(wanted: Any, kind: Any = PrepareError) -> Any:
+def rejected(wanted: Any, kind: Any = PrepareError) -> Any:
     with pytest.raises(kind) as caught:
-        prepare(wanted, Executor(), Watch())
+        prepare(wanted, Executor(), PrepareListener())
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_a_folder_begun_otherwise_is_not_touched(tmp_path: Path) -> None:
+def test_a_folder_of_another_recipe_is_not_touched(tmp_path: Path) -> None:
     corpus(tmp_path / "in", 2)
     files = str(tmp_path / "in")
     prepared(request(tmp_path, files))
     before = contents(tmp_path / "mine")
-    told = refused(request(tmp_path, files, seq_len=128))
-    assert "begun with seq_len 64, not 128" in told and "--out" in told
-    assert "another tokenizer than mistral-v3-extended" in refused(
+    message = rejected(request(tmp_path, files, seq_len=128))
+    assert "begun with seq_len 64, not 128" in message and "--out" in message
+    assert "another tokenizer than mistral-v3-extended" in rejected(
         request(tmp_path, files, tokenizer=Tokenizer.default())
     )
-    assert "max_tokens None, not 5" in refused(request(tmp_path, files, limit=Limit(tokens=5)))
+    assert "max_tokens None, not 5" in rejected(request(tmp_path, files, limit=Limit(tokens=5)))
     write_jsonl(tmp_path / "in" / "0.jsonl", ["changed"])
-    assert "0.jsonl was" in refused(request(tmp_path, files))
+    assert "0.jsonl was" in rejected(request(tmp_path, files))
     (tmp_path / "in" / "0.jsonl").unlink()
-    assert "0.jsonl was" in refused(request(tmp_path, files)) and "absent" in refused(
+    assert "0.jsonl was" in rejected(request(tmp_path, files)) and "absent" in rejected(
         request(tmp_path, files)
     )
     assert contents(tmp_path / "mine") == before
@@ -56,12 +56,12 @@ def test_a_folder_begun_otherwise_is_not_touched(tmp_path: Path) -> None:
 
 def test_without_one_document_there_is_no_source(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["", 7, None])
-    told = refused(request(tmp_path, str(tmp_path / "a.jsonl")))
-    assert "not one document" in told and "1 empty" in told and "1 wrong type" in told
+    message = rejected(request(tmp_path, str(tmp_path / "a.jsonl")))
+    assert "not one document" in message and "1 empty" in message and "1 wrong type" in message
     assert not (tmp_path / "mine" / "manifest.json").exists()
 
 
-def test_refused_records_are_listed_with_file_and_number(tmp_path: Path) -> None:
+def test_rejected_records_are_listed_with_file_and_number(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["good", 7, "", "good too"])
     manifest = prepared(request(tmp_path, str(tmp_path / "a.jsonl")))
     assert dict(manifest.rejected) == {"empty": 1, "wrong type": 1}
@@ -74,9 +74,9 @@ def test_refused_records_are_listed_with_file_and_number(tmp_path: Path) -> None
 
 def test_a_missing_field_is_noticed_before_anything_is_done(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["x"] * 50, column="content")
-    told = refused(request(tmp_path, str(tmp_path / "a.jsonl")), SourceError)
-    assert "no field 'text'" in told and "--text-column" in told
-    assert not list((tmp_path / "mine").glob("*.npy"))
+    message = rejected(request(tmp_path, str(tmp_path / "a.jsonl")), SourceError)
+    assert "no field 'text'" in message and "--text-column" in message
+    assert not list((tmp_path / "mine").glob("[0-9]*.npy"))
 
 
 def test_a_damaged_file_stops_the_run_and_nothing_done_is_lost(tmp_path: Path) -> None:
@@ -102,10 +102,10 @@ def test_without_room_on_the_disk_nothing_begins(
     free = shutil.disk_usage(tmp_path)._replace(free=100_000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: free)
-        told = refused(request(tmp_path, str(tmp_path / "*.jsonl")))
-    assert "MB are needed and 0 MB are free" in told and "--max-tokens" in told
-    assert not list((tmp_path / "mine").glob("*.npy"))
-    refuse_without_room(tmp_path, 1)
+        message = rejected(request(tmp_path, str(tmp_path / "*.jsonl")))
+    assert "MB are needed and 0 MB are free" in message and "--max-tokens" in message
+    assert not list((tmp_path / "mine").glob("[0-9]*.npy"))
+    check_disk_space(tmp_path, 1)
 
 
 RUN_SHORT_OF_ROOM = """
@@ -130,15 +130,15 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
         shutil.copy(tmp_path / "whole" / "mine" / name, tmp_path / "out" / "mine")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", "."])}
     command = [sys.executable, "-c", RUN_SHORT_OF_ROOM, str(tmp_path / "out"), str(tmp_path / "in")]
-    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    assert ": make room and start the same command again" in told.stdout
+    message = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert ": make room and start the same command again" in message.stdout
     assert not [path for path in (tmp_path / "out" / "mine").iterdir() if path.name[0] == "."]
     prepared(request(tmp_path / "out", str(tmp_path / "in"), **small))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"part": (0, 4)}, "parts are numbered 1/4 to 4/4"),
         ({"part": (5, 4)}, "--part 5/4"),
@@ -146,9 +146,9 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
         ({"loss_mask": True}, "mine has none"),
     ],
 )
-def test_contradictions_are_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+def test_contradictions_are_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    assert told in refused(request(tmp_path, str(tmp_path / "a.jsonl"), **changes))
+    assert message in rejected(request(tmp_path, str(tmp_path / "a.jsonl"), **changes))
 
 
 def test_a_vocabulary_without_chat_markers_cannot_prepare_chat(tmp_path: Path) -> None:
@@ -158,4 +158,4 @@ def test_a_vocabulary_without_chat_markers_cannot_prepare_chat(tmp_path: Path) -
     strange = Tokenizer(proto.SerializeToString(), "strange")
     write_jsonl(tmp_path / "a.jsonl", [[]], column="conversations")
     wanted = request(tmp_path, str(tmp_path / "a.jsonl"), name="slimorca", tokenizer=strange)
-    assert "strange has no control piece [INST]" in refused(wanted, TokenizerError)
+    assert "strange has no control piece [INST]" in rejected(wanted, TokenizerError)

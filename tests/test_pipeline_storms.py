@@ -27,7 +27,7 @@ from pathlib import Path
 from huggingface_hub import constants
 from pipeline.inputs import hub
 from pipeline.errors import SourceError
-from pipeline.inputs.sources import Choice, find
+from pipeline.inputs.sources import SourceOverrides, find
 from pipeline_samples import prepared, request
 longest_pause_s = 0.01
 sleep, time.sleep = time.sleep, lambda seconds: sleep(min(seconds, 0.01))  # of huggingface_hub
@@ -40,7 +40,7 @@ hub.HubInputs.__init__.__defaults__ = ("", float(sys.argv[1]))
 for line in sys.stdin:
     out, pause = line.split()
     longest_pause_s = float(pause)
-    source = find("mine", Choice(dataset="org/name"))
+    source = find("mine", SourceOverrides(dataset="org/name"))
     wanted = replace(request(Path(out), "unused"), source=source, data_files=())
     try:
         print(prepared(wanted).facts.revision, flush=True)
@@ -98,15 +98,15 @@ def test_storms_change_no_byte(hub: HubServer, reader: Reader, tmp_path: Path) -
         assert contents(tmp_path / f"{seed}") == contents(tmp_path / "calm")
 
 
-def test_a_hub_that_dies_is_given_up_in_time_and_its_commit_is_kept(
+def test_a_dead_hub_is_given_up_in_time_and_its_commit_is_kept(
     hub: HubServer, reader: Reader, tmp_path: Path
 ) -> None:
     assert reader.prepare(tmp_path / "calm") == COMMIT
     assert hub.asked.count("") == 1 and set(hub.asked) == {"", COMMIT}
     hub.faults[:] = [*[""] * 12, "die"]
-    told = reader.prepare(tmp_path / "out", 60)
-    assert "start the same command again when the Hub is well" in told
-    assert "(tried for " in told
+    message = reader.prepare(tmp_path / "out", 60)
+    assert "start the same command again when the Hub is well" in message
+    assert "(tried for " in message
     assert (tmp_path / "out" / "mine" / "units.json").exists()
     hub.dead, hub.head = False, "f" * 40  # meanwhile somebody has pushed
     hub.asked.clear()
@@ -116,7 +116,7 @@ def test_a_hub_that_dies_is_given_up_in_time_and_its_commit_is_kept(
 
 
 class Unsteady(PatientFile):
-    """Reads from bytes; each read fails as often as it is told to, or gives too little."""
+    """Reads from bytes; each read fails as often as it is asked to, or gives too little."""
 
     def __init__(self, data: Any, failures: Any, patience_s: Any = 60.0) -> None:
         super().__init__("hf://datasets/org/name@main/a", len(data), patience_s)

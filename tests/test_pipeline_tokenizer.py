@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -46,6 +47,23 @@ def test_text_comes_back_and_never_becomes_a_control_piece(text: str) -> None:
     )
 
 
+def test_token_bytes_count_what_each_id_adds_to_a_text() -> None:
+    """In a text and at its beginning, with and without a space put in front."""
+    table = np.load(io.BytesIO(DEFAULT.token_bytes_file()))
+    assert (table.shape, table.dtype) == ((32768, 2), np.dtype("<u2"))
+    for text in [*TEXTS[:9], "  two", "déjà vu 東京 \U0001f600", "\n"]:
+        ids = np.array([DEFAULT.bos_id, *DEFAULT.encode(text), DEFAULT.eos_id])
+        before, ids = ids[:-1], ids[1:]
+        added = table[ids, (table[before, 0] == 0) * 1]
+        assert added.sum() == len(text.encode())
+        assert added[-1] == 0  # EOS
+    proto = DEFAULT.proto.__class__()
+    proto.CopyFrom(DEFAULT.proto)
+    proto.normalizer_spec.add_dummy_prefix = False
+    plain = np.load(io.BytesIO(Tokenizer(proto.SerializeToString(), "plain").token_bytes_file()))
+    assert np.array_equal(plain[:, 1], table[:, 0]) and table[:, 1].sum() < table[:, 0].sum()
+
+
 def test_extension_fills_spare_slots_and_then_appends() -> None:
     added = Tokenizer(extend(base_model(), [f"[X{n}]" for n in range(740)]), "x")
     spare = [e.piece for e in added.proto.pieces if e.piece.startswith("[control_")]
@@ -69,7 +87,7 @@ def test_training_gives_the_same_bytes_and_fits_the_fast_encoder() -> None:
         train(["only a line"], 50_000)
 
 
-def test_a_model_that_does_not_fit_is_refused() -> None:
+def test_a_model_that_does_not_fit_is_rejected() -> None:
     with pytest.raises(TokenizerError, match=r"readme is no SentencePiece model"):
         Tokenizer(b"# A page about something else\n", "readme")
     with pytest.raises(TokenizerError, match="user-defined"):

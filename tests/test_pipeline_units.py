@@ -12,11 +12,16 @@ from pipeline.errors import PrepareError, SourceError
 from pipeline.inputs.inputs import local_inputs
 from pipeline.inputs.sources import Source
 from pipeline.units import units
-from pipeline.units.units import Plan, WeighedPart, cut_into_parts, fill_units, make_plan, read_plan
-from pipeline_samples import write_jsonl, write_parquet
+from pipeline.units.units import (
+    PreparePlan,
+    WeighedPart,
+    cut_into_parts,
+    fill_units,
+    make_plan,
+    read_plan,
+)
+from pipeline_samples import TEXT, write_jsonl, write_parquet
 from shards.format import PLAN, Part
-
-SOURCE = Source(name="mine", about="", licence="")
 
 
 @settings(deadline=None)
@@ -51,7 +56,7 @@ def test_every_kind_of_file_is_cut_as_described(
     size = write_jsonl(tmp_path / "b.jsonl", ["line"] * 10).stat().st_size
     (tmp_path / "c.jsonl.gz").write_bytes(b"x" * 30)
     (tmp_path / "d.txt").write_bytes(b"x" * 500)
-    weighed = cut_into_parts(local_inputs((str(tmp_path / "*"),)), SOURCE)
+    weighed = cut_into_parts(local_inputs((str(tmp_path / "*"),)), TEXT)
     cuts = [*range(0, size, 100), size]
     assert [(w.part.file, w.part.first, w.part.last) for w in weighed] == [
         *(("a.parquet", n, n + 1) for n in range(3)),
@@ -94,12 +99,12 @@ def test_a_data_sets_card_and_scripts_are_no_data(tmp_path: Path) -> None:
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in" / "a.jsonl", ["text"] * 9)
-    plan = make_plan({"source": "mine"}, local_inputs((str(tmp_path / "in"),)), SOURCE, 1 << 20)
+    plan = make_plan({"source": "mine"}, local_inputs((str(tmp_path / "in"),)), TEXT, 1 << 20)
     assert read_plan(tmp_path) is None
     (tmp_path / PLAN).write_bytes(plan.to_bytes())
     again = read_plan(tmp_path)
     assert again == plan and again.sha256 == plan.sha256
-    assert isinstance(again, Plan)
+    assert isinstance(again, PreparePlan)
     (tmp_path / PLAN).write_bytes(b'{"format": "other/9"}')
     with pytest.raises(PrepareError, match=r"units\.json is no plan of this version"):
         read_plan(tmp_path)
@@ -108,7 +113,7 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(SourceError, match=r"nothing to read in a\.jsonl \(0 bytes of text\)"):
-        make_plan({}, local_inputs((str(tmp_path),)), SOURCE, 1 << 20)
+        make_plan({}, local_inputs((str(tmp_path),)), TEXT, 1 << 20)
 
 
 @pytest.mark.parametrize(("n_files", "n_units"), [(3, 2), (6, 3), (15, 5), (30, 10)])
@@ -120,4 +125,4 @@ def test_a_small_listing_has_units_for_many_workers(
     for n in range(n_files):
         (tmp_path / f"{n:02}.txt").write_bytes(b"x" * 1000)
     inputs = local_inputs((str(tmp_path / "*.txt"),))
-    assert len(make_plan({}, inputs, SOURCE, 3000).units) == n_units
+    assert len(make_plan({}, inputs, TEXT, 3000).units) == n_units

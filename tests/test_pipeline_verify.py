@@ -1,6 +1,7 @@
-"""Damage is named, all of it, and repaired to the same bytes."""
+"""Damage is named and repaired to the same bytes; what `inspect` says of a folder."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,23 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline import cli
-from pipeline.checks.inspection import report, report_lines, row_lines, show_row
+from pipeline.checks.inspection import report, report_lines, show_row
 from pipeline.checks.repair import repair
-from pipeline.checks.verify import damages
+from pipeline.checks.verify import find_damage
 from pipeline.errors import PrepareError
 from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.executors import Executor
-from pipeline.units.work import Limit
+from pipeline.units.job import Limit
 from pipeline_samples import TEXTS, contents, prepared, request, write_jsonl
+from shards.format import TOKEN_BYTES
 
 FILES = 5
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A prepared source of several units, some with refused records; the input beside it."""
-    place = tmp_path_factory.mktemp("whole")
+def prepared_place(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A prepared source of several units, some with rejected records; the input beside it."""
+    place = tmp_path_factory.mktemp("prepared")
     for number in range(FILES):
         rows = [*TEXTS[number * 50 : number * 50 + 50], 7] if number % 2 else TEXTS[:90]
         write_jsonl(place / "in" / f"{number}.jsonl", rows)
@@ -34,14 +36,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def source(whole: Path, tmp_path: Path) -> Any:
+def source(prepared_place: Path, tmp_path: Path) -> Any:
     """A copy of its own to spoil."""
-    shutil.copytree(whole / "mine", tmp_path / "mine")
+    shutil.copytree(prepared_place / "mine", tmp_path / "mine")
     return tmp_path / "mine"
 
 
-def test_what_is_whole_is_found_whole(source: Path) -> None:
-    assert list(damages(source)) == []
+def test_an_intact_source_has_no_damage(source: Path) -> None:
+    assert list(find_damage(source)) == []
     assert repair(source, (), Executor()) == []
 
 
@@ -51,19 +53,19 @@ def test_a_bad_row_is_named_with_its_file(source: Path) -> None:
     rows[3, 5] ^= 1
     rows[7, 0] ^= 1
     rows.flush()
-    (found,) = damages(source)
+    (found,) = find_damage(source)
     assert str(found) == "00001-000.npy: rows 3, 7: damaged (digests differ)"
 
 
 def test_repair_without_the_same_input_touches_nothing(
-    whole: Path, source: Path, tmp_path: Path
+    prepared_place: Path, source: Path, tmp_path: Path
 ) -> None:
     next(source.glob("*.rows.npy")).write_bytes(b"")
     before = contents(source)
     with pytest.raises(PrepareError, match="name the same ones with --data-files"):
         repair(source, (), Executor())
     for number in range(FILES):  # the same sizes, other words
-        text = (whole / "in" / f"{number}.jsonl").read_text().replace("cat", "cow")
+        text = (prepared_place / "in" / f"{number}.jsonl").read_text().replace("cat", "cow")
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{number}.jsonl").write_text(text)
     with pytest.raises(PrepareError, match="its input has changed; nothing was replaced"):
@@ -76,8 +78,10 @@ def test_repair_without_the_same_input_touches_nothing(
     assert contents(source) == before
 
 
-def test_repair_of_a_limited_source_cuts_where_the_limit_did(whole: Path, tmp_path: Path) -> None:
-    files = str(whole / "in")
+def test_repair_of_a_limited_source_cuts_where_the_limit_did(
+    prepared_place: Path, tmp_path: Path
+) -> None:
+    files = str(prepared_place / "in")
     prepared(request(tmp_path, files, unit_bytes=1 << 12, limit=Limit(documents=111)))
     before = contents(tmp_path / "mine")
     for path in (tmp_path / "mine").glob("*.rows.npy"):
@@ -102,8 +106,8 @@ def cut_by_hand(folder: Path, manifest: Any) -> Any:
     return cut
 
 
-def test_the_report_counts_what_is_there(whole: Path) -> None:
-    folder = whole / "mine"
+def test_the_report_counts_what_is_there(prepared_place: Path) -> None:
+    folder = prepared_place / "mine"
     found = report(folder)
     rows = [np.load(path) for path in folder.glob("*-[0-9][0-9][0-9].npy")]
     tokens = np.concatenate([array.reshape(-1) for array in rows])
@@ -111,48 +115,79 @@ def test_the_report_counts_what_is_there(whole: Path) -> None:
     assert found.counts.sum() == np.count_nonzero(tokens) == found.manifest.n_tokens
     assert 0 < found.cut_documents == cut_by_hand(folder, found.manifest)
     tokenizer = Tokenizer.load(folder / "tokenizer.model", "small")
-    told = report_lines(folder, found, tokenizer)
+    shown = report_lines(folder, found, tokenizer)
     share = found.cut_documents / found.manifest.n_documents
-    assert f"{found.cut_documents:,} ({share:.1%}) run on into another row" in told
+    assert f"{found.cut_documents:,} ({share:.1%}) run on into another sequence" in shown
     histogram = found.histogram()
     assert sum(histogram.values()) == 400 and histogram[0] == np.count_nonzero(found.counts == 0)
     assert histogram[10] == np.count_nonzero((found.counts >= 10) & (found.counts < 100))
-    assert f"never {histogram[0]}, " in told and f"10-99 times {histogram[10]}, " in told
-    assert "2 wrong type" in told and found.manifest.root in told
+    assert f"never {histogram[0]}, " in shown and f"10-99 times {histogram[10]}, " in shown
+    assert "2 wrong type" in shown and found.manifest.root in shown
     as_json = json.loads(json.dumps(found.to_json(tokenizer)))
     assert as_json["cut_share"] == share and as_json["histogram"]["10"] == histogram[10]
     assert as_json["n_files"] == FILES and len(as_json["top_tokens"]) == 20
     assert found.counts[1] == found.manifest.n_documents == 3 * 90 + 2 * 50
 
 
-def test_a_row_is_shown_as_text_with_its_documents(whole: Path) -> None:
-    folder = whole / "mine"
-    row = show_row(folder, "train", 0)
-    assert row.pieces[0][1] and row.pieces[0][0].endswith(("barked", ".", "\n")) is not None
-    told = row_lines(row)
-    assert told.startswith("=== row 0: ") and "--- document begins" in told
-    joined = "".join(text for text, _, _ in row.pieces)
-    assert joined[:20] in (whole / "in" / row.file).read_text().replace("\\n", "\n")
-    with pytest.raises(PrepareError, match="there is no row 999999"):
+def test_a_sequence_is_shown_as_text_with_its_documents(prepared_place: Path) -> None:
+    folder = prepared_place / "mine"
+    header, begins, text, *_ = show_row(folder, "train", 0).split("\n")
+    assert begins == "--- document begins" and re.match("=== sequence 0: .*part .*record", header)
+    file = header.split(": ")[1].split(",")[0]
+    assert text in (prepared_place / "in" / file).read_text()
+    with pytest.raises(PrepareError, match="there is no sequence 999999"):
         show_row(folder, "train", 999_999)
 
 
-def test_the_commands_say_it_in_one_line(whole: Path, source: Path) -> None:
+def test_token_bytes_are_optional_checked_and_repaired(source: Path) -> None:
+    path = source / TOKEN_BYTES
+    table = np.load(path)
+    path.unlink()  # as earlier versions left it
+    assert list(find_damage(source)) == []
+    np.save(path, table + 1)
+    assert [str(damage) for damage in find_damage(source)] == ["token_bytes.npy: damaged"]
+    assert len(repair(source, (), Executor())) == 1
+    assert np.array_equal(np.load(path), table)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("manifest.json", "units.json"), "prepare the source again"),
+        (("manifest.json", "00001.json"), "run the same `summer-prep tokenize` again"),
+    ],
+)
+def test_two_damaged_metadata_files_are_prepared_again(
+    prepared_place: Path, source: Path, names: tuple[str, ...], message: str
+) -> None:
+    before = contents(source)
+    for name in names:
+        (source / name).write_bytes(before[name][:-9])
+    with pytest.raises(PrepareError, match=message):
+        repair(source, (str(prepared_place / "in"),), Executor())
+    if "units.json" in names:
+        shutil.rmtree(source)
+    prepared(request(source.parent, str(prepared_place / "in"), unit_bytes=1 << 13))
+    assert contents(source) == before
+
+
+def test_the_commands_say_it_in_one_line(prepared_place: Path, source: Path) -> None:
     run = CliRunner()
-    good = run.invoke(cli.main, ["verify", str(whole)])
-    assert good.exit_code == 0 and good.output == f"{whole / 'mine'}: whole\n"
+    good = run.invoke(cli.main, ["verify", str(prepared_place)])
+    assert good.exit_code == 0 and good.output == f"{prepared_place / 'mine'}: intact\n"
     (source / "00000-000.npy").unlink()
     bad = run.invoke(cli.main, ["verify", str(source)])
     assert bad.exit_code == 1 and "mine/00000-000.npy: missing" in bad.output
-    mended = run.invoke(
-        cli.main, ["repair", str(source), "--data-files", str(whole / "in"), "--workers", "1"]
+    repaired = run.invoke(
+        cli.main,
+        ["repair", str(source), "--data-files", str(prepared_place / "in"), "--workers", "1"],
     )
-    assert mended.exit_code == 0 and mended.output.endswith("whole\n")
+    assert repaired.exit_code == 0 and repaired.output.endswith("intact\n")
     shown = run.invoke(cli.main, ["inspect", str(source), "--row", "1"])
-    assert shown.exit_code == 0 and "=== row 1" in shown.output
-    nothing = run.invoke(cli.main, ["inspect", str(whole / "in")])
+    assert shown.exit_code == 0 and "=== sequence 1" in shown.output
+    nothing = run.invoke(cli.main, ["inspect", str(prepared_place / "in")])
     assert nothing.exit_code == 1 and nothing.output.count("\n") == 1
     for command in ("verify", "repair", "inspect"):
-        nowhere = run.invoke(cli.main, [command, str(whole / "nowhere")])
+        nowhere = run.invoke(cli.main, [command, str(prepared_place / "nowhere")])
         assert nowhere.exit_code == 1 and nowhere.output.count("\n") == 1
         assert "No such file" not in nowhere.output

@@ -1,7 +1,7 @@
 """Prepared folders against a second reading of the format: sentencepiece, NumPy and plain Python.
 
 The reference takes the input's texts and the plan's cuts (`parts` and `units` of units.json) and
-says what every byte of rows, masks, sidecars and receipts must be. It shares no code with what
+says what every byte of rows, masks, sidecars and unit records must be. It shares no code with what
 made them.
 """
 
@@ -129,13 +129,13 @@ def check_unit(
     folder: Path, name: str, streams: dict[str, Stream], n_empty: int, masked: bool
 ) -> list[int]:
     """Compare a unit's files; its rows, ids, documents and held-out rows."""
-    receipt = json.loads((folder / f"{name}.json").read_text())
-    assert receipt["rejected"] == ({"empty": n_empty} if n_empty else {})
-    assert [shard["split"] for shard in receipt["shards"]] == [
+    unit_record = json.loads((folder / f"{name}.json").read_text())
+    assert unit_record["rejected"] == ({"empty": n_empty} if n_empty else {})
+    assert [shard["split"] for shard in unit_record["shards"]] == [
         split for split, stream in streams.items() if stream.ids
     ]
     totals = [0, 0, 0, 0]
-    for shard in receipt["shards"]:
+    for shard in unit_record["shards"]:
         stream = streams[shard["split"]]
         expected = list(stream.rows())
         stem = name + ("-val" if shard["split"] == "val" else "") + "-000"

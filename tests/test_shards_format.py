@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shards.errors import ShardError
 from shards.format import Manifest, row_digests, token_dtype
-from shards.reader import read_manifest, read_receipt
+from shards.reader import read_manifest, read_unit_record
 from shards_samples import make_source
 
 
@@ -74,7 +74,7 @@ def test_manifest_survives_json(tmp_path: Path) -> None:
         {"val_fraction": "many"},
     ],
 )
-def test_edited_manifest_is_refused(tmp_path: Path, edit: dict[str, object]) -> None:
+def test_edited_manifest_is_rejected(tmp_path: Path, edit: dict[str, object]) -> None:
     make_source(tmp_path / "s")
     path = tmp_path / "s" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **edit}))
@@ -104,11 +104,11 @@ def test_what_is_wrong_with_a_manifest_is_said(
 def test_what_is_no_receipt_is_refused(tmp_path: Path) -> None:
     make_source(tmp_path / "s")
     path = tmp_path / "s" / "00000.json"
-    assert read_receipt(path).unit == "00000"
+    assert read_unit_record(path).unit == "00000"
     for content, words in (("[]", "of format None"), ("{", "it is no JSON")):
         path.write_text(content)
         with pytest.raises(ShardError, match=f"00000.json: .*{words}.*; delete it and prepare"):
-            read_receipt(path)
+            read_unit_record(path)
 
 
 def test_nothing_published_names_hosts_times_or_places(tmp_path: Path) -> None:

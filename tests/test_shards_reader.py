@@ -175,7 +175,7 @@ def test_a_sidecar_that_lists_other_rows_is_refused(tmp_path: Path, change: str)
 
 @pytest.mark.parametrize("name", ["00000-000.npy", "00000-000.rows.npy"])
 @pytest.mark.parametrize("damage", ["truncate", "extend", "empty", "remove", "swap"])
-def test_damaged_files_are_refused(tmp_path: Path, name: str, damage: str) -> None:
+def test_damaged_files_are_rejected(tmp_path: Path, name: str, damage: str) -> None:
     make_source(tmp_path / "s")
     path = tmp_path / "s" / name
     data = path.read_bytes()
@@ -233,7 +233,7 @@ def test_sources_are_found_and_unfinished_ones_named(tmp_path: Path) -> None:
         find_sources(tmp_path / "a")
 
 
-def test_manifest_waits_for_every_receipt(tmp_path: Path) -> None:
+def test_manifest_waits_for_every_unit_record(tmp_path: Path) -> None:
     make_source(tmp_path / "s", n_units=2)
     (tmp_path / "s" / "manifest.json").unlink()
     shutil.move(tmp_path / "s" / "00001.json", tmp_path / "away")
@@ -248,8 +248,8 @@ def test_rejected_records_are_listed_and_counted(tmp_path: Path) -> None:
     facts = sample_facts()
     writer = ShardWriter(tmp_path, "00000", facts)
     rejected = [{"reason": "empty", "file": "a", "record": i} for i in (3, 5)]
-    receipt = writer.finish(rejected, "0" * 64)
-    assert receipt.rejected == {"empty": 2} and receipt.shards == ()
+    unit_record = writer.finish(rejected, "0" * 64)
+    assert unit_record.rejected == {"empty": 2} and unit_record.shards == ()
     lines = (tmp_path / "00000.rejected.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rejected
     manifest = write_manifest(tmp_path, facts, [], 1)

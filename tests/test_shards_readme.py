@@ -41,7 +41,7 @@ def test_worked_example(tmp_path: Path) -> None:
     fitting = summarise(facts, manifest.parts, manifest.shards, manifest.rejected)
     (folder / "manifest.json").write_text(json.dumps(fitting.to_json()))
     assert read_manifest(folder).root == fitting.root
-    assert run_example(folder, tmp_path) == ["root fits", *rest]
+    assert run_example(folder, tmp_path) == ["dataset hash fits", *rest]
     assert rest == [
         f"{manifest.n_documents} documents, {manifest.n_tokens} tokens",
         "the first row begins in 0.txt, record 0 of [0, 1)",

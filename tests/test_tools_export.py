@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from jinja2.exceptions import TemplateError
 
 from conftest import REPOSITORY
-from pipeline.text.chat import ROLES, Template, render
+from pipeline.text.chat import SCHEMAS, ChatTemplate, render
 from pipeline.text.tokenizer import Tokenizer
 from test_house import imports
 from tools.conversion.model_card import model_card
@@ -177,7 +177,7 @@ def chatting(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_conversations_have_the_pipeline_s_ids(chatting: Any, shared: Path) -> None:
     [path] = (shared / "slimorca").glob("*.jsonl")
     tokenizer = Tokenizer.default()
-    template = Template.of(tokenizer)
+    template = ChatTemplate.of(tokenizer)
     for line in path.read_text().split("\n")[:-1:8]:
         record = json.loads(line)["conversations"]
         turns = [
@@ -185,8 +185,10 @@ def test_conversations_have_the_pipeline_s_ids(chatting: Any, shared: Path) -> N
             for text in render(record)
         ]
         starts = np.cumsum([0] + [len(turn) for turn in turns[:-1]])
-        ours, _, _ = template.join(np.concatenate(turns), starts, np.array([len(turns)]))
-        messages = [{"role": ROLES[t["from"]], "content": t["value"]} for t in record]
+        ours = template.join(np.concatenate(turns), starts, np.array([len(turns)])).tokens
+        messages = [
+            {"role": SCHEMAS["sharegpt"].roles[t["from"]], "content": t["value"]} for t in record
+        ]
         assert chatting.apply_chat_template(messages, return_dict=False) == ours.tolist()
 
 

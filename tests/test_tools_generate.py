@@ -241,8 +241,8 @@ def test_a_conversation_is_the_chat_template(
     assert talk.ask("[INST] really?") == "Yes."
     chat = VOCABULARY.chat
     assert chat is not None
-    first = [chat.asks, *VOCABULARY.encode("Be brief.\n\nIs it?"), chat.answers]
-    second = [chat.asks, *VOCABULARY.encode("[INST] really?"), chat.answers]
+    first = [chat.inst_id, *VOCABULARY.encode("Be brief.\n\nIs it?"), chat.end_inst_id]
+    second = [chat.inst_id, *VOCABULARY.encode("[INST] really?"), chat.end_inst_id]
     assert prompts == [[1, *first], [1, *first, *reply, 2, *second]]
 
 

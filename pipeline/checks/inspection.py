@@ -1,7 +1,7 @@
-"""What a folder of shards holds: counts, refusals, padding, and rows as text.
+"""What a folder of shards holds: counts, rejected records, padding, and sequences as text.
 
-report(folder)                 numbers about the whole source
-show_row(folder, split, 17)    one row decoded, cut where documents begin and end
+report(folder)                 numbers about a source
+show_row(folder, split, 17)    one row as text, cut where documents begin and end
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOP_TOKENS: Final = 20
 
 
 @dataclass(frozen=True)
-class Report:
+class SourceReport:
     """Numbers about a prepared source."""
 
     manifest: Manifest
@@ -64,7 +64,7 @@ class Report:
         }
 
 
-def report(folder: Path) -> Report:
+def report(folder: Path) -> SourceReport:
     """The numbers; every row is read and checked on the way."""
     manifest = read_manifest(folder)
     tokenizer = manifest.facts.tokenizer
@@ -81,37 +81,29 @@ def report(folder: Path) -> Report:
             open_document = bool(begins[-1].any())
     padding = int(counts[tokenizer.pad_id])
     counts[tokenizer.pad_id] = 0
-    return Report(manifest, padding, cut, counts)
+    return SourceReport(manifest, padding, cut, counts)
 
 
-@dataclass(frozen=True)
-class RowText:
-    """A row in words. `pieces` are (text of a document, whether it begins here, ends here)."""
-
-    index: int
-    file: str
-    part: int
-    record: int
-    pieces: tuple[tuple[str, bool, bool], ...]
-    padding: int
-
-
-def show_row(folder: Path, split: Split, index: int) -> RowText:
-    """A row of a split, decoded; PrepareError if there are not so many."""
+def show_row(folder: Path, split: Split, index: int) -> str:
+    """A row for a person, documents apart; PrepareError if there are not so many."""
     reader = ShardReader(folder, split)
     if not 0 <= index < reader.n_rows:
-        raise PrepareError(f"{folder} has {reader.n_rows:,} {split} rows: there is no row {index}")
+        raise PrepareError(
+            f"{folder} has {reader.n_rows:,} {split} sequences: there is no sequence {index}"
+        )
     tokens = reader.rows(np.array([index]))[0][0]
     facts = reader.manifest.facts.tokenizer
     tokenizer = Tokenizer.load(folder / TOKENIZER, facts.name)
+    file, part, record = reader.origin(index)
+    lines = [f"=== sequence {index}: {file}, part {part}, record {record}"]
     text = tokens[tokens != facts.pad_id]
-    starts = np.flatnonzero(text == facts.bos_id)
-    pieces = tuple(
-        (tokenizer.decode(piece), piece[0] == facts.bos_id, piece[-1] == facts.eos_id)
-        for piece in np.split(text, starts)
-        if len(piece)
-    )
-    return RowText(index, *reader.origin(index), pieces, len(tokens) - len(text))
+    for piece in filter(len, np.split(text, np.flatnonzero(text == facts.bos_id))):
+        begins, ends = piece[0] == facts.bos_id, piece[-1] == facts.eos_id
+        lines += ["--- document begins" if begins else "--- continued from the sequence before"]
+        lines += [tokenizer.decode(piece)]
+        lines += ["--- document ends" if ends else "--- runs on into the next sequence"]
+    padding = len(tokens) - len(text)
+    return "\n".join(lines + [f"--- {padding} places of padding"] * (padding > 0))
 
 
 def _row_batches(reader: ShardReader) -> Iterator[Tokens]:
@@ -119,7 +111,22 @@ def _row_batches(reader: ShardReader) -> Iterator[Tokens]:
         yield reader.rows(np.arange(first, min(first + ROWS_AT_ONCE, reader.n_rows)))[0]
 
 
-def report_lines(folder: Path, found: Report, tokenizer: Tokenizer) -> str:
+def summary_lines(folder: Path, manifest: Manifest) -> str:
+    """What a preparation made, for a person."""
+    n_train = manifest.n_rows - manifest.n_val_rows
+    lines = [
+        f"{folder}: {manifest.n_documents:,} documents, {manifest.n_tokens:,} tokens in "
+        f"{n_train:,} sequences of {manifest.facts.seq_len} for training and "
+        f"{manifest.n_val_rows:,} held out"
+    ]
+    if not manifest.n_val_rows and manifest.facts.val_fraction:
+        lines += ["  no document is held out: the source is small; --val-fraction 0.01 takes more"]
+    for reason, count in manifest.rejected.items():
+        lines += [f"  rejected: {count:,} records, {reason} (see *.rejected.jsonl)"]
+    return "\n".join([*lines, f"  dataset hash {manifest.root}"])
+
+
+def report_lines(folder: Path, found: SourceReport, tokenizer: Tokenizer) -> str:
     """The report for a person."""
     manifest = found.manifest
     facts = manifest.facts
@@ -130,14 +137,14 @@ def report_lines(folder: Path, found: Report, tokenizer: Tokenizer) -> str:
         f"  tokenizer  {facts.tokenizer.name}, {facts.tokenizer.vocab_size:,} entries, "
         f"{np.count_nonzero(found.counts):,} of them used",
         f"  documents  {manifest.n_documents:,}, of which {found.cut_documents:,} "
-        f"({found.cut_share:.1%}) run on into another row",
+        f"({found.cut_share:.1%}) run on into another sequence",
         f"  tokens     {manifest.n_tokens:,}, and {found.padding:,} places of padding "
         f"({found.padding / max(1, places):.2%})",
-        f"  rows       {manifest.n_rows - manifest.n_val_rows:,} for training, "
+        f"  sequences  {manifest.n_rows - manifest.n_val_rows:,} for training, "
         f"{manifest.n_val_rows:,} held out, of {facts.seq_len} {facts.dtype} ({facts.packing})",
         f"  files      {len({part.file for part in manifest.parts}):,} read, "
         f"{len(manifest.shards):,} shards written",
-        f"  refused    {sum(manifest.rejected.values()):,} records",
+        f"  rejected   {sum(manifest.rejected.values()):,} records",
     ]
     lines += [f"             {count:,} {reason}" for reason, count in manifest.rejected.items()]
     top = np.argsort(-found.counts, kind="stable")[:TOP_TOKENS]
@@ -145,15 +152,5 @@ def report_lines(folder: Path, found: Report, tokenizer: Tokenizer) -> str:
     lines += [f"  frequent   {', '.join(spelled)}"]
     often = (f"{least}-{10 * least - 1} times {ids:,}" if least else f"never {ids:,}"
              for least, ids in found.histogram().items())  # fmt: skip
-    lines += [f"  ids occur  {', '.join(often)}", f"  root       {manifest.root}"]
-    return "\n".join(lines)
-
-
-def row_lines(row: RowText) -> str:
-    """A row for a person: documents apart, and said where they run on."""
-    lines = [f"=== row {row.index}: {row.file}, part {row.part}, record {row.record}"]
-    for text, begins, ends in row.pieces:
-        lines += ["--- document begins" if begins else "--- continued from the row before", text]
-        lines += ["--- document ends" if ends else "--- runs on into the next row"]
-    lines += [f"--- {row.padding} places of padding"] if row.padding else []
+    lines += [f"  ids occur  {', '.join(often)}", f"  hash       {manifest.root}"]
     return "\n".join(lines)

@@ -13,26 +13,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from pipeline.checks.damage import Damage
-from pipeline.checks.verify import STRANGE, State, damages, unit_of
+from pipeline.checks.verify import UNEXPECTED_FILE, Damage, Metadata, digest_of, find_damage
 from pipeline.errors import PrepareError
 from pipeline.inputs.hub import HubInputs
 from pipeline.inputs.inputs import LOCAL, Inputs, embedded_inputs, local_inputs
-from pipeline.text.tokenizer import default_model
+from pipeline.text.tokenizer import Tokenizer, default_model
+from pipeline.units.dispatch import amount_of
 from pipeline.units.executors import Executor
+from pipeline.units.job import Limit, PrepareJob
 from pipeline.units.recipe import CHECKED_DOCUMENTS, source_of
-from pipeline.units.schedule import amount_of
-from pipeline.units.units import Plan
-from pipeline.units.work import Job, Limit
-from shards.files import fsync_folder, publish_bytes, remove_stale_temporaries, sha256_file
-from shards.format import PLAN, TOKENIZER
+from pipeline.units.units import PreparePlan
+from shards.files import fsync_folder, publish_bytes, remove_stale_temporaries
+from shards.format import MANIFEST, PLAN, TOKEN_BYTES, TOKENIZER
 from shards.writer import write_manifest
 
 SCRATCH: Final = ".repair-"
+SAME_COMMAND: Final = "run the same `summer-prep tokenize` again"
 
 
 def repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> list[Damage]:
-    """The damages found and mended; PrepareError names the first that cannot be.
+    """The damages found and repaired; PrepareError names the first that cannot be.
 
     `data_files` are needed if the source was prepared from local files.
     """
@@ -44,47 +44,51 @@ def repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> lis
     found = _damages(folder)
     if not found:
         return []
-    state = State(folder)
-    plan = state.plan
-    if plan is None:
+    metadata = Metadata(folder)
+    if (plan := metadata.plan) is None:
         raise PrepareError(
-            f"{folder / PLAN} is missing or damaged: delete it and run the same `summer-prep "
-            "tokenize` again, which makes it anew and finds the units done; then repair"
+            f"{folder / PLAN} is missing or damaged: delete it and {SAME_COMMAND}, which makes the "
+            "plan and finds the units done; then repair"
         )
-    _restore_tokenizer(folder, state)
-    n_units = len(state.units)
-    if units := sorted({unit for damage in found if (unit := unit_of(damage)) is not None}):
+    if metadata.manifest is None and len(metadata.records) < len(metadata.units):
+        raise PrepareError(
+            f"{folder}: {MANIFEST} and a unit's record are missing or damaged: {SAME_COMMAND}, "
+            "which does the units without a record"
+        )
+    _restore_tokenizer(folder, metadata)
+    if units := sorted({damage.unit for damage in found if damage.unit is not None}):
         inputs = _inputs(plan, units, data_files)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
             for name in (PLAN, TOKENIZER):
                 shutil.copy(folder / name, scratch)
-            _redo(Path(scratch), state, plan, inputs, units, executor)
+            _redo(Path(scratch), metadata, plan, inputs, units, executor)
             for unit in units:
                 _replace(Path(scratch), folder, unit)
-    write_manifest(folder, state.facts, plan.parts, n_units)
+    write_manifest(folder, metadata.facts, plan.parts, len(metadata.units))
     for damage in _damages(folder):
-        raise PrepareError(f"{folder}: still damaged, {damage}: prepare the source anew")
+        raise PrepareError(f"{folder}: still damaged, {damage}: delete it and {SAME_COMMAND}")
     return found
 
 
 def _damages(folder: Path) -> list[Damage]:
-    """The damages, but for files that are none of ours and hurt nobody."""
-    return [d for d in damages(folder) if d.what != STRANGE or unit_of(d) is not None]
+    """The damages, without files that belong to nothing and harm nothing."""
+    return [d for d in find_damage(folder) if d.what != UNEXPECTED_FILE or d.unit is not None]
 
 
-def _restore_tokenizer(folder: Path, state: State) -> None:
-    path, wanted = folder / TOKENIZER, state.facts.tokenizer
-    if path.is_file() and sha256_file(path) == wanted.sha256:
-        return
-    if hashlib.sha256(default_model()).hexdigest() != wanted.sha256:
-        raise PrepareError(
-            f"{path} is missing or damaged: copy the file of {wanted.name} there again "
-            f"(SHA-256 {wanted.sha256}), then repair"
-        )
-    publish_bytes(path, default_model())
+def _restore_tokenizer(folder: Path, metadata: Metadata) -> None:
+    path, wanted = folder / TOKENIZER, metadata.facts.tokenizer
+    if digest_of(path) != wanted.sha256:
+        if hashlib.sha256(default_model()).hexdigest() != wanted.sha256:
+            raise PrepareError(
+                f"{path} is missing or damaged: copy the file of {wanted.name} there again "
+                f"(SHA-256 {wanted.sha256}), then repair"
+            )
+        publish_bytes(path, default_model())
+    if (folder / TOKEN_BYTES).exists():
+        publish_bytes(folder / TOKEN_BYTES, Tokenizer.load(path).token_bytes_file())
 
 
-def _inputs(plan: Plan, units: Sequence[str], data_files: tuple[str, ...]) -> Inputs:
+def _inputs(plan: PreparePlan, units: Sequence[str], data_files: tuple[str, ...]) -> Inputs:
     """What the units are read from; PrepareError if it is gone or not what it was."""
     source = source_of(plan.recipe)
     inputs: Inputs
@@ -101,58 +105,55 @@ def _inputs(plan: Plan, units: Sequence[str], data_files: tuple[str, ...]) -> In
     now = {file.path: file.bytes for file in inputs.files}
     before = {file.path: file.bytes for file in plan.files}
     for unit in units:
-        for part in plan.parts[plan.units[int(unit)].first : plan.units[int(unit)].last]:
+        for part in plan.parts_of(int(unit)):
             if now.get(part.file) != before[part.file]:
                 raise PrepareError(
                     f"unit {unit} was made from {part.file} of {before[part.file]:,} bytes, which "
-                    "is not among the files now: give the same ones, or prepare the source anew"
+                    "is not among the files now: give the same ones, or prepare the source again"
                 )
     return inputs
 
 
 def _redo(
     scratch: Path,
-    state: State,
-    plan: Plan,
+    metadata: Metadata,
+    plan: PreparePlan,
     inputs: Inputs,
     units: Sequence[str],
     executor: Executor,
 ) -> None:
     """Make the units in the scratch folder; PrepareError if one is not what it was."""
-    job = Job(
+    job = PrepareJob(
         folder=scratch,
         source=source_of(plan.recipe),
-        facts=state.facts,
+        facts=metadata.facts,
         inputs=inputs,
         plan_sha256=plan.sha256,
         check_encoding=CHECKED_DOCUMENTS,
     )
+    limit = Limit(plan.recipe["max_documents"], plan.recipe["max_tokens"])
+    futures = {}
     with executor.running(job, len(units), lambda step: None) as submit:
-        futures = {unit: submit(int(unit), _limit_of(unit, state, plan)) for unit in units}
-        receipts = {unit: future.result() for unit, future in futures.items()}
-    for unit, receipt in receipts.items():
-        if state.knows(unit) and receipt.shards != state.shards_of(unit):
+        for unit in units:
+            before = [s for name in metadata.units if name < unit for s in metadata.shards_of(name)]
+            futures[unit] = submit(int(unit), limit.after(amount_of(before)))
+        records = {unit: future.result() for unit, future in futures.items()}
+    for unit, record in records.items():
+        if record.shards != metadata.shards_of(unit):
             raise PrepareError(
                 f"unit {unit} comes out otherwise than the manifest says: its input has changed; "
-                "nothing was replaced; prepare the source anew"
+                "nothing was replaced; prepare the source again"
             )
 
 
-def _limit_of(unit: str, state: State, plan: Plan) -> Limit:
-    """What the units before left of the plan's limit."""
-    limit = Limit(plan.recipe["max_documents"], plan.recipe["max_tokens"])
-    before = [shard for name in state.units if name < unit for shard in state.shards_of(name)]
-    return limit.after(amount_of(before))
-
-
 def _replace(scratch: Path, folder: Path, unit: str) -> None:
-    """Put a unit's new files in the place of the old ones: the receipt goes first, comes last."""
-    receipt = f"{unit}.json"
-    (folder / receipt).unlink(missing_ok=True)
-    made = [path for path in scratch.glob(f"{unit}[-.]*") if path.name != receipt]
+    """Put a unit's new files in the place of the old ones: its record goes first, comes last."""
+    record = f"{unit}.json"
+    (folder / record).unlink(missing_ok=True)
+    made = [path for path in scratch.glob(f"{unit}[-.]*") if path.name != record]
     for path in folder.glob(f"{unit}[-.]*"):
         if not (scratch / path.name).exists():
             path.unlink()
-    for path in [*made, scratch / receipt]:
+    for path in [*made, scratch / record]:
         path.replace(folder / path.name)
     fsync_folder(folder)

@@ -1,64 +1,75 @@
-"""Every byte of a prepared source compared with what vouches for it.
+"""Every byte of a prepared source compared with what it should be.
 
-    root -> sidecars -> rows and masks        manifest.json, which is compared with
-    receipts -> shards, refused records       <unit>.json, which name
-    plan -> parts, facts                      units.json
+    dataset hash -> sidecars -> rows, masks       manifest.json
+    unit records -> shards, rejected records      <unit>.json: what the manifest says, by unit
+    plan -> parts, facts                          units.json: unit records name its SHA-256
 
-`damages` names all that does not fit; repair.py does the units concerned again.
+`find_damage` names all that does not fit; repair.py does the units concerned again.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
-from pipeline.checks.damage import Damage, damages_of_shard, digest_of
+import numpy as np
+import numpy.typing as npt
+
 from pipeline.errors import PrepareError
+from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.recipe import facts_of
-from pipeline.units.units import Plan, read_plan
-from shards.errors import ShardError
-from shards.files import is_temporary, json_bytes
+from pipeline.units.units import PreparePlan, read_plan
+from shards.errors import SummerError
+from shards.files import is_temporary, json_bytes, sha256_file
 from shards.format import (
     MANIFEST,
     PLAN,
+    ROW_RECORD,
+    TOKEN_BYTES,
     TOKENIZER,
     Facts,
     Manifest,
-    Receipt,
     ShardInfo,
+    UnitRecord,
+    row_digests,
+    summarise,
     unit_name,
 )
-from shards.reader import find_sources, read_manifest, read_receipt
+from shards.reader import RowFile, find_sources, read_manifest, read_unit_record
 
-STRANGE: Final = "no part of the source"
+UNEXPECTED_FILE: Final = "no part of the source"
+ROWS_AT_ONCE: Final = 1024
+_SHOWN_ROWS: Final = 8
+
+T = TypeVar("T")
 
 
-def damages(folder: Path) -> Iterator[Damage]:
-    """Everything in a source's folder that is not what it was when it was prepared."""
-    state = State(folder)
-    yield from state.found
-    if state.manifest is None and state.plan is None and not state.receipts:
-        return
-    expected = {MANIFEST, PLAN, TOKENIZER}
-    for unit in state.units:
-        expected.add(f"{unit}.json")
-        receipt = state.receipts.get(unit)
-        if receipt is None:
-            yield Damage(f"{unit}.json", "the unit's receipt is missing or damaged")
-        elif receipt.rejected_sha256 is not None:
-            expected.add(f"{unit}.rejected.jsonl")
-            if digest_of(folder / f"{unit}.rejected.jsonl") != receipt.rejected_sha256:
-                what = "it is missing or damaged, or its digest in the receipt is"
-                yield Damage(f"{unit}.rejected.jsonl", what)
-        for shard in state.shards_of(unit):
-            yield from damages_of_shard(folder, shard, state.facts)
-            expected |= _files_of(shard)
-    for path in sorted(folder.iterdir()):
-        if path.name not in expected and not is_temporary(path):
-            yield Damage(path.name, STRANGE)
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong, in a file and, where that can be said, in rows of it."""
+
+    file: str
+    what: str
+    rows: tuple[int, ...] = ()
+
+    @property
+    def unit(self) -> str | None:
+        """The unit that it belongs to; None if the file is one of the whole source's."""
+        name = self.file.split(".")[0].split("-")[0]
+        return name if name.isdigit() else None
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"{self.file}: {self.what}"
+        shown = ", ".join(map(str, self.rows[:_SHOWN_ROWS]))
+        more = len(self.rows) - _SHOWN_ROWS
+        rows = f"row{'s' if len(self.rows) > 1 else ''} {shown}"
+        return f"{self.file}: {rows}{f' and {more:,} more' if more > 0 else ''}: {self.what}"
 
 
 def source_folders(folder: Path) -> list[Path]:
@@ -68,42 +79,72 @@ def source_folders(folder: Path) -> list[Path]:
     return [folder / name for name in find_sources(folder)]
 
 
-def unit_of(damage: Damage) -> str | None:
-    """The unit that a damage belongs to; None if it is one of the whole source's files."""
-    name = damage.file.split(".")[0].split("-")[0]
-    return name if name.isdigit() else None
+def find_damage(folder: Path) -> Iterator[Damage]:
+    """Everything in a source's folder that is not what it was when it was prepared."""
+    metadata = Metadata(folder)
+    yield from metadata.damage
+    yield from _tokenizer_damage(folder, metadata.facts)
+    expected = {MANIFEST, PLAN, TOKENIZER, TOKEN_BYTES}
+    for unit in metadata.units:
+        expected |= {f"{unit}.json"}
+        record = metadata.records.get(unit)
+        if record is None:
+            yield Damage(f"{unit}.json", "the unit's record is missing or damaged")
+        elif record.rejected_sha256 is not None:
+            rejected = f"{unit}.rejected.jsonl"
+            expected |= {rejected}
+            if digest_of(folder / rejected) != record.rejected_sha256:
+                yield Damage(rejected, f"missing or damaged, or its digest in {unit}.json is")
+        for shard in metadata.shards_of(unit):
+            yield from _shard_damage(folder, shard, metadata.facts)
+            expected |= _files_of(shard)
+    for path in sorted(folder.iterdir()):
+        if path.name not in expected and not is_temporary(path):
+            yield Damage(path.name, UNEXPECTED_FILE)
 
 
-class State:
-    """What a folder says of itself: manifest, plan and receipts that can be believed.
+class Metadata:
+    """The manifest, the plan and the unit records of a folder, without those that are damaged.
 
-    Each vouches for some of what the others say. Where two of them differ the rows decide, or the
-    majority; what is not believed is a damage, and is left out here.
+    A file is accepted if it is spelled as it was written and fits the others: the plan, if unit
+    records name its SHA-256; a unit record, if it names the plan and lists what the manifest does;
+    the manifest, if it is what plan and unit records add up to. Where manifest and unit record
+    list different shards, the shards decide. Two damaged ones may leave nothing to compare with:
+    then the source has to be prepared again.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.found: list[Damage] = []
-        self.plan = self._read_plan(folder)
-        self.manifest = self._read_manifest(folder)
-        self.receipts = self._read_receipts(folder)
-        self._compare_with_plan()
+        self._folder = folder
+        self.damage: list[Damage] = []
+        self.plan = _read(folder / PLAN, lambda path: read_plan(path.parent), PreparePlan.to_json)
+        self.manifest = _read(
+            folder / MANIFEST, lambda path: read_manifest(path.parent), Manifest.to_json
+        )
+        self.records = self._read_unit_records()
+        if self.plan is not None and self.records:
+            sha256 = self.plan.sha256
+            named = {unit: r for unit, r in self.records.items() if r.plan_sha256 == sha256}
+            self.plan, self.records = (self.plan, named) if named else (None, self.records)
+        if self.plan is None:
+            self.damage.append(Damage(PLAN, "missing, damaged, or not what unit records name"))
+        if self.manifest is None:
+            self.damage.append(Damage(MANIFEST, "missing or damaged"))
         if self.plan is not None:
             self.facts = facts_of(self.plan.recipe)
         elif self.manifest is not None:
             self.facts = self.manifest.facts
         else:
             raise PrepareError(
-                f"{folder}: neither {MANIFEST} nor {PLAN} can be read, so that nothing tells what "
-                "should be there: prepare the source anew"
+                f"{folder}: neither {MANIFEST} nor {PLAN} can be read: name the folder of a "
+                "source, or prepare the source again"
             )
-        self._compare_with_receipts(folder)
-        if digest_of(folder / TOKENIZER) != self.facts.tokenizer.sha256:
-            self.found.append(Damage(TOKENIZER, "missing or damaged"))
+        if self.manifest is not None:
+            self._compare(self.manifest)
 
     @property
     def units(self) -> list[str]:
         """The units that there should be."""
-        names = set(self.receipts)
+        names = set(self.records)
         if self.manifest is not None:
             names |= {shard.file.split("-")[0] for shard in self.manifest.shards}
         if self.plan is not None and not _is_limited(self.plan):
@@ -111,115 +152,131 @@ class State:
         return sorted(names)
 
     def shards_of(self, unit: str) -> tuple[ShardInfo, ...]:
-        """The unit's shards: as the manifest has them, or else its receipt."""
+        """The unit's shards: as the manifest has them, or else its record."""
         if self.manifest is not None:
             return tuple(s for s in self.manifest.shards if s.file.split("-")[0] == unit)
-        return self.receipts[unit].shards if unit in self.receipts else ()
+        return self.records[unit].shards if unit in self.records else ()
 
-    def knows(self, unit: str) -> bool:
-        """Whether anything tells what the unit was."""
-        return self.manifest is not None or unit in self.receipts
+    def _read_unit_records(self) -> dict[str, UnitRecord]:
+        records = {}
+        for path in sorted(self._folder.glob("[0-9]*.json")):
+            record = _read(path, read_unit_record, UnitRecord.to_json)
+            if record and record.unit == path.stem and _counts_its_rejected(record, self._folder):
+                records[record.unit] = record
+        return records
 
-    def _read_plan(self, folder: Path) -> Plan | None:
-        try:
-            plan = read_plan(folder)
-        except PrepareError:
-            plan = None
-        if plan is None or plan.to_bytes() != (folder / PLAN).read_bytes():
-            self.found.append(Damage(PLAN, "missing or damaged"))
+    def _compare(self, manifest: Manifest) -> None:
+        for unit, record in list(self.records.items()):
+            if record.shards != self.shards_of(unit):
+                if self._are_there(unit, record.shards):
+                    return self._reject_manifest(f"it lists other shards of unit {unit}")
+                del self.records[unit]
+        if self.plan is None or set(self.records) != set(self.units):
             return None
-        return plan
+        records = [self.records[unit] for unit in self.units]
+        shards = [shard for record in records for shard in record.shards]
+        rejected = sum((Counter(record.rejected) for record in records), Counter[str]())
+        if manifest != summarise(self.facts, self.plan.parts, shards, rejected):
+            self._reject_manifest("it is not what the plan and the unit records add up to")
+        return None
 
-    def _read_manifest(self, folder: Path) -> Manifest | None:
-        try:
-            manifest = read_manifest(folder)
-        except ShardError as error:
-            self.found.append(Damage(MANIFEST, str(error)))
-            return None
-        if json_bytes(manifest.to_json()) != (folder / MANIFEST).read_bytes():
-            self.found.append(Damage(MANIFEST, "it was edited or damaged"))
-        return manifest
-
-    def _read_receipts(self, folder: Path) -> dict[str, Receipt]:
-        receipts = {}
-        for path in sorted(folder.glob("[0-9]*.json")):
-            try:
-                receipt = read_receipt(path)
-            except ShardError:
-                continue
-            whole = json_bytes(receipt.to_json()) == path.read_bytes()
-            if whole and receipt.unit == path.stem and _counts_its_refusals(receipt, folder):
-                receipts[receipt.unit] = receipt
-        return receipts
-
-    def _compare_with_plan(self) -> None:
-        """The plan is the one that most receipts name; the manifest has its facts and parts."""
-        named = Counter(receipt.plan_sha256 for receipt in self.receipts.values())
-        if self.plan is None:
-            return
-        sha256 = self.plan.sha256
-        believed = max(named, key=lambda name: (named[name], name == sha256), default=sha256)
-        if believed != sha256:
-            self.found.append(Damage(PLAN, "it is not the plan that the receipts name"))
-            self.plan = None
-        self.receipts = {u: r for u, r in self.receipts.items() if r.plan_sha256 == believed}
-        if self.plan is not None and self.manifest is not None:
-            facts = facts_of(self.plan.recipe)
-            if (self.manifest.facts, self.manifest.parts) != (facts, self.plan.parts):
-                self._disbelieve("it does not fit the plan")
-
-    def _compare_with_receipts(self, folder: Path) -> None:
-        """Receipts list what the manifest lists; if not, the rows tell which of them is right."""
-        for unit, receipt in list(self.receipts.items()):
-            listed = self.shards_of(unit)
-            if receipt.shards == listed:
-                continue
-            right = _is_borne_out(folder, unit, receipt.shards, self.facts)
-            if right and not _is_borne_out(folder, unit, listed, self.facts):
-                self._disbelieve(f"it lists other shards of unit {unit} than there are")
-            else:
-                del self.receipts[unit]
-        if self.manifest is None or set(self.receipts) != set(self.units):
-            return
-        receipts = [self.receipts[unit] for unit in self.units]
-        counted = sum((Counter(receipt.rejected) for receipt in receipts), Counter[str]())
-        if self.manifest.shards != tuple(shard for r in receipts for shard in r.shards):
-            self._disbelieve("its shards are in another order")
-        elif dict(counted) != dict(self.manifest.rejected):
-            self._disbelieve("it counts other refused records")
-
-    def _disbelieve(self, what: str) -> None:
-        self.found.append(Damage(MANIFEST, what))
+    def _reject_manifest(self, what: str) -> None:
+        self.damage.append(Damage(MANIFEST, what))
         self.manifest = None
 
+    def _are_there(self, unit: str, shards: tuple[ShardInfo, ...]) -> bool:
+        """Whether the unit's files are these shards, undamaged, and no others."""
+        listed = {name for shard in shards for name in _files_of(shard)}
+        there = {path.name for path in self._folder.glob(f"{unit}-*.npy")}
+        return there <= listed and not any(
+            any(_shard_damage(self._folder, shard, self.facts)) for shard in shards
+        )
 
-def _is_limited(plan: Plan) -> bool:
+
+def _read(path: Path, read: Callable[[Path], T | None], to_json: Callable[[T], Any]) -> T | None:
+    """What a file holds; None unless it can be read and is spelled as it was written."""
+    try:
+        value = read(path)
+        return value if value and json_bytes(to_json(value)) == path.read_bytes() else None
+    except (OSError, SummerError):
+        return None
+
+
+def digest_of(path: Path) -> str:
+    """A file's SHA-256; empty if it cannot be read."""
+    try:
+        return sha256_file(path)
+    except OSError:
+        return ""
+
+
+def _is_limited(plan: PreparePlan) -> bool:
     return any(plan.recipe[key] is not None for key in ("max_documents", "max_tokens"))
 
 
-def _counts_its_refusals(receipt: Receipt, folder: Path) -> bool:
-    """Whether the receipt has the reasons of the list that it names; of a damaged list, unknown."""
-    path = folder / f"{receipt.unit}.rejected.jsonl"
-    if receipt.rejected_sha256 is None:
-        return not receipt.rejected
-    if digest_of(path) != receipt.rejected_sha256:
+def _counts_its_rejected(record: UnitRecord, folder: Path) -> bool:
+    """Whether the record has the reasons of the list that it names; of a damaged list, unknown."""
+    path = folder / f"{record.unit}.rejected.jsonl"
+    if record.rejected_sha256 is None:
+        return not record.rejected
+    if digest_of(path) != record.rejected_sha256:
         return True
     lines = path.read_bytes().splitlines()
-    return Counter(json.loads(line)["reason"] for line in lines) == Counter(receipt.rejected)
+    return Counter(json.loads(line)["reason"] for line in lines) == Counter(record.rejected)
+
+
+def _tokenizer_damage(folder: Path, facts: Facts) -> Iterator[Damage]:
+    if digest_of(folder / TOKENIZER) != facts.tokenizer.sha256:
+        yield Damage(TOKENIZER, "missing or damaged")
+    elif (path := folder / TOKEN_BYTES).exists():  # earlier versions wrote none
+        try:
+            tokenizer = Tokenizer.load(folder / TOKENIZER, facts.tokenizer.name)
+            intact = path.read_bytes() == tokenizer.token_bytes_file()
+        except (OSError, SummerError):
+            intact = False
+        if not intact:
+            yield Damage(TOKEN_BYTES, "damaged")
 
 
 def _files_of(shard: ShardInfo) -> set[str]:
     return {shard.file, f"{shard.stem}.rows.npy", f"{shard.stem}.mask.npy"}
 
 
-def _is_borne_out(folder: Path, unit: str, shards: tuple[ShardInfo, ...], facts: Facts) -> bool:
-    """Whether these are the unit's shards, to judge by the files."""
-    listed = {name for shard in shards for name in _files_of(shard)}
-    there = {path.name for path in folder.glob(f"{unit}-*.npy")}
-    names = [shard.file for shard in shards]
-    in_order = names == sorted(set(names))
-    return (
-        in_order
-        and there <= listed
-        and not any(any(damages_of_shard(folder, s, facts)) for s in shards)
-    )
+def _shard_damage(folder: Path, shard: ShardInfo, facts: Facts) -> Iterator[Damage]:
+    """Damage to a shard, its sidecar and its mask; to rows where the files are otherwise intact."""
+    sidecar = folder / f"{shard.stem}.rows.npy"
+    records: npt.NDArray[Any] | None = None
+    if digest_of(sidecar) != shard.rows_sha256:
+        yield Damage(sidecar.name, "missing or damaged")
+    else:
+        records = np.load(io.BytesIO(sidecar.read_bytes()), allow_pickle=False)
+    shapes = [(shard.file, facts.seq_len, facts.dtype)]
+    shapes += [(f"{shard.stem}.mask.npy", facts.seq_len // 8, "u1")] * facts.masked
+    files = []
+    for name, width, dtype in shapes:
+        try:
+            files.append(RowFile(folder / name, (shard.n_rows, width), dtype))
+        except FileNotFoundError:
+            yield Damage(name, "missing")
+        except (OSError, ValueError) as error:
+            yield Damage(name, f"cannot be read ({error})")
+    intact = records is not None and (records.dtype, len(records)) == (ROW_RECORD, shard.n_rows)
+    if records is None or not intact or len(files) < len(shapes):
+        return
+    bad: list[int] = []
+    n_tokens = n_documents = 0
+    for first in range(0, shard.n_rows, ROWS_AT_ONCE):
+        here = slice(first, min(first + ROWS_AT_ONCE, shard.n_rows))
+        try:
+            rows, *masks = (file.read(here) for file in files)
+        except OSError as error:
+            yield Damage(shard.file, f"cannot be read ({error.strerror})")
+            return
+        bad += (first + np.flatnonzero(row_digests(rows, *masks) != records["xxh3"][here])).tolist()
+        n_tokens += int(np.count_nonzero(rows != facts.tokenizer.pad_id))
+        n_documents += int(np.count_nonzero(rows == facts.tokenizer.bos_id))
+    found = (n_tokens, n_documents, files[0].n_bytes, "val" if "-val-" in shard.file else "train")
+    if bad:
+        yield Damage(shard.file, "damaged (digests differ)", tuple(bad))
+    elif found != (shard.n_tokens, shard.n_documents, shard.bytes, shard.split):
+        yield Damage(shard.file, "its tokens, documents, bytes or split are not those listed")

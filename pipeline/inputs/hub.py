@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: a listing pinned to a commit, and files read over it with patience.
+"""The Hugging Face Hub: a listing pinned to a commit, and files read with retries.
 
 `datasets` resolves name, config and patterns to a list of files; it never loads anything, and no
 code of a data set is ever run. Bytes come through `HfFileSystem` in ranges.
@@ -13,8 +13,15 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, cast
 
 from pipeline.errors import SourceError
-from pipeline.inputs.inputs import InputFile, layout_of, listed
-from pipeline.inputs.sources import Source
+from pipeline.inputs.inputs import (
+    InputFile,
+    Inputs,
+    embedded_inputs,
+    layout_of,
+    listed,
+    local_inputs,
+)
+from pipeline.inputs.sources import Source, check_available
 
 CONNECT_S: Final = 10
 """How long the first question to the Hub may take: without a network the answer comes at once."""
@@ -47,8 +54,16 @@ class HubInputs:
         return {file.path: file.bytes for file in self.files}
 
 
+def open_inputs(source: Source, data_files: tuple[str, ...] = ()) -> Inputs:
+    """The listing of a source: of local files where they are named, else of its own place."""
+    if data_files:
+        return local_inputs(data_files)
+    check_available(source)
+    return embedded_inputs(source) if source.embedded else hub_inputs(source)
+
+
 def hub_inputs(source: Source) -> HubInputs:
-    """The source's files at the commit its revision names now; SourceError says what is amiss."""
+    """The source's files at the commit its revision names now; SourceError says what is wrong."""
     from huggingface_hub import HfApi, HfFileSystem
 
     try:
@@ -191,28 +206,31 @@ def one_line(error: BaseException) -> str:
 
 
 def _explained(error: Exception, source: Source) -> SourceError:
-    """The failure in the user's words, with the mend."""
+    """The failure in the user's words, with the fix."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, SourceError):
-        chained = error.__cause__
-        if not isinstance(chained, errors.GatedRepoError):
-            return error
-        error = chained
+        return error
     name, copies = source.dataset, "or give a local copy with --data-files"
     causes = _chain(error)
-    if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
-        return SourceError(
+    for kind, message in (
+        (
+            errors.GatedRepoError,
             f"{name} is gated: accept its terms at {constants.ENDPOINT}/datasets/{name}, then "
-            f"log in with `hf auth login` or set HF_TOKEN; {copies}"
-        )
-    if any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
-        return SourceError(f"{name} has no revision {source.revision!r}: leave --revision out")
-    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):
-        return SourceError(
+            f"log in with `hf auth login` or set HF_TOKEN; {copies}",
+        ),
+        (
+            errors.RevisionNotFoundError,
+            f"{name} has no revision {source.revision!r}: leave --revision out",
+        ),
+        (
+            errors.RepositoryNotFoundError,
             f"{name} is not on the Hub, or is private and needs a token (HF_TOKEN): check the "
-            f"name, {copies}"
-        )
+            f"name, {copies}",
+        ),
+    ):
+        if any(isinstance(cause, kind) for cause in causes):
+            return SourceError(message)
     if any(_is_network(cause) for cause in causes):
         return SourceError(
             f"the Hub ({constants.ENDPOINT}) cannot be reached for {name} ({one_line(error)}): "

@@ -1,17 +1,18 @@
-"""Files -> records, a few megabytes at a time, with every refused record named.
+"""Files -> records, a few megabytes at a time, with every rejected record named.
 
-A part is read from start to end into `Records`: an Arrow array (or a list, for conversations)
-of consecutive records. A record that is not what it should be becomes None and gets a
-reason; its number is its ordinal in its part, refused ones included. Lines end at `\\n` only, and a
-blank line is no record.
+A part is read from start to end into `Records`: an Arrow array (or a list, for conversations) of
+consecutive records. A record that is not what it should be becomes None and gets a reason; its
+number is its ordinal in its part, rejected ones included. Lines end at `\\n` only, and a blank
+line is no record.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final
 
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import SourceError
 from pipeline.inputs.inputs import InputFile, Inputs
 from pipeline.inputs.sources import Source
+from pipeline.text.chat import SCHEMAS
 from shards.format import Part
 
 BLOCK_BYTES: Final = 8 << 20
@@ -35,7 +37,6 @@ WRONG_TYPE: Final = "wrong type"
 BAD_UTF8: Final = "invalid UTF-8"
 TOO_LARGE: Final = "above 128 MiB"
 
-TURN: Final = pa.struct([("from", pa.string()), ("value", pa.string())])
 _TEXT_TYPES: Final = (
     pa.types.is_string,
     pa.types.is_large_string,
@@ -50,7 +51,7 @@ class Records:
     """Consecutive records of a part, the first of them number `first`.
 
     `values` is an Arrow array of strings or bytes, or a list of conversations; None where a record
-    was refused. `reasons` has the reason by place in `values`; a None without one is MISSING.
+    was rejected. `reasons` has the reason by place in `values`; a None without one is MISSING.
     """
 
     first: int
@@ -78,9 +79,11 @@ class PartReader:
                 with self._inputs.open(part.file) as raw:
                     stream = decompressed(raw, file)
                     if file.layout.kind == "jsonl":
-                        yield from _read_jsonl(stream, part, file, self._source)
+                        last = None if file.layout.compression else part.last
+                        parse = functools.partial(parse_lines, source=self._source)
+                        yield from _read_lines(stream, part.first, last, parse)
                     elif self._source.shape == "lines":
-                        yield from _read_lines(stream)
+                        yield from _read_lines(stream, 0, None, raw_lines)
                     else:
                         yield from _read_whole(stream)
         except (OSError, pa.ArrowException) as error:
@@ -154,6 +157,12 @@ def check_column(schema: pa.Schema, path: str, source: Source) -> None:
         )
 
 
+def turn_type(chat_schema: str) -> pa.DataType:
+    """The Arrow type of one turn of a conversation."""
+    schema = SCHEMAS[chat_schema]
+    return pa.struct([(schema.role_key, pa.string()), (schema.text_key, pa.string())])
+
+
 def decompressed(raw: BinaryIO, file: InputFile) -> BinaryIO:
     """The file's content; a compressed stream that ends inside a frame raises OSError."""
     if not file.layout.compression:
@@ -163,18 +172,19 @@ def decompressed(raw: BinaryIO, file: InputFile) -> BinaryIO:
     return stream
 
 
-def _read_jsonl(stream: BinaryIO, part: Part, file: InputFile, source: Source) -> Iterator[Records]:
-    last = None if file.layout.compression else part.last
+def _read_lines(
+    stream: BinaryIO, first_byte: int, last: int | None, parse: Callable[[bytes, int], Records]
+) -> Iterator[Records]:
+    """The records that `parse` makes of the lines, a block at a time."""
     first = 0
-    for block in line_blocks(stream, part.first, last):
+    for block in line_blocks(stream, first_byte, last):
         if block is None:
-            yield Records(first, pa.nulls(1, pa.binary()), {0: TOO_LARGE})
-            first += 1
-            continue
-        records = [parse_lines(block, first, source)]
+            records = [Records(first, pa.nulls(1, pa.large_binary()), {0: TOO_LARGE})]
+        else:
+            records = [parse(block, first)]
         del block
         first += len(records[0].values)
-        yield records.pop()
+        yield records.pop()  # neither is kept here: a line may be of many megabytes
 
 
 def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[bytes | None]:
@@ -251,7 +261,8 @@ def _one_object_a_line(lines: bytes) -> bool:
 def _parse_fast(lines: bytes, source: Source) -> pa.Array | list[Any] | None:
     """The column, read by pyarrow; None where a line is odd, so that all are read one by one."""
     chat = source.shape == "chat"
-    schema = pa.schema([(source.text_column, pa.list_(TURN) if chat else pa.string())])
+    kind = pa.list_(turn_type(source.chat_schema)) if chat else pa.string()
+    schema = pa.schema([(source.text_column, kind)])
     try:
         table = pyarrow.json.read_json(
             io.BytesIO(lines),
@@ -306,23 +317,9 @@ def _parse_line(line: bytes, source: Source) -> tuple[Any, str]:
         return None, BAD_UTF8
 
 
-def _read_lines(stream: BinaryIO) -> Iterator[Records]:
+def raw_lines(block: bytes, first: int) -> Records:
     """Each line with its line end, blank ones included, as a record."""
-    first = 0
-    for block in line_blocks(stream, 0, None):
-        if block is None:
-            yield Records(first, pa.nulls(1, pa.large_binary()), {0: TOO_LARGE})
-            first += 1
-            continue
-        lines = _with_ends(block)
-        yield Records(first, pa.array(lines, pa.large_binary()))
-        first += len(lines)
-
-
-def _with_ends(block: bytes) -> list[bytes]:
-    lines = [line + b"\n" for line in block.split(b"\n")]
-    lines[-1] = lines[-1][:-1]
-    return lines if lines[-1] else lines[:-1]
+    return Records(first, pa.array(io.BytesIO(block).readlines(), pa.large_binary()))
 
 
 def _read_whole(stream: BinaryIO) -> Iterator[Records]:

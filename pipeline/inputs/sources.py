@@ -1,4 +1,6 @@
-"""The corpora, in one table: where each is read from, under which licence, and in what state.
+"""The corpora, in one table: where each is read from, under which licence, whether it is open.
+
+A new source is one more row of SOURCES.
 
     find("fineweb")                                   a row of the table
     find("mine", dataset="ORG/NAME", text_column=...) any other corpus, or a row with changes
@@ -35,6 +37,8 @@ class Source:
     data_files: tuple[str, ...] = ()
     text_column: str = "text"
     shape: Shape = "documents"
+    chat_schema: str = "sharegpt"
+    """How a conversation spells its turns: a row of SCHEMAS in pipeline/text/chat.py."""
     val_fraction: float = 0.001
     gated: bool = False
     embedded: bool = False
@@ -154,7 +158,7 @@ BY_NAME: Final = {source.name: source for source in SOURCES}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class SourceOverrides:
     """What a user may change about a source; empty: as in the table."""
 
     dataset: str = ""
@@ -166,12 +170,12 @@ class Choice:
     """Local files; or patterns inside the repository where `dataset` is given too."""
 
 
-def find(name: str, choice: Choice | None = None) -> Source:
+def find(name: str, choice: SourceOverrides | None = None) -> Source:
     """The table's source of that name with the user's changes, or a new one.
 
     SourceError for a name that is neither in the table nor given a data set or files.
     """
-    choice = choice or Choice()
+    choice = choice or SourceOverrides()
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise SourceError(
             f"source {name!r}: a name is letters, digits, `.`, `_`, `-`: it becomes a folder's name"
@@ -192,8 +196,8 @@ def find(name: str, choice: Choice | None = None) -> Source:
     return replace(known, **changes)
 
 
-def refuse_unavailable(source: Source) -> None:
-    """SourceError, with what to use instead, for a source that nobody can fetch."""
+def check_available(source: Source) -> None:
+    """SourceError, with what to use instead, for a source that cannot be fetched."""
     if not source.unavailable:
         return
     raise SourceError(

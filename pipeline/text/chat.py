@@ -3,30 +3,24 @@
     BOS ([INST] user [/INST] answer EOS)*
 
 A system turn and a blank line are put before the first user's text, spaces at an answer's end are
-dropped, and so is a last question that nobody answered. Each turn is encoded on its own; the
-markers are put in by id, so that no text can spell one. With one question, as in SlimOrca, the ids
-are those of mistral-common (which with several puts the system turn before the last).
+dropped, and so is a last question without an answer. Each turn is encoded on its own; the markers
+are inserted by id, so that no text can spell one. With one question, as in SlimOrca, the ids are
+those of mistral-common (which with several puts the system turn before the last).
+
+A data set that spells its turns in another way is one more row of SCHEMAS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.text.tokenizer import CHAT_PIECES, Tokenizer
-from shards.format import Tokens
-
-ROLES: Final = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
+from shards.format import Flags, Tokens
 
 NO_TURNS: Final = "not a conversation"
 UNKNOWN_ROLE: Final = "unknown role"
@@ -35,16 +29,39 @@ EMPTY_TURN: Final = "empty turn"
 NO_ANSWER: Final = "no answer"
 
 
+@dataclass(frozen=True)
+class ChatSchema:
+    """How a data set spells a turn: the keys of its role and its text, the names of the roles."""
+
+    role_key: str
+    text_key: str
+    roles: Mapping[str, Literal["system", "user", "assistant"]]
+
+
+SCHEMAS: Final = {
+    "sharegpt": ChatSchema("from", "value", {
+        "system": "system", "human": "user", "user": "user", "gpt": "assistant",
+        "assistant": "assistant",
+    }),
+    "messages": ChatSchema("role", "content", {
+        "system": "system", "user": "user", "assistant": "assistant",
+    }),
+}  # fmt: skip
+"""By the name that a source gives as its `chat_schema`."""
+
+
 class BadConversationError(ValueError):
     """A record that is no conversation; the message is the reason that is listed."""
 
 
-def render(record: object) -> list[str]:
+def render(record: object, schema: ChatSchema = SCHEMAS["sharegpt"]) -> list[str]:
     """The texts of a conversation: user, answer, user, answer, ...
 
-    `record` is a list of {from, value}; BadConversationError says what is wrong with any other.
+    `record` is a list of turns; BadConversationError says what is wrong with any other.
     """
-    turns = _turns(record)
+    if not isinstance(record, list) or not all(isinstance(turn, dict) for turn in record):
+        raise BadConversationError(NO_TURNS)
+    turns = [_turn(turn, schema) for turn in record]
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
     expected = ("user", "assistant")
     if any(role != expected[place % 2] for place, (role, _) in enumerate(turns)):
@@ -67,23 +84,47 @@ def spell(texts: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Template:
-    """The ids of the markers."""
+class Encoded:
+    """Documents as ids: the stream, where each document begins, and the targets, if they matter."""
 
-    bos: int
-    eos: int
-    asks: int
-    answers: int
+    tokens: Tokens
+    starts: npt.NDArray[np.int64]
+    targets: Flags | None = None
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Ids of each document, BOS and EOS included."""
+        return np.diff(self.starts, append=len(self.tokens))
+
+    def choose(self, chosen: Flags) -> Encoded:
+        """The documents for which chosen [n] is true."""
+        if chosen.all():
+            return self
+        lengths = self.lengths
+        kept = np.repeat(chosen, lengths)
+        starts = np.cumsum(lengths[chosen]) - lengths[chosen]
+        targets = None if self.targets is None else self.targets[kept]
+        return Encoded(self.tokens[kept], starts, targets)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The ids that mark the turns."""
+
+    bos_id: int
+    eos_id: int
+    inst_id: int
+    end_inst_id: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Template:
+    def of(cls, tokenizer: Tokenizer) -> ChatTemplate:
         """The markers of a vocabulary; TokenizerError if it has none."""
-        asks, answers = (tokenizer.id_of(piece) for piece in CHAT_PIECES)
-        return cls(tokenizer.bos_id, tokenizer.eos_id, asks, answers)
+        inst_id, end_inst_id = (tokenizer.id_of(piece) for piece in CHAT_PIECES)
+        return cls(tokenizer.bos_id, tokenizer.eos_id, inst_id, end_inst_id)
 
     def join(
         self, turns: Tokens, starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
-    ) -> tuple[Tokens, npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    ) -> Encoded:
         """Conversations from `BOS turn EOS BOS turn EOS ...`, the stream of their turns.
 
         `starts` says where each turn's BOS stands, `counts` how many turns each conversation has.
@@ -98,30 +139,23 @@ class Template:
         is_answer = numbers % 2 == 1
         ends = np.append(starts[1:], len(turns))
         joined = turns.copy()
-        joined[starts[~is_answer]] = self.asks
-        joined[ends[~is_answer] - 1] = self.answers
+        joined[starts[~is_answer]] = self.inst_id
+        joined[ends[~is_answer] - 1] = self.end_inst_id
         target = np.repeat(is_answer, ends - starts)
         kept = np.ones(len(turns), np.bool_)
         kept[starts[is_answer]] = False
-        before: npt.NDArray[np.int64] = (
-            np.cumsum(kept) - kept
-        )  # where each id stands once the answers' BOS are gone
+        # where each id stands once the answers' BOS are gone
+        before: npt.NDArray[np.int64] = np.cumsum(kept) - kept
         places: npt.NDArray[np.int64] = before[starts[first]]
-        stream = np.insert(joined[kept], places, self.bos)
+        stream = np.insert(joined[kept], places, self.bos_id)
         targets = np.insert(target[kept], places, False)
-        return stream, places + np.arange(len(places)), targets
+        return Encoded(stream, places + np.arange(len(places)), targets)
 
 
-def _turns(record: object) -> list[tuple[str, str]]:
-    if not isinstance(record, list) or not all(isinstance(turn, dict) for turn in record):
-        raise BadConversationError(NO_TURNS)
-    return [_turn(turn) for turn in record]
-
-
-def _turn(turn: dict[str, Any]) -> tuple[str, str]:
-    role, text = turn.get("from"), turn.get("value")
+def _turn(turn: dict[str, Any], schema: ChatSchema) -> tuple[str, str]:
+    role, text = turn.get(schema.role_key), turn.get(schema.text_key)
     if not isinstance(role, str) or not isinstance(text, str):
         raise BadConversationError(NO_TURNS)
-    if role not in ROLES:
+    if role not in schema.roles:
         raise BadConversationError(UNKNOWN_ROLE)
-    return ROLES[role], text
+    return schema.roles[role], text

@@ -1,7 +1,7 @@
 """Records -> documents: texts as they are, pages joined from lines, or conversations.
 
-What is refused here (empty, not UTF-8, too large, no conversation) joins what reading refused: one
-line {reason, file, record} each. Whether a document is held out depends on its text alone.
+What is rejected here (empty, not UTF-8, too large, no conversation) joins what reading rejected:
+one line {reason, file, record} each. Whether a document is held out depends on its text alone.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ import xxhash
 
 from pipeline.inputs.reading import BAD_UTF8, MAX_RECORD_BYTES, MISSING, TOO_LARGE, Records
 from pipeline.inputs.sources import Source
-from pipeline.text.chat import BadConversationError, render, spell
-from shards.format import Part
+from pipeline.text.chat import SCHEMAS, BadConversationError, ChatSchema, render, spell
+from shards.format import Flags, Ordinals, Part
 
 EMPTY: Final = "empty"
 PAGE_TITLE: Final = re.compile(r" = [^=].*[^=] = \n?")
 PAGES_AT_ONCE: Final = 256
 
 Rejected = dict[str, str | int]
-Ordinals = npt.NDArray[np.uint32]
-Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def in_batches(stream: Iterable[Documents], batch_bytes: int) -> Iterator[Docume
 
 
 class DocumentMaker:
-    """Turns the records of one source into documents and keeps the list of what it refused."""
+    """Turns the records of one source into documents and keeps the list of what it rejected."""
 
     def __init__(self, source: Source, val_fraction: float) -> None:
         self._source = source
@@ -152,28 +150,29 @@ class DocumentMaker:
                     self._reject(part, records.first + place, reason)
 
     def _conversations(self, number: int, part: Part, records: Records) -> Documents:
+        schema = SCHEMAS[self._source.chat_schema]
         conversations: list[list[str]] = []
         ordinals: list[int] = []
         for place, value in enumerate(_as_list(records.values)):
             reason = records.reasons.get(place, MISSING if value is None else "")
             turns: list[str] = []
             if not reason:
-                turns, reason = _rendered(value)
+                turns, reason = _rendered(value, schema)
             if reason:
                 self._reject(part, records.first + place, reason)
             else:
                 conversations.append(turns)
                 ordinals.append(records.first + place)
-        whole = self._of(number, pa.array(map(spell, conversations), pa.large_string()), ordinals)
+        joined = self._of(number, pa.array(map(spell, conversations), pa.large_string()), ordinals)
         texts = pa.array(itertools.chain.from_iterable(conversations), pa.large_string())
         counts = np.array([len(turns) for turns in conversations], np.int64)
-        return Documents(texts, whole.parts, whole.records, whole.held, counts)
+        return Documents(texts, joined.parts, joined.records, joined.held, counts)
 
 
 def valid_texts(records: Records) -> tuple[pa.Array, dict[int, str]]:
     """The records as strings, and the reason of each that is no text.
 
-    A refused record is null, or, if its reason is EMPTY, an empty string.
+    A rejected record is null, or, if its reason is EMPTY, an empty string.
     """
     data = records.values
     if isinstance(data, pa.ChunkedArray):
@@ -225,12 +224,12 @@ def _or_bytes(value: Any) -> Any:
         return b""
 
 
-def _rendered(value: object) -> tuple[list[str], str]:
+def _rendered(value: object, schema: ChatSchema) -> tuple[list[str], str]:
     """A conversation's turns and an empty reason, or none and the reason."""
     if isinstance(value, bytes):
         return [], BAD_UTF8
     try:
-        turns = render(value)
+        turns = render(value, schema)
         size = sum(len(text.encode()) for text in turns)
     except BadConversationError as error:
         return [], str(error)

@@ -1,4 +1,4 @@
-"""Documents -> ids: the seam between what is read and how it is encoded.
+"""Documents -> ids: chooses the encoder, renders conversations, compares with sentencepiece.
 
 make_encoder(tokenizer)         the columnar encoder, or plain sentencepiece where it must be
 encoder.encode(texts)           an Arrow array of strings -> BOS doc EOS BOS doc EOS ...
@@ -9,29 +9,26 @@ CheckedEncoder(encoder, ...)    the same, its first texts compared with sentence
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import TokenizerError
-from pipeline.text.chat import Template
-from pipeline.text.columnar import Stream, unfit_reason
+from pipeline.text.chat import ChatTemplate, Encoded
+from pipeline.text.columnar import SlicedEncoder, Stream, unfit_reason
 from pipeline.text.documents import Documents
-from pipeline.text.slices import SlicedEncoder
 from pipeline.text.tokenizer import Tokenizer
-from shards.format import Tokens, token_dtype
+from shards.format import Flags, token_dtype
 
 CHECKED_CHARACTERS: Final = 1 << 15
 
-Flags = npt.NDArray[np.bool_]
-
 
 class Encoder(Protocol):
-    """Gives ids exactly as sentencepiece does."""
+    """Gives ids exactly as sentencepiece does; `note` says in words how."""
+
+    note: str
 
     def encode(self, texts: pa.Array) -> Stream:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
@@ -40,7 +37,8 @@ class Encoder(Protocol):
 class PlainEncoder:
     """sentencepiece itself, for vocabularies that the columnar encoder is not exact on."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, reason: str = "as asked for") -> None:
+        self.note = f"plain sentencepiece, slowly: {reason}"
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
 
@@ -58,53 +56,22 @@ class PlainEncoder:
 
 @functools.lru_cache(maxsize=1)
 def make_encoder(tokenizer: Tokenizer) -> Encoder:
-    """The fastest encoder that is exact for this vocabulary; the same one again if it is asked for.
+    """The fastest encoder that is exact for this vocabulary; at the next call the same object.
 
     The words that it has seen serve the next unit.
     """
-    if unfit_reason(tokenizer) is None:
-        return SlicedEncoder(tokenizer)
-    return PlainEncoder(tokenizer)
-
-
-def encoder_note(tokenizer: Tokenizer) -> str:
-    """Which encoder `make_encoder` chooses, and why, in words."""
     reason = unfit_reason(tokenizer)
-    return f"plain sentencepiece, slowly: {reason}" if reason else "in columns"
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Documents as ids: the stream, where each document begins, and the targets, if they matter."""
-
-    tokens: Tokens
-    starts: npt.NDArray[np.int64]
-    targets: Flags | None = None
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Ids of each document, BOS and EOS included."""
-        return np.diff(self.starts, append=len(self.tokens))
-
-    def choose(self, chosen: Flags) -> Encoded:
-        """The documents for which chosen [n] is true."""
-        if chosen.all():
-            return self
-        lengths = self.lengths
-        kept = np.repeat(chosen, lengths)
-        starts = np.cumsum(lengths[chosen]) - lengths[chosen]
-        targets = None if self.targets is None else self.targets[kept]
-        return Encoded(self.tokens[kept], starts, targets)
+    return PlainEncoder(tokenizer, reason) if reason else SlicedEncoder(tokenizer)
 
 
 def encode_documents(
-    encoder: Encoder, documents: Documents, template: Template | None = None
+    encoder: Encoder, documents: Documents, template: ChatTemplate | None = None
 ) -> Encoded:
     """The documents' ids; of conversations, in the chat template."""
     stream = encoder.encode(documents.texts)
     if documents.turns is None or template is None:
         return Encoded(stream.tokens, stream.starts)
-    return Encoded(*template.join(stream.tokens, stream.starts, documents.turns))
+    return template.join(stream.tokens, stream.starts, documents.turns)
 
 
 class CheckedEncoder:
@@ -115,6 +82,7 @@ class CheckedEncoder:
     """
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, n: int) -> None:
+        self.note = encoder.note
         self._encoder, self._tokenizer, self._left = encoder, tokenizer, n
 
     def encode(self, texts: pa.Array) -> Stream:

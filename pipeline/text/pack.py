@@ -13,15 +13,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.text.encode import Encoded
-from shards.format import Facts, Split
+from pipeline.text.chat import Encoded
+from shards.format import Facts, Flags, Ordinals, Split
 from shards.writer import ShardWriter
-
-Ordinals = npt.NDArray[np.uint32]
 
 
 class Packer:
-    """Packs the stream of one split of a unit and hands whole rows to the writer."""
+    """Packs the stream of one split of a unit and hands full rows to the writer."""
 
     def __init__(self, writer: ShardWriter, split: Split, facts: Facts) -> None:
         self._writer, self._split, self._facts = writer, split, facts
@@ -67,5 +65,5 @@ class Packer:
         self._writer.add(self._split, row[None], *origin, masks)
 
 
-def _packed(targets: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+def _packed(targets: Flags) -> npt.NDArray[np.uint8]:
     return np.packbits(targets, axis=1, bitorder="little")

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from pipeline.errors import TokenizerError
 from shards.format import TokenizerInfo
 
@@ -53,7 +55,7 @@ class Tokenizer:
             eos_id=sp.eos_id(),
             pad_id=sp.unk_id(),
         )
-        _refuse_unfit(self.proto, self.info)
+        _check_usable(self.proto, self.info)
 
     @classmethod
     def load(cls, path: Path, name: str | None = None) -> Tokenizer:
@@ -135,6 +137,20 @@ class Tokenizer:
             else:
                 spelled.append(entry.piece.replace("\u2581", " ").encode())
         return tuple(spelled)
+
+    def token_bytes_file(self) -> bytes:
+        """The content of token_bytes.npy; shards/format.py says what its two columns mean."""
+        kinds, spec = self.proto.SentencePiece, self.proto.normalizer_spec
+        lengths = np.array([len(spelled) for spelled in self.token_bytes])
+        prefixed = [
+            entry.piece.startswith("\u2581") and entry.type not in (kinds.CONTROL, kinds.UNKNOWN)
+            for entry in self.proto.pieces
+        ]
+        first = lengths - (np.array(prefixed) & spec.add_dummy_prefix)
+        out = io.BytesIO()
+        dtype = "<u2" if lengths.max() < 1 << 16 else "<u4"
+        np.save(out, np.stack([lengths, first], axis=1).astype(dtype), allow_pickle=False)
+        return out.getvalue()
 
     def piece(self, number: int) -> str:
         """How the vocabulary spells an id."""
@@ -274,7 +290,7 @@ def _parse(model: bytes, name: str) -> Any:
     return proto
 
 
-def _refuse_unfit(proto: Any, info: TokenizerInfo) -> None:
+def _check_usable(proto: Any, info: TokenizerInfo) -> None:
     """TokenizerError unless the ids can be told apart from BOS, EOS and padding."""
     kinds = proto.SentencePiece
     if min(info.bos_id, info.eos_id) < 0:

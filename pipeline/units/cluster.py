@@ -1,13 +1,12 @@
 """Units on a Ray cluster whose machines all see the output folder, and the input if it is local.
 
-A unit is a task. It tells an actor beside the driver how far it is, and the driver asks that actor
-every second. Ray runs a task again elsewhere when its process or its machine is lost.
+A unit is a task; progress is by finished units. Ray runs a task again elsewhere when its process
+or its machine is lost.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import signal
@@ -19,10 +18,10 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from pipeline.errors import PrepareError
-from pipeline.units.work import Job, Limit, Report, Step, Submit, run_unit
-from shards.format import Receipt
+from pipeline.units.job import Limit, PrepareJob, ReportStep, RunUnit, Step, Submit
+from shards.format import UnitRecord
 
-STEP_INTERVAL_S: Final = 1.0
+WAIT_S: Final = 1.0
 ANSWER_S: Final = 10.0
 GONE_AFTER_S: Final = 30.0
 """Ray itself ends a driver, without a word, when the cluster is silent for 60 s."""
@@ -30,97 +29,61 @@ GOES_ON: Final = "start the same command again, it goes on where it stopped"
 
 
 @contextlib.contextmanager
-def on_ray(address: str, job: Job, report: Report) -> Iterator[Submit]:
+def on_ray(
+    address: str, job: PrepareJob, run_unit: RunUnit, report: ReportStep
+) -> Iterator[Submit]:
     """A function that starts a unit somewhere on the cluster at `address`, or on one of our own."""
     ray = _connected(address)
-    cluster = _Cluster(ray, job, report)
-    try:
-        yield cluster.submit
-    finally:
-        cluster.close()
+    stored = ray.put(job)  # its listing may be long: it travels once a machine
+    task = ray.remote(num_cpus=1, max_retries=3)(_in_ray)
+    running: dict[Any, Future[UnitRecord]] = {}
+    closing = threading.Event()
 
-
-class _Cluster:
-    """The driver's side: what it asked for, and who listens for news."""
-
-    def __init__(self, ray: Any, job: Job, report: Report) -> None:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        context = ray.get_runtime_context()
-        here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
-        self._ray, self._report, self._address = ray, report, context.gcs_address
-        self._news = ray.remote(num_cpus=0, scheduling_strategy=here)(_News).remote()
-        self._job = ray.put(job)  # its listing may be long: it travels once a machine
-        self._task = ray.remote(num_cpus=1, max_retries=3)(_in_ray)
-        self._open: dict[Future[Receipt], tuple[int, Any]] = {}
-        self._closing = threading.Event()
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
-
-    def submit(self, position: int, limit: Limit) -> Future[Receipt]:
-        """Hand a unit to the cluster."""
-        future: Future[Receipt] = Future()
-        task = self._task.remote(self._job, position, limit, self._news)
-        self._open[future] = position, task
-        task.future().add_done_callback(functools.partial(self._settle, future))
+    def submit(position: int, limit: Limit) -> Future[UnitRecord]:
+        future: Future[UnitRecord] = Future()
+        running[task.remote(run_unit, stored, position, limit)] = future
         return future
 
-    def close(self) -> None:
-        """Leave the cluster; what is not done by now is not wanted."""
-        self._closing.set()
-        tasks = [task for _, task in list(self._open.values())]
-        for task in tasks:  # it removes its temporary files
-            self._ray.cancel(task)
-        if tasks:
-            self._ray.wait(tasks, num_returns=len(tasks), timeout=ANSWER_S)
-        self._listener.join(ANSWER_S)
-        self._ray.shutdown()
-
-    def _settle(self, future: Future[Receipt], done: Any) -> None:
-        self._open.pop(future, None)
-        if future.done():
-            return
-        if error := done.exception():
-            future.set_exception(_told(error))
-            return
-        receipt, step = done.result()
-        self._report(step)
-        future.set_result(receipt)
-
-    def _listen(self) -> None:
-        heard = time.monotonic()
-        while not self._closing.wait(STEP_INTERVAL_S):
-            with contextlib.suppress(self._ray.exceptions.RayError):
-                news = self._ray.get(self._news.take.remote(), timeout=ANSWER_S)
-                at_work = {position for position, _ in list(self._open.values())}
-                for step in news:  # of a unit that is done its last step is known
-                    if step.unit in at_work:
-                        self._report(step)
-            if _answers(self._address):
-                heard = time.monotonic()
-            elif time.monotonic() - heard > GONE_AFTER_S:
-                self._give_up()
-                return
-
-    def _give_up(self) -> None:
-        error = PrepareError(f"the Ray cluster at {self._address} is gone: {GOES_ON}")
-        for future in list(self._open):
-            self._open.pop(future)
-            future.set_exception(error)
+    listener = threading.Thread(target=_collect, args=(ray, running, report, closing), daemon=True)
+    listener.start()
+    try:
+        yield submit
+    finally:
+        closing.set()
+        left = list(running)
+        for unfinished in left:  # the task removes its temporary files
+            ray.cancel(unfinished)
+        if left:
+            ray.wait(left, num_returns=len(left), timeout=ANSWER_S)
+        listener.join(ANSWER_S)
+        ray.shutdown()
 
 
-class _News:
-    """What the tasks have told, until the driver asks."""
-
-    def __init__(self) -> None:
-        self._steps: list[Step] = []
-
-    def tell(self, step: Step) -> None:
-        self._steps.append(step)
-
-    def take(self) -> list[Step]:
-        taken, self._steps = self._steps, []
-        return taken
+def _collect(
+    ray: Any, running: dict[Any, Future[UnitRecord]], report: ReportStep, closing: threading.Event
+) -> None:
+    """Settle the futures of finished tasks, or all of them if the cluster is gone."""
+    address, heard = ray.get_runtime_context().gcs_address, time.monotonic()
+    while not closing.is_set():
+        tasks = list(running)
+        done: list[Any] = []
+        with contextlib.suppress(ray.exceptions.RayError):
+            done = ray.wait(tasks, timeout=WAIT_S)[0] if tasks else []
+        for task in done:
+            try:
+                record, step = ray.get(task)
+                report(step)
+                running.pop(task).set_result(record)
+            except Exception as error:  # of the task, or of Ray
+                running.pop(task).set_exception(_explained(error))
+        if done or _answers(address):
+            heard = time.monotonic()
+        elif time.monotonic() - heard > GONE_AFTER_S:
+            gone = PrepareError(f"the Ray cluster at {address} is gone: {GOES_ON}")
+            while running:
+                running.popitem()[1].set_exception(gone)
+        if not tasks:
+            closing.wait(WAIT_S)
 
 
 def _connected(address: str) -> Any:
@@ -161,25 +124,20 @@ def _answers(address: str) -> bool:
         return False
 
 
-def _in_ray(job: Job, position: int, limit: Limit, news: Any) -> tuple[Receipt, Step]:
-    """The receipt and the last step; runs in a process of Ray's."""
+def _in_ray(
+    run_unit: RunUnit, job: PrepareJob, position: int, limit: Limit
+) -> tuple[UnitRecord, Step]:
+    """The unit's record and its last step; runs in a process of Ray's."""
     import pyarrow as pa
 
     pa.set_cpu_count(1)
-    last, told = Step(position), 0.0
-
-    def report(step: Step) -> None:
-        nonlocal last, told
-        last = step
-        if not step.text_bytes or time.monotonic() - told > STEP_INTERVAL_S:
-            told = time.monotonic()
-            news.tell.remote(step)
-
-    return run_unit(job, position, limit, report), last
+    steps = [Step(position)]
+    record = run_unit(job, position, limit, steps.append)
+    return record, steps[-1]
 
 
-def _told(error: Any) -> BaseException:
-    """What a task failed of: our own error as it was raised, or Ray's in one line."""
+def _explained(error: Exception) -> BaseException:
+    """Why a task failed: our own error as it was raised, or Ray's in one line."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):
         return cause

@@ -23,8 +23,9 @@ from typing import Any, Literal
 
 from pipeline.errors import PrepareError
 from pipeline.inputs.inputs import LocalInputs
-from pipeline.units.work import Job, Limit, Report, Step, Submit, run_unit
-from shards.format import Receipt
+from pipeline.units.job import Limit, PrepareJob, ReportStep, Step, Submit
+from pipeline.units.work import run_unit
+from shards.format import UnitRecord
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Executor:
         return 1000 if self.kind == "ray" else self.workers
 
     @contextlib.contextmanager
-    def running(self, job: Job, n_units: int, report: Report) -> Iterator[Submit]:
+    def running(self, job: PrepareJob, n_units: int, report: ReportStep) -> Iterator[Submit]:
         """A function that starts a unit; `report` hears of the work as it is done."""
         if self.kind == "ray":
             from pipeline.units.cluster import on_ray
 
-            with on_ray(self.address, job, report) as submit:
+            with on_ray(self.address, job, run_unit, report) as submit:
                 yield submit
         elif min(self.workers, n_units) > 1:
             with _pool(min(self.workers, n_units), job, report) as submit:
@@ -62,27 +63,31 @@ def default_workers() -> int:
     return os.cpu_count() or 1
 
 
-def _at_once(job: Job, position: int, limit: Limit, report: Report) -> Future[Receipt]:
-    future: Future[Receipt] = Future()
+def _at_once(
+    job: PrepareJob, position: int, limit: Limit, report: ReportStep
+) -> Future[UnitRecord]:
+    future: Future[UnitRecord] = Future()
     future.set_result(run_unit(job, position, limit, report))
     return future
 
 
 @contextlib.contextmanager
-def _pool(workers: int, job: Job, report: Report) -> Iterator[Submit]:
+def _pool(workers: int, job: PrepareJob, report: ReportStep) -> Iterator[Submit]:
     """Processes of this machine. They end with the one that started them, however it ends."""
     context = multiprocessing.get_context("fork" if _may_fork(job) else "spawn")
     steps = context.SimpleQueue()
     listener = threading.Thread(target=_listen, args=(steps, report), daemon=True)
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(job, steps))
 
-    def submit(position: int, limit: Limit) -> Future[Receipt]:
+    def submit(position: int, limit: Limit) -> Future[UnitRecord]:
         with _undisturbed_start():  # it starts a process, until there are enough
             return pool.submit(_in_pool, position, limit)
 
     try:
         if context.get_start_method() == "fork":
-            with _undisturbed_start(), _no_warning_of_threads():
+            with _undisturbed_start(), warnings.catch_warnings():
+                # Python 3.12 warns of threads at a fork; NumPy's and Arrow's are prepared for one
+                warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
                 pool.submit(os.getpid)  # all are forked now, before there is a thread
         listener.start()
         yield submit
@@ -102,7 +107,7 @@ def _pool(workers: int, job: Job, report: Report) -> Iterator[Submit]:
         raise
 
 
-def _may_fork(job: Job) -> bool:
+def _may_fork(job: PrepareJob) -> bool:
     """Whether workers may begin as copies of this process, with the words its encoder knows.
 
     That saves each of them some half a second of imports and of words to learn. A thread of ours
@@ -111,14 +116,6 @@ def _may_fork(job: Job) -> bool:
     """
     alone = sys.platform == "linux" and threading.active_count() == 1
     return alone and isinstance(job.inputs, LocalInputs)
-
-
-@contextlib.contextmanager
-def _no_warning_of_threads() -> Iterator[None]:
-    """Python 3.12 warns of threads at a fork; NumPy's and Arrow's are prepared for one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
-        yield
 
 
 @contextlib.contextmanager
@@ -151,7 +148,7 @@ _worker: dict[str, Any] = {}
 """What `_begin` gave this worker process: the job and the queue of steps."""
 
 
-def _begin(job: Job, steps: Any) -> None:
+def _begin(job: PrepareJob, steps: Any) -> None:
     import pyarrow as pa
 
     pa.set_cpu_count(1)
@@ -169,10 +166,10 @@ def _end_with(sentinel: Any) -> None:
     os._exit(1)
 
 
-def _in_pool(position: int, limit: Limit) -> Receipt:
+def _in_pool(position: int, limit: Limit) -> UnitRecord:
     return run_unit(_worker["job"], position, limit, _worker["steps"].put)
 
 
-def _listen(steps: Any, report: Report) -> None:
+def _listen(steps: Any, report: ReportStep) -> None:
     while isinstance(step := steps.get(), Step):
         report(step)

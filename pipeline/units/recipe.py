@@ -1,7 +1,7 @@
-"""What is asked for, and the recipe: all that the output's bytes depend on besides the listing.
+"""PrepareRequest, and the recipe: all options that the output's bytes depend on.
 
-The recipe stands in `units.json`. It is how a second call finds out that it means the same thing,
-and how `repair` knows what to do years later.
+`units.json` holds the recipe. A second call with another one is rejected, and `repair` follows it
+years later.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pipeline.errors import PrepareError
 from pipeline.inputs.hub import HubInputs
 from pipeline.inputs.inputs import INTERPRETER, Inputs
 from pipeline.inputs.sources import Source
-from pipeline.text.chat import Template
+from pipeline.text.chat import ChatTemplate
 from pipeline.text.tokenizer import Tokenizer
-from pipeline.units.units import LEAST_UNIT_BYTES, UNIT_BYTES, UNITS_WANTED, Plan
-from pipeline.units.work import NO_LIMIT, Limit
+from pipeline.units.job import NO_LIMIT, Limit
+from pipeline.units.units import LEAST_UNIT_BYTES, UNIT_BYTES, UNITS_WANTED, PreparePlan
 from shards.format import Facts, TokenizerInfo, token_dtype
 
 CHECKED_DOCUMENTS: Final = 8
-"""Documents of each unit that are compared with sentencepiece, unless told otherwise."""
+"""Documents of each unit that are compared with sentencepiece by default."""
 
 TYPICAL_DOCUMENT_BYTES: Final = 2500
 TYPICAL_TOKEN_BYTES: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class PrepareRequest:
     """What to prepare. Without `data_files`, which are local, the source's own place is read."""
 
     source: Source
@@ -46,7 +46,7 @@ class Request:
     """Text in a unit at most; by default 256 MiB, less if a limit is to take from many places."""
 
 
-def refuse_contradictions(request: Request) -> None:
+def check_request(request: PrepareRequest) -> None:
     """PrepareError if options exclude one another or the source."""
     number, of = request.part
     if not 1 <= number <= of:
@@ -67,18 +67,20 @@ def refuse_contradictions(request: Request) -> None:
     if request.loss_mask and request.seq_len % 8:
         raise PrepareError(f"--seq-len {request.seq_len}: with --loss-mask a multiple of 8")
     if request.source.shape == "chat":
-        Template.of(request.tokenizer)  # says so if the vocabulary has no chat markers
+        ChatTemplate.of(request.tokenizer)  # says so if the vocabulary has no chat markers
     if request.seq_len < 2:
         raise PrepareError(f"--seq-len {request.seq_len}: at least 2")
 
 
-def recipe_of(request: Request, inputs: Inputs) -> dict[str, Any]:
+def recipe_of(request: PrepareRequest, inputs: Inputs) -> dict[str, Any]:
     """All that the output's bytes depend on besides the listing; the first keys are the Facts."""
     source, info = request.source, request.tokenizer.info
     licence = source.licence
     if isinstance(inputs, HubInputs) and licence == "unknown":
         licence = inputs.licence or licence
     val_fraction = source.val_fraction if request.val_fraction is None else request.val_fraction
+    # only where it is another one: folders begun by earlier versions go on
+    schema = {} if source.chat_schema == "sharegpt" else {"chat_schema": source.chat_schema}
     return {
         "source": source.name,
         "dataset": inputs.dataset,
@@ -96,10 +98,11 @@ def recipe_of(request: Request, inputs: Inputs) -> dict[str, Any]:
         "max_documents": request.limit.documents,
         "max_tokens": request.limit.tokens,
         "unit_bytes": _unit_bytes(request),
+        **schema,
     }
 
 
-def _unit_bytes(request: Request) -> int:
+def _unit_bytes(request: PrepareRequest) -> int:
     """256 MiB; under a limit about a 64th of it, so that a small sample is not of one place."""
     if request.unit_bytes is not None:
         return request.unit_bytes
@@ -128,17 +131,20 @@ def source_of(recipe: Mapping[str, Any]) -> Source:
         split=recipe["split"],
         text_column=recipe["text_column"],
         shape=recipe["shape"],
+        chat_schema=recipe.get("chat_schema", "sharegpt"),
         embedded=recipe["dataset"] == INTERPRETER,
     )
 
 
-def refuse_other(existing: Plan, recipe: Mapping[str, Any], inputs: Inputs, folder: Path) -> None:
+def check_same_recipe(
+    existing: PreparePlan, recipe: Mapping[str, Any], inputs: Inputs, folder: Path
+) -> None:
     """PrepareError if the folder was begun with another recipe or other files."""
-    mend = "choose another --out, or delete the folder to begin anew"
+    fix = "choose another --out, or delete the folder to start over"
     for key, value in recipe.items():
         if existing.recipe.get(key) != value:
             was = existing.recipe.get(key)
-            raise PrepareError(f"{folder} was begun with {key} {was!r}, not {value!r}: {mend}")
+            raise PrepareError(f"{folder} was begun with {key} {was!r}, not {value!r}: {fix}")
     before = {file.path: file.bytes for file in existing.files}
     now = {file.path: file.bytes for file in inputs.files}
     for path in sorted(before.keys() | now.keys()):
@@ -146,5 +152,5 @@ def refuse_other(existing: Plan, recipe: Mapping[str, Any], inputs: Inputs, fold
             sizes = [f"{size} bytes" if size is not None else "absent"
                      for size in (before.get(path), now.get(path))]  # fmt: skip
             raise PrepareError(
-                f"{folder} was begun with other files: {path} was {sizes[0]}, is {sizes[1]}: {mend}"
+                f"{folder} was begun with other files: {path} was {sizes[0]}, is {sizes[1]}: {fix}"
             )

@@ -5,7 +5,7 @@
             what is done again after a crash (some seconds of work). Of a small listing a 64th,
             8 MiB at least: in units of 256 MiB, 100 MB would keep one of many workers busy
     order   by XXH3-64 of the unit's first `<path>:<first>`, so that any prefix of the units is a
-            fair sample of the whole and not the alphabet's first files
+            fair sample of all and not the alphabet's first files
 
 The plan depends on the listing and the recipe alone. It is written into `units.json` once; whoever
 comes later, from whichever machine, reads it there.
@@ -61,7 +61,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparePlan:
     """Who does what. `recipe` holds all else that the output's bytes depend on."""
 
     recipe: Mapping[str, Any]
@@ -69,21 +69,22 @@ class Plan:
     parts: tuple[Part, ...]
     units: tuple[Unit, ...]
 
-    def to_bytes(self) -> bytes:
+    def to_json(self) -> dict[str, object]:
         """The plan as it stands in units.json."""
-        files = [{"path": file.path, "bytes": file.bytes} for file in self.files]
-        return json_bytes(
-            {
-                FORMAT_KEY: UNITS,
-                **self.recipe,
-                "files": files,
-                "parts": [asdict(part) for part in self.parts],
-                "units": [asdict(unit) for unit in self.units],
-            }
-        )
+        return {
+            FORMAT_KEY: UNITS,
+            **self.recipe,
+            "files": [{"path": file.path, "bytes": file.bytes} for file in self.files],
+            "parts": [asdict(part) for part in self.parts],
+            "units": [asdict(unit) for unit in self.units],
+        }
+
+    def to_bytes(self) -> bytes:
+        """The bytes of units.json."""
+        return json_bytes(self.to_json())
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Plan:
+    def from_bytes(cls, data: bytes) -> PreparePlan:
         """The plan that these bytes spell."""
         value = parse_json(data)
         check_format(value, UNITS, PLAN)
@@ -93,35 +94,41 @@ class Plan:
         units = tuple(Unit(**unit) for unit in value.pop("units"))
         return cls(value, files, parts, units)
 
+    def parts_of(self, position: int) -> tuple[Part, ...]:
+        """The parts of one unit."""
+        return self.parts[self.units[position].first : self.units[position].last]
+
     @functools.cached_property
     def sha256(self) -> str:
-        """What receipts name the plan by."""
+        """What unit records name the plan by."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
-def read_plan(folder: Path) -> Plan | None:
+def read_plan(folder: Path) -> PreparePlan | None:
     """The plan that a folder holds, or None."""
     try:
         data = (folder / PLAN).read_bytes()
     except FileNotFoundError:
         return None
     try:
-        return Plan.from_bytes(data)
+        return PreparePlan.from_bytes(data)
     except (KeyError, TypeError, AttributeError, SummerError) as error:
         raise PrepareError(
             f"{folder / PLAN} is no plan of this version ({error}): delete {folder} and prepare "
-            "the source anew"
+            "the source again"
         ) from error
 
 
-def make_plan(recipe: Mapping[str, Any], inputs: Inputs, source: Source, unit_bytes: int) -> Plan:
+def make_plan(
+    recipe: Mapping[str, Any], inputs: Inputs, source: Source, unit_bytes: int
+) -> PreparePlan:
     """The plan for a listing. Reads the footers of parquet files; SourceError if one is damaged."""
     weighed = cut_into_parts(inputs, source)
     if not sum(part.text_bytes for part in weighed):
         names = ", ".join(file.path for file in inputs.files[:3]) or "the listing"
         raise SourceError(f"{source.name}: there is nothing to read in {names} (0 bytes of text)")
     units = fill_units(weighed, min(unit_bytes, _share(sum(part.text_bytes for part in weighed))))
-    return Plan(recipe, inputs.files, tuple(w.part for w in weighed), tuple(units))
+    return PreparePlan(recipe, inputs.files, tuple(w.part for w in weighed), tuple(units))
 
 
 def cut_into_parts(inputs: Inputs, source: Source) -> list[WeighedPart]:
@@ -150,7 +157,7 @@ def _parts_of(inputs: Inputs, source: Source, file: InputFile) -> list[WeighedPa
     if file.layout.kind == "parquet":
         return _row_groups(inputs, source, file)
     if file.layout.compression:
-        _refuse_empty(file)
+        _check_file_size(file)
         return [WeighedPart(Part(file=file.path, first=0, last=file.bytes),
                             file.bytes * EXPANSION, file.bytes)]  # fmt: skip
     step = file.bytes
@@ -168,7 +175,7 @@ def _row_groups(inputs: Inputs, source: Source, file: InputFile) -> list[Weighed
 
     from pipeline.inputs.reading import check_column, column_bytes, open_parquet
 
-    _refuse_empty(file)
+    _check_file_size(file)
     try:
         with inputs.open(file.path) as raw:
             parquet = open_parquet(raw)
@@ -194,6 +201,6 @@ def _share(n_bytes: int) -> int:
     return max(LEAST_UNIT_BYTES, n_bytes // UNITS_WANTED)
 
 
-def _refuse_empty(file: InputFile) -> None:
+def _check_file_size(file: InputFile) -> None:
     if not file.bytes:
         raise SourceError(f"{file.path} is empty (0 bytes): fetch it again, or leave it out")

@@ -1,95 +1,32 @@
-"""One unit, from text to receipt: the same function whoever runs it, on whatever machine."""
+"""One unit, from text to its record: the same function whoever runs it, on whatever machine."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from pipeline.errors import PrepareError
-from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.reading import PartReader
-from pipeline.inputs.sources import Source
-from pipeline.text.chat import Template
+from pipeline.text.chat import ChatTemplate, Encoded
 from pipeline.text.documents import DocumentMaker, Documents, in_batches
-from pipeline.text.encode import CheckedEncoder, Encoded, encode_documents, make_encoder
+from pipeline.text.encode import CheckedEncoder, encode_documents, make_encoder
 from pipeline.text.pack import Packer
 from pipeline.text.tokenizer import Tokenizer
-from pipeline.units.units import Plan, read_plan
-from shards.format import TOKENIZER, Facts, Receipt, TokenizerInfo, unit_name
+from pipeline.units.job import Amount, Limit, PrepareJob, ReportStep, Step
+from pipeline.units.units import PreparePlan, read_plan
+from shards.format import TOKENIZER, TokenizerInfo, UnitRecord, unit_name
 from shards.writer import ShardWriter
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """All that a worker needs to know; small, and the same for every unit."""
-
-    folder: Path
-    source: Source
-    facts: Facts
-    inputs: Inputs
-    plan_sha256: str
-    check_encoding: int
-
-
-@dataclass(frozen=True)
-class Amount:
-    """Documents and tokens: how much was made, or may be made."""
-
-    documents: int = 0
-    tokens: int = 0
-
-    def __add__(self, other: Amount) -> Amount:
-        return Amount(self.documents + other.documents, self.tokens + other.tokens)
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Where to stop: at so many documents, or behind the document that reaches so many tokens.
-
-    None: no bound.
-    """
-
-    documents: int | None = None
-    tokens: int | None = None
-
-    def after(self, done: Amount) -> Limit:
-        """What is left of it."""
-        return Limit(
-            None if self.documents is None else max(0, self.documents - done.documents),
-            None if self.tokens is None else max(0, self.tokens - done.tokens),
-        )
-
-    def is_met_by(self, done: Amount) -> bool:
-        """Whether no further document may come."""
-        enough_documents = self.documents is not None and done.documents >= self.documents
-        return enough_documents or (self.tokens is not None and done.tokens >= self.tokens)
-
-
-@dataclass(frozen=True)
-class Step:
-    """How far a unit is; a later one replaces it, and one of nothing begins the unit again."""
-
-    unit: int
-    text_bytes: int = 0
-    amount: Amount = Amount()
-
 
 BATCH_BYTES: Final = 8 << 20
 """Text encoded in one go: the columnar encoder's cost of a call is that of some 100 kB."""
 
-Report = Callable[[Step], None]
-NO_LIMIT = Limit()
-Submit = Callable[[int, Limit], "Future[Receipt]"]
 
-
-def run_unit(job: Job, position: int, limit: Limit, report: Report) -> Receipt:
-    """The unit's receipt, after its shards have been published.
+def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportStep) -> UnitRecord:
+    """The unit's record, after its shards have been published.
 
     What an earlier try left is written over with the same bytes.
     """
@@ -99,7 +36,7 @@ def run_unit(job: Job, position: int, limit: Limit, report: Report) -> Receipt:
     maker = DocumentMaker(job.source, job.facts.val_fraction)
     tokenizer = _tokenizer(job.folder / TOKENIZER, job.facts.tokenizer)
     encoder = CheckedEncoder(make_encoder(tokenizer), tokenizer, job.check_encoding)
-    template = Template.of(tokenizer) if job.source.shape == "chat" else None
+    template = ChatTemplate.of(tokenizer) if job.source.shape == "chat" else None
     text_bytes, done = 0, Amount()
     report(Step(position))
     for documents in in_batches(_documents(job, plan, position, maker), BATCH_BYTES):
@@ -119,7 +56,9 @@ def run_unit(job: Job, position: int, limit: Limit, report: Report) -> Receipt:
     return writer.finish(maker.rejected, job.plan_sha256)
 
 
-def _documents(job: Job, plan: Plan, position: int, maker: DocumentMaker) -> Iterator[Documents]:
+def _documents(
+    job: PrepareJob, plan: PreparePlan, position: int, maker: DocumentMaker
+) -> Iterator[Documents]:
     """The documents of a unit, in order."""
     unit = plan.units[position]
     reader = PartReader(job.inputs, job.source)
@@ -151,7 +90,7 @@ def _tokenizer(path: Path, info: TokenizerInfo) -> Tokenizer:
 
 
 @functools.lru_cache(maxsize=1)
-def _plan(folder: Path, sha256: str) -> Plan:
+def _plan(folder: Path, sha256: str) -> PreparePlan:
     plan = read_plan(folder)
     if plan is None or plan.sha256 != sha256:
         raise PrepareError(

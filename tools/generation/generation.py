@@ -117,16 +117,16 @@ class Conversation:
                 "or use a model fine-tuned on conversations"
             )
         self._loaded, self._options, self._template = loaded, options, loaded.vocabulary.chat
-        self._ids = [self._template.bos]
+        self._ids = [self._template.bos_id]
         self._before = f"{system}\n\n" if system else ""
 
     def ask(self, question: str, on_text: OnText | None = None) -> str:
         """The model's answer, which is part of the conversation from now on."""
         template, vocabulary = self._template, self._loaded.vocabulary
-        turn = [template.asks, *vocabulary.encode(self._before + question), template.answers]
+        turn = [template.inst_id, *vocabulary.encode(self._before + question), template.end_inst_id]
         prompt = self._ids + turn
         answer = write(self._loaded, prompt, self._options, on_text, opens_text=True)
-        self._ids, self._before = [*prompt, *answer.ids, template.eos], ""
+        self._ids, self._before = [*prompt, *answer.ids, template.eos_id], ""
         return answer.text
 
 

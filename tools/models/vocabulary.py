@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import TokenizerError
-from pipeline.text.chat import Template
+from pipeline.text.chat import ChatTemplate
 from pipeline.text.tokenizer import Tokenizer
 
 
@@ -31,7 +31,7 @@ class Vocabulary:
     eos_id: int | None
     sha256: str
     space_first: bool
-    chat: Template | None
+    chat: ChatTemplate | None
 
     @classmethod
     def of_sentencepiece(cls, tokenizer: Tokenizer) -> Vocabulary:
@@ -56,8 +56,8 @@ class Vocabulary:
         return np.array([len(piece) for piece in self.pieces], np.int64)
 
 
-def _chat_template(tokenizer: Tokenizer) -> Template | None:
+def _chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
     try:
-        return Template.of(tokenizer)
+        return ChatTemplate.of(tokenizer)
     except TokenizerError:
         return None

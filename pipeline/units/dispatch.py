@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
+from pipeline.units.job import NO_LIMIT, Amount, Limit, Submit
 from pipeline.units.units import Unit
-from pipeline.units.work import NO_LIMIT, Amount, Limit, Submit
 from shards.files import fsync_folder
-from shards.format import Receipt, ShardInfo
+from shards.format import ShardInfo, UnitRecord
 
 
 def run_all(
     positions: Iterable[int], submit: Submit, at_once: int, unit_done: Callable[[int], None]
 ) -> None:
     """Run the units, at most `at_once` of them handed out at a time."""
-    running: dict[Future[Receipt], int] = {}
+    running: dict[Future[UnitRecord], int] = {}
     for position in positions:
         if len(running) >= at_once:
             _collect(running, unit_done)
@@ -25,7 +25,7 @@ def run_all(
         _collect(running, unit_done)
 
 
-def _collect(running: dict[Future[Receipt], int], unit_done: Callable[[int], None]) -> None:
+def _collect(running: dict[Future[UnitRecord], int], unit_done: Callable[[int], None]) -> None:
     for future in wait(running, return_when=FIRST_COMPLETED).done:
         future.result()
         unit_done(running.pop(future))
@@ -45,27 +45,27 @@ class LimitedRun:
     ) -> None:
         self._folder, self._units, self._limit = folder, units, limit
         self._submit, self._at_once = submit, at_once
-        self._running: dict[int, Future[Receipt]] = {}
+        self._running: dict[int, Future[UnitRecord]] = {}
         self._limits: dict[int, Limit] = {}
         self._total, self._text_bytes = Amount(), 0
 
-    def run(self, receipts: Mapping[int, Receipt], unit_done: Callable[[int], None]) -> int:
-        """The number of units in the prefix. `receipts`: of units done in an earlier try."""
+    def run(self, done: Mapping[int, UnitRecord], unit_done: Callable[[int], None]) -> int:
+        """The number of units in the prefix; `done` are the records of an earlier try."""
         n_units = 0
         for position, unit in enumerate(self._units):
             if self._limit.is_met_by(self._total):
                 break
             left = self._limit.after(self._total)
-            if position not in receipts:
+            if position not in done:
                 self._begin(position, left)
-                self._begin_ahead(position, receipts)
-                receipt = self._running.pop(position).result()
+                self._begin_ahead(position, done)
+                record = self._running.pop(position).result()
             else:
-                receipt = receipts[position]
-            if left.is_met_by(amount_of(receipt.shards)) and self._limits.get(position) != left:
+                record = done[position]
+            if left.is_met_by(amount_of(record.shards)) and self._limits.get(position) != left:
                 self._begin(position, left)
-                receipt = self._running.pop(position).result()
-            self._total += amount_of(receipt.shards)
+                record = self._running.pop(position).result()
+            self._total += amount_of(record.shards)
             self._text_bytes += unit.text_bytes
             n_units += 1
             unit_done(position)
@@ -82,7 +82,7 @@ class LimitedRun:
         self._limits[position] = limit
         self._running[position] = self._submit(position, limit)
 
-    def _begin_ahead(self, position: int, receipts: Mapping[int, Receipt]) -> None:
+    def _begin_ahead(self, position: int, done: Mapping[int, UnitRecord]) -> None:
         """Begin later units, as far as the limit is likely to reach."""
         if not self._text_bytes:
             return
@@ -90,7 +90,7 @@ class LimitedRun:
         for ahead in range(position, len(self._units)):
             if len(self._running) >= self._at_once or self._limit.is_met_by(expected):
                 return
-            if ahead not in receipts:
+            if ahead not in done:
                 self._begin(ahead, self._limit)
             share = self._units[ahead].text_bytes / self._text_bytes
             expected += Amount(
@@ -105,13 +105,13 @@ def amount_of(shards: Iterable[ShardInfo]) -> Amount:
 
 
 def remove_units(folder: Path, chosen: Callable[[int], bool]) -> None:
-    """Take back what was published of the units whose numbers are chosen, receipts first."""
+    """Take back what was published of the units whose numbers are chosen, unit records first."""
     files = ((path, path.name.split(".")[0].split("-")[0]) for path in folder.iterdir())
     found = [path for path, unit in files if unit.isdigit() and chosen(int(unit))]
-    receipts = [path for path in found if path.suffix == ".json"]
-    for path in receipts:
+    records = [path for path in found if path.suffix == ".json"]
+    for path in records:
         path.unlink()
-    if receipts:
-        fsync_folder(folder)  # or a loss of power could bring back a receipt without its shards
+    if records:
+        fsync_folder(folder)  # or a loss of power could bring back a record without its shards
     for path in found:
         path.unlink(missing_ok=True)
