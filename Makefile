@@ -3,7 +3,7 @@
 # make check   ruff and mypy
 # make golden VERSION=v0.2   tests/data/v0.2: what this version writes, for every later one to read
 # make mutants does a test notice each small change to the numerics? A sample, a quarter of an hour
-# make soak    after make demo: a run killed a hundred times, against one that was not; ten minutes
+# make soak    a run killed a hundred times, compared with one that was not; ten minutes
 #
 # The environment lives in .venv; PYTHON names the interpreter that makes it (3.11 or later).
 # A torch >= 2.9 that this interpreter already has is kept, never replaced.
@@ -33,13 +33,13 @@ mutants: $(VENV)/.dev
 	$(RUN) tests/mutants.py
 
 soak: $(VENV)/.dev
-	$(RUN) -m tools.rehearsal.soak --shards demo/shards --set max_steps=3000
+	SUMMER_SOAK_KILLS=100 $(RUN) -m pytest -s tests/test_tools_rehearsal.py -k random_moments
 
 clean:
 	rm -rf $(VENV) demo
 
 $(VENV)/.demo: $(INPUTS)
-	@$(PYTHON) tools/environment.py $(VENV) report
+	@$(PYTHON) tools/environment.py $(VENV)
 	@touch $@
 
 $(VENV)/.dev: $(INPUTS)

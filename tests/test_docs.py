@@ -22,7 +22,7 @@ try:
     command()
 except SystemExit as end:
     assert not end.code, end.code
-heavy = {"torch", "datasets", "pyarrow", "sentencepiece", "transformers", "matplotlib", "ray"}
+heavy = {"torch", "datasets", "pyarrow", "sentencepiece", "transformers", "jinja2", "ray"}
 print("HEAVY", sorted(heavy & set(sys.modules)))
 """
 

@@ -1,4 +1,4 @@
-"""A machine that is fit gets a go; each thing that is not is named."""
+"""A machine that is fit is called ready; each thing that prevents a run is named."""
 
 import contextlib
 import json
@@ -12,20 +12,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from model.config import ModelError, count_params
-from tools.diagnosis import checks, host, rates, speed
-from tools.diagnosis import environment_variables as variables
-from tools.diagnosis import expected_rate as expectation
-from tools.diagnosis.checks import examine
-from tools.diagnosis.collective import ExchangeError, measure_exchange
-from tools.diagnosis.findings import Finding, Subject
-from tools.diagnosis.shards import shards
+from model.config import ModelError, count_params, flops_per_token
+from tools.diagnosis import checks, data, host, software, speed
+from tools.diagnosis.checks import run_checks
+from tools.diagnosis.collective import Exchange, ExchangeError, time_all_reduce
+from tools.diagnosis.results import CheckResult, Context
 from tools.doctor import main
 from tools_samples import sample_config, write_shards
 from trainer.config.config import configure
@@ -33,15 +31,15 @@ from trainer.distributed.devices import ACCELERATORS
 
 
 @pytest.fixture
-def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Subject:
-    monkeypatch.setattr(checks, "PROBE_BYTES", 1 << 20)
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Context:
+    monkeypatch.setattr(data, "PROBE_BYTES", 1 << 20)
     config = configure(preset="tiny").config
     config = replace(config, compile=False, model=sample_config(), global_batch_tokens=256)
-    return Subject(config=config, device="cpu", folder=tmp_path)
+    return Context(config=config, device="cpu", folder=tmp_path)
 
 
-def only(question: Callable[..., Any], subject: Subject) -> list[Finding]:
-    return list(question(subject))
+def only(check: Callable[..., Any], context: Context) -> list[CheckResult]:
+    return list(check(context))
 
 
 def named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -49,27 +47,29 @@ def named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(speed, "device_name", lambda device: name)
 
 
-def test_this_machine_can_train_a_small_model(subject: Subject) -> None:
-    findings = list(examine(subject))
-    assert not [finding for finding in findings if finding.verdict == "fail"]
-    topics = {finding.topic for finding in findings}
-    assert topics >= {
-        "python", "torch", "driver", "devices", "memory", "bf16", "attention", "products",
-        "bandwidth", "all-reduce", "open files", "disk", "write rate", "environment", "expected",
-        "shards",
+def free_bytes(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=n_bytes))
+
+
+def test_this_machine_can_train_a_small_model(context: Context) -> None:
+    results = list(run_checks(context))
+    assert not [result for result in results if result.verdict == "fail"]
+    assert {result.topic for result in results} >= {
+        "python", "torch", "driver", "devices", "memory", "attention", "products", "bandwidth",
+        "all-reduce", "open files", "disk", "write rate", "environment", "expected", "shards",
     }  # fmt: skip
-    assert not list(subject.folder.iterdir())
-    assert subject.measured["tokens_per_s"] > 0
+    assert not list(context.folder.iterdir())
+    assert context.measured["tokens_per_s"] > 0
 
 
 def test_the_command_ends_with_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = Finding("ok", "torch", "2.13 " * 40, source="a document")
-    bad = Finding("fail", "attention", "off by 1 nats", "another build")
+    good = CheckResult("ok", "torch", "2.13 " * 40, source="a document")
+    bad = CheckResult("fail", "attention", "off by 1 nats", "another build")
     for found, code, last in (
-        ([good], 0, "go: tiny can run"),
-        ([good, bad, bad], 1, "no-go: attention"),
+        ([good], 0, "ready: tiny can run"),
+        ([good, bad, bad], 1, "not ready: attention"),
     ):
-        monkeypatch.setattr(checks, "examine", lambda subject, found=found: iter(found))
+        monkeypatch.setattr(checks, "run_checks", lambda context, found=found: iter(found))
         result = CliRunner().invoke(main, ["--preset", "tiny", "--out", str(tmp_path)])
         assert (result.exit_code, result.output.splitlines()[-1]) == (code, last)
         assert all(len(line) <= 100 for line in result.output.splitlines())
@@ -80,7 +80,7 @@ def test_the_command_ends_with_the_verdict(tmp_path: Path, monkeypatch: pytest.M
         answer = json.loads(result.output)
         assert answer["go"] == (code == 0)
         assert (answer["ranks"], answer["expected_tokens_per_s"]) == (3, None)
-        first = {"verdict": "ok", "topic": "torch", "detail": "2.13 " * 40, "mend": ""}
+        first = {"verdict": "ok", "topic": "torch", "detail": "2.13 " * 40, "fix": "", "mend": ""}
         assert answer["findings"][0] == {**first, "source": "a document", "figures": {}}
     result = CliRunner().invoke(main, ["--preset", "tiny", "--sources"])
     assert "a document" in result.output
@@ -93,33 +93,32 @@ def test_an_unknown_preset_is_one_line() -> None:
     assert "tiny" in result.output
 
 
-def test_a_preset_that_does_not_fit_is_no_go(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+def test_a_preset_that_does_not_fit_is_not_ready(
+    context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "device_memory_bytes", lambda device, sharers: 1_000_000)
-    (finding,) = only(checks.memory_fits, subject)
-    assert finding.verdict == "fail"
-    assert "tiny needs" in finding.detail and "of 0.0 GB" in finding.detail
-    assert "does not fit" in only(speed.expected, subject)[0].detail
+    for module in (host, speed):
+        monkeypatch.setattr(module, "device_memory_bytes", lambda device, sharers: 1_000)
+    (result,) = only(host.memory_fits, context)
+    assert result.verdict == "fail"
+    assert "tiny needs" in result.detail and "of 0.0 GB" in result.detail
+    context.measured["product_flops_per_s"] = 1e11
+    assert "no rate is estimated" in only(speed.expected, context)[0].detail
 
 
-def test_a_wrong_kernel_is_no_go(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_not_ready(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*args: object) -> float:
         raise ModelError("attention is off by 0.5 nats")
 
-    monkeypatch.setattr(checks, "self_test", wrong)
-    (finding,) = only(checks.attention, subject)
-    assert finding == Finding("fail", "attention", "attention is off by 0.5 nats")
+    monkeypatch.setattr(software, "self_test", wrong)
+    (result,) = only(software.attention, context)
+    assert result == CheckResult("fail", "attention", "attention is off by 0.5 nats")
 
 
-def test_a_full_disk_is_no_go(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Usage(NamedTuple):
-        free: int
-
-    one = 12 * count_params(subject.config.model)
+def test_a_full_disk_is_not_ready(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = 12 * count_params(context.config.model)
     for free, verdict in ((one - 1, "fail"), (2 * one, "warn"), (3 * one, "ok")):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(free))
-        assert only(checks.disk, subject)[0].verdict == verdict
+        free_bytes(monkeypatch, free)
+        assert only(data.disk, context)[0].verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -133,56 +132,50 @@ def test_a_full_disk_is_no_go(subject: Subject, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_the_rate_is_set_against_a_known_peak_only(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, name: str, rate: float, verdict: str,
+    context: Context, monkeypatch: pytest.MonkeyPatch, name: str, rate: float, verdict: str,
     says: str,
 ) -> None:  # fmt: skip
     named(monkeypatch, name)
-    monkeypatch.setattr(rates, "product_rate", lambda device, dtype: rate)
-    (finding,) = only(speed.products, subject)
-    assert finding.verdict == verdict
-    assert says in finding.detail
-    assert finding.figures["flops_per_s"] == rate
-    assert bool(finding.source) == (verdict != "note")
-    assert bool(finding.mend) == (verdict == "warn")
+    monkeypatch.setattr(speed, "product_rate", lambda device, dtype: rate)
+    (result,) = only(speed.products, context)
+    assert result.verdict == verdict
+    assert says in result.detail
+    assert result.figures["flops_per_s"] == rate
+    assert bool(result.source) == (verdict != "note")
+    assert bool(result.fix) == (verdict == "warn")
 
 
-def test_more_ranks_than_devices_is_no_go(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+def test_more_ranks_than_devices_is_not_ready(
+    context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "AMD Instinct MI300X")
-    monkeypatch.setattr(checks, "device_memory_bytes", lambda device: 192 * 10**9)
-    (good,) = only(checks.devices, replace(subject, device="cuda", nproc=4))
+    monkeypatch.setattr(host, "device_memory_bytes", lambda device: 192 * 10**9)
+    (good,) = only(host.devices, replace(context, device="cuda", nproc=4))
     assert (good.verdict, good.detail) == ("ok", "4 x AMD Instinct MI300X, 192 GB")
-    bad = only(checks.devices, replace(subject, device="cuda", nproc=8))[0]
-    assert (bad.verdict, bad.mend) == ("fail", "--nproc 4")
+    bad = only(host.devices, replace(context, device="cuda", nproc=8))[0]
+    assert (bad.verdict, bad.fix) == ("fail", "--nproc 4")
 
 
 def test_the_slowest_of_several_devices_counts(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+    context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named(monkeypatch, "AMD Instinct MI300X")
     found = iter((700e12, 690e12, 300e12, 695e12))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "device", lambda number: contextlib.nullcontext())
-    monkeypatch.setattr(rates, "product_rate", lambda device, dtype: next(found))
-    (finding,) = only(speed.products, replace(subject, device="cuda", nproc=4))
-    assert finding.verdict == "warn" and "on device 2, the slowest (best: 700)" in finding.detail
-
-
-def test_a_busy_machine_is_warned_of(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    for load, verdict in ((0.0, "ok"), (1e3, "warn")):
-        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
-        assert only(host.other_work, subject)[0].verdict == verdict
+    monkeypatch.setattr(speed, "product_rate", lambda device, dtype: next(found))
+    (result,) = only(speed.products, replace(context, device="cuda", nproc=4))
+    assert result.verdict == "warn" and "on device 2, the slowest (best: 700)" in result.detail
 
 
 def test_memory_far_below_what_its_maker_states_is_suspicious(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+    context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named(monkeypatch, "AMD Instinct MI325X")
     for rate, verdict in ((4.5e12, "ok"), (2e12, "warn")):
-        monkeypatch.setattr(rates, "memory_rate", lambda device, rate=rate: rate)
-        assert only(speed.bandwidth, subject)[0].verdict == verdict
+        monkeypatch.setattr(speed, "memory_rate", lambda device, rate=rate: rate)
+        assert only(speed.bandwidth, context)[0].verdict == verdict
 
 
 def test_every_known_device_names_its_source() -> None:
@@ -193,59 +186,83 @@ def test_every_known_device_names_its_source() -> None:
 
 
 def test_mfu_is_withheld_for_an_unknown_device(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+    context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = {"fits": 1.0, "product_flops_per_s": 1e11, "memory_bytes_per_s": 1e10}
-    subject.measured.update(known)
-    (finding,) = only(speed.expected, subject)
-    assert "ESTIMATE" in finding.detail and "MFU withheld" in finding.detail
-    assert "mfu" not in finding.figures
+    context.measured["product_flops_per_s"] = 1e11
+    (result,) = only(speed.expected, context)
+    assert "ESTIMATE (from real steps of 2 of 2 layers, " in result.detail
+    assert "MFU withheld" in result.detail and "mfu" not in result.figures
     named(monkeypatch, "NVIDIA H100 80GB HBM3")
-    (finding,) = only(speed.expected, subject)
-    assert "MFU (causal attention" in finding.detail
-    assert 0 < finding.figures["mfu"] < 1
+    (result,) = only(speed.expected, context)
+    assert "MFU (causal attention" in result.detail
+    assert 0 < result.figures["mfu"] < 1
 
 
-def test_an_expectation_adds_up(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By rates alone, every part follows from a rate; an exchange between ranks only adds to it."""
-    monkeypatch.setattr(expectation, "_quick_size", lambda *arguments: 0)
-    known = {"product_flops_per_s": 1e9, "memory_bytes_per_s": 1e9}
-    subject.measured.update(known)
-    alone = expectation.expect(subject)
-    n_params = count_params(subject.config.model)
-    assert alone.how.startswith("an upper bound")
-    assert alone.tokens_per_s == alone.by_rates_alone == 256 / sum(alone.seconds.values())
-    assert alone.seconds["update"] == pytest.approx(40 * n_params / 1e9)
-    assert set(alone.seconds) == {"forward and backward", "update"}
-    subject.measured["exchange_bytes_per_s"] = 1e6
-    together = expectation.expect(replace(subject, nproc=2))
-    assert together.seconds["exchange"] == pytest.approx(4 * n_params / 1e6)
-    assert together.tokens_per_s < alone.tokens_per_s
-
-
-def test_a_covered_exchange_counts_as_one_block_of_it(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+def test_an_expected_step_is_the_sum_of_its_parts(
+    context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expectation, "_quick_size", lambda *arguments: 0)
-    monkeypatch.setattr(expectation, "device_memory_bytes", lambda device, sharers: 10**9)
-    subject.measured.update(
-        product_flops_per_s=1e9, memory_bytes_per_s=1e9, exchange_bytes_per_s=1e12
-    )
-    n_params = count_params(subject.config.model)
-    found = expectation.expect(replace(subject, device="cuda", nproc=2))
-    assert found.seconds["exchange"] == pytest.approx(4 * n_params / 1e12 / 2)
+    """Of 256 tokens, in micro-batches of one sequence that take 1 s, an update of 0.5 s."""
+    monkeypatch.setattr(speed, "time_steps", lambda config, device: speed.TrialTimes(1.0, 0.5))
+    monkeypatch.setattr(speed, "device_memory_bytes", lambda device, sharers: 10**9)
+    context = replace(context, config=replace(context.config, micro_batch_size=1))
+    context.measured["product_flops_per_s"] = 1e11
+    n = 256 // context.config.model.seq_len
+    (alone,) = only(speed.expected, context)
+    assert alone.figures["tokens_per_s"] == pytest.approx(256 / (n + 0.5))
+    # two ranks share a CPU, and nothing covers their exchange
+    n_params = count_params(context.config.model)
+    context.measured["exchange_bytes_per_s"] = 4 * n_params / 3.0
+    (shared,) = only(speed.expected, replace(context, nproc=2))
+    assert shared.figures["tokens_per_s"] == pytest.approx(256 / (n + 0.5 + 3.0))
+    # two GPUs each do half; all but 2/3 s of the exchange, or one of two blocks' part, counts
+    gpus = replace(context, nproc=2, device="cuda")
+    monkeypatch.setattr(speed, "device_name", lambda device: "unknown")
+    (covered,) = only(speed.expected, gpus)
+    assert covered.figures["tokens_per_s"] == pytest.approx(256 / (n / 2 + 0.5 + 3.0 - 2 / 3))
+    context.measured["exchange_bytes_per_s"] = 4 * n_params / 0.5
+    (hidden,) = only(speed.expected, gpus)
+    assert hidden.figures["tokens_per_s"] == pytest.approx(256 / (n / 2 + 0.5 + 0.25))
 
 
-def test_two_processes_add_up() -> None:
-    exchange = measure_exchange("cpu", 2, 1 << 16)
-    assert exchange.seconds > 0
-    assert exchange.bus_rate == pytest.approx(exchange.algorithm_rate)  # 2 (2 - 1) / 2 = 1
-    assert exchange._replace(n_ranks=8).bus_rate == pytest.approx(1.75 * exchange.algorithm_rate)
+def test_a_model_too_large_for_one_device_is_tried_with_fewer_layers(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "time_steps", lambda config, device: speed.TrialTimes(1.0, 0.5))
+    context = replace(context, config=replace(context.config, micro_batch_size=1))
+    model = context.config.model
+    single = replace(model, n_layers=1)
+    seq_len = model.seq_len
+    work = seq_len * flops_per_token(single, seq_len)
+    context.measured["product_flops_per_s"] = work / speed._LONGEST_S  # enough for one layer
+    trial = speed.trial_config(context)
+    assert trial is not None and trial.model == single and trial.micro_batch_size == 1
+    (result,) = only(speed.expected, context)
+    assert "real steps of 1 of 2 layers" in result.detail
+    passes = 256 / seq_len * flops_per_token(model, seq_len) / flops_per_token(single, seq_len)
+    update = 0.5 * count_params(model) / count_params(single)
+    assert result.figures["tokens_per_s"] == pytest.approx(256 / (passes + update))
+
+
+def test_two_processes_add_up(context: Context) -> None:
+    (result,) = only(speed.all_reduce, replace(context, nproc=2))
+    rate = result.figures["algorithm_bytes_per_s"]
+    assert result.verdict == "ok" and rate > 0
+    assert result.figures["bus_bytes_per_s"] == pytest.approx(rate)  # 2 (2 - 1) / 2 = 1
     assert not multiprocessing.active_children()
 
 
-def test_an_exchange_that_hangs_is_a_finding_and_leaves_nothing_behind(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+def test_the_bus_bandwidth_is_that_of_nccl_tests(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "time_all_reduce", lambda exchange: 0.5)
+    (result,) = only(speed.all_reduce, replace(context, nproc=8))
+    n_bytes = result.figures["bytes"]
+    assert result.figures["algorithm_bytes_per_s"] == pytest.approx(n_bytes / 0.5)
+    assert result.figures["bus_bytes_per_s"] == pytest.approx(1.75 * n_bytes / 0.5)
+
+
+def test_an_exchange_that_hangs_or_fails_is_reported_and_leaves_nothing_behind(
+    context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop_one() -> None:
         while not (ranks := multiprocessing.active_children()):
@@ -254,128 +271,108 @@ def test_an_exchange_that_hangs_is_a_finding_and_leaves_nothing_behind(
 
     stopper = threading.Thread(target=stop_one)
     stopper.start()
-    with pytest.raises(ExchangeError, match=r"hangs: after 2 s rank"):
-        measure_exchange("cpu", 2, 1 << 16, limit_s=2.0)
+    with pytest.raises(ExchangeError, match=r"hangs: not done after 2 s"):
+        time_all_reduce(Exchange("cpu", 2, 1 << 16, limit_s=2.0))
     stopper.join()
     assert not multiprocessing.active_children()
     with pytest.raises(ExchangeError, match=r"rank 0: .*nonsense"):
-        measure_exchange("cpu", 1, 1 << 16, backend="nonsense")
+        time_all_reduce(Exchange("cpu", 1, 1 << 16, backend="nonsense"))
 
     def hang(*arguments: object) -> None:
         raise ExchangeError("all-reduce of 2 ranks hangs")
 
-    monkeypatch.setattr(speed, "measure_exchange", hang)
-    (finding,) = only(speed.all_reduce, replace(subject, nproc=2))
-    assert finding == Finding("fail", "all-reduce", "all-reduce of 2 ranks hangs")
+    monkeypatch.setattr(speed, "time_all_reduce", hang)
+    (result,) = only(speed.all_reduce, replace(context, nproc=2))
+    assert result == CheckResult("fail", "all-reduce", "all-reduce of 2 ranks hangs")
 
 
 @pytest.mark.parametrize(
     ("text", "verdict"), [("1\n", "warn"), ("2\n", "warn"), ("0\n", "ok"), (None, "ok")]
 )
 def test_numa_balancing_is_warned_of(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, text: str | None, verdict: str
+    context: Context, monkeypatch: pytest.MonkeyPatch, text: str | None, verdict: str
 ) -> None:
-    path = subject.folder / "numa_balancing"
+    path = context.folder / "numa_balancing"
     if text is not None:
         path.write_text(text)
     monkeypatch.setattr(host, "NUMA_BALANCING", path)
-    (finding,) = only(host.numa_balancing, subject)
-    assert finding.verdict == verdict
+    (result,) = only(host.numa_balancing, context)
+    assert result.verdict == verdict
     if verdict == "warn":
-        assert finding.mend == "sudo sysctl kernel.numa_balancing=0"
-        assert "MI300X" in finding.source
+        assert result.fix == "sudo sysctl kernel.numa_balancing=0"
+        assert "MI300X" in result.source
 
 
-def test_too_little_shared_memory_is_warned_of(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+def test_what_the_system_allows_is_compared_with_what_is_needed(
+    context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Usage(NamedTuple):
-        free: int
-
-    monkeypatch.setattr(host, "SHARED_MEMORY", subject.folder)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(64 << 20))
-    assert only(host.shared_memory, subject)[0].verdict == "ok"
-    eight = replace(subject, device="cuda", nproc=8)
+    monkeypatch.setattr(host, "SHARED_MEMORY", context.folder)
+    free_bytes(monkeypatch, 64 << 20)
+    assert only(host.shared_memory, context)[0].verdict == "ok"
+    eight = replace(context, device="cuda", nproc=8)
     assert only(host.shared_memory, eight)[0].verdict == "warn"
-
-
-def test_open_files_are_counted(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     for soft, verdict in ((256, "warn"), (1 << 20, "ok"), (resource.RLIM_INFINITY, "ok")):
         limit = (soft, resource.RLIM_INFINITY)
         monkeypatch.setattr(resource, "getrlimit", lambda which, limit=limit: limit)
-        assert only(host.limits, subject)[0].verdict == verdict
+        assert only(host.open_files, context)[0].verdict == verdict
+    for load, verdict in ((0.0, "ok"), (1e3, "warn")):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
+        assert only(host.other_work, context)[0].verdict == verdict
 
 
-def test_rows_are_read_and_proven(subject: Subject) -> None:
-    folder = subject.folder / "shards"
+def test_sequences_are_read_and_verified(context: Context) -> None:
+    folder = context.folder / "shards"
     write_shards(folder / "good", train_texts=["a b c " * 200] * 3, val_texts=["d e f"])
-    (finding,) = only(shards, replace(subject, shards=folder))
-    assert finding.verdict == "ok" and finding.figures["tokens_per_s"] > 0
-    assert finding.detail.startswith("good: ") and "1 of 1 files, sane" in finding.detail
-    slow = replace(subject, shards=folder, measured={"tokens_per_s": 1e15})
-    assert only(shards, slow)[0].verdict == "warn"
+    (result,) = only(data.shards, replace(context, shards=folder))
+    assert result.verdict == "ok" and result.figures["tokens_per_s"] > 0
+    assert result.detail.startswith("good: 1 of 1 files verified, ")
+    slow = replace(context, shards=folder, measured={"tokens_per_s": 1e15})
+    assert only(data.shards, slow)[0].verdict == "warn"
 
 
-def test_damaged_shards_are_no_go(subject: Subject) -> None:
-    folder = subject.folder / "shards"
+def test_damaged_shards_are_not_ready(context: Context) -> None:
+    folder = context.folder / "shards"
     for name in ("good", "damaged"):
         write_shards(folder / name, train_texts=["a b c " * 200] * 3, val_texts=["d e f"])
     rows = folder / "damaged" / "00000-000.npy"
-    data = bytearray(rows.read_bytes())
-    data[-1] ^= 1
-    rows.write_bytes(data)
-    found = {finding.verdict: finding for finding in shards(replace(subject, shards=folder))}
+    raw = bytearray(rows.read_bytes())
+    raw[-1] ^= 1
+    rows.write_bytes(raw)
+    found = {result.verdict: result for result in data.shards(replace(context, shards=folder))}
     assert set(found) == {"ok", "fail"}
     assert "is damaged" in found["fail"].detail and "summer-prep repair" in found["fail"].detail
-    rows.write_bytes(data[:-100])
-    assert "fail" in {finding.verdict for finding in shards(replace(subject, shards=folder))}
-    (finding,) = only(shards, replace(subject, shards=subject.folder / "nothing"))
-    assert finding.verdict == "fail" and "no prepared source" in finding.detail
+    rows.write_bytes(raw[:-100])
+    assert "fail" in {result.verdict for result in data.shards(replace(context, shards=folder))}
+    (result,) = only(data.shards, replace(context, shards=context.folder / "nothing"))
+    assert result.verdict == "fail" and "no prepared source" in result.detail
 
 
-def test_harmful_variables_are_warned_of_and_secrets_stay_out() -> None:
+def test_harmful_variables_are_warned_of_and_secrets_stay_out(context: Context) -> None:
     secret = {"HF_TOKEN": "hf_secret"}
-    (finding,) = variables.look_at(secret, "cpu")
-    assert finding == Finding("note", "environment", "no other variable that matters is set")
-    chosen = {**secret, "NCCL_P2P_DISABLE": "1", "SUMMER_FAULT": "", "OMP_NUM_THREADS": "4"}
-    warned, noted = variables.look_at(chosen, "cpu")
+    (result,) = software.environment(context, secret)
+    assert result.verdict == "ok" and "secret" not in result.detail
+    chosen = {**secret, "NCCL_P2P_DISABLE": "1", "SUMMER_FAULT": "", "NCCL_IB_DISABLE": "0"}
+    (warned,) = software.environment(context, chosen)
     assert warned.verdict == "warn" and "NCCL_P2P_DISABLE=1" in warned.detail
-    assert (warned.mend, "NCCL" in warned.source) == ("unset NCCL_P2P_DISABLE", True)
-    assert noted.detail == "OMP_NUM_THREADS=4"
+    assert (warned.fix, "NCCL" in warned.source) == ("unset NCCL_P2P_DISABLE", True)
+    assert all(variable.effect and variable.source for variable in software.HARMFUL)
 
 
-def test_what_amd_advises_is_named_on_rocm_alone() -> None:
-    unset, *others = variables.look_at({"HIP_FORCE_DEV_KERNARG": "1"}, "rocm")
-    assert unset.detail.startswith("NCCL_MIN_NCHANNELS is not set")
-    assert unset.mend == "export NCCL_MIN_NCHANNELS=112"
-    assert "HIP_FORCE_DEV_KERNARG=1" in [finding.detail for finding in others]
-    details = " ".join(finding.detail for finding in variables.look_at({}, "cuda"))
-    assert "NCHANNELS" not in details and "PYTORCH_ALLOC_CONF" in details
-
-
-def test_every_variable_says_why_and_who_says_so() -> None:
-    groups = (variables.HARMFUL, variables.SHOWN, variables.ADVISED_ON_ROCM)
-    every = [variable for group in groups for variable in group]
-    assert all(variable.why and variable.source for variable in every)
-    assert len({variable.name for variable in every}) == len(every)
-    assert not {name for name in os.environ if "TOKEN" in name} & {v.name for v in every}
-
-
-def test_an_old_torch_is_no_go(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_torch_is_not_ready(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.4.1+rocm6.1")
-    finding = only(checks.versions, subject)[1]
-    assert finding.verdict == "fail"
-    assert "2.4.1+rocm6.1 is too old: install 2.9 or newer" in finding.detail
+    result = only(software.versions, context)[1]
+    assert result.verdict == "fail"
+    assert "2.4.1+rocm6.1 is too old: install 2.9 or newer" in result.detail
 
 
-def test_a_question_that_breaks_is_a_finding(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+def test_a_check_that_breaks_is_a_failure(
+    context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken_driver(subject: Subject) -> Any:
+    def broken_driver(context: Context) -> Any:
         raise RuntimeError("HIP error: invalid\ndevice function")
 
-    monkeypatch.setattr(checks, "QUESTIONS", (broken_driver, checks.versions))
-    first, *others = examine(subject)
+    monkeypatch.setattr(checks, "CHECKS", (broken_driver, software.versions))
+    first, *others = run_checks(context)
     expected = "RuntimeError: HIP error: invalid device function"
-    assert first == Finding("fail", "broken driver", expected)
+    assert first == CheckResult("fail", "broken driver", expected)
     assert others

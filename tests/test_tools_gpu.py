@@ -1,4 +1,4 @@
-"""The GPU measurements' one command, in its small form on the CPU: the script alone is proven."""
+"""The GPU measurements' one command, in its small form on the CPU: only the script is checked."""
 
 import json
 import os

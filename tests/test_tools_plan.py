@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 
 from tools.errors import PlanError
 from tools.plan import main
-from tools.planning import Wish, make_plan
+from tools.planning import PlanRequest, plan_cost
 
 
 def run(*arguments: str) -> Result:
@@ -17,7 +17,7 @@ def run(*arguments: str) -> Result:
 
 def test_the_reference_run_costs_what_its_author_reports() -> None:
     """Nine days on eight devices at $2.31 an hour each is $3,992; 95 % of it is the plan."""
-    plan = make_plan(Wish(dollars_per_hour=2.31))
+    plan = plan_cost(PlanRequest(dollars_per_hour=2.31))
     assert plan.parameters == 4_479_912_960
     assert plan.flops_per_token == pytest.approx(29.29e9, rel=1e-3)
     assert plan.tokens == 80_000 * 1_048_576
@@ -32,14 +32,14 @@ def test_the_reference_run_costs_what_its_author_reports() -> None:
 
 
 def test_days_and_tokens_are_two_ways_to_say_one_thing() -> None:
-    by_days = make_plan(Wish(preset="summer-1b", days=2.0))
-    by_tokens = make_plan(Wish(preset="summer-1b", tokens=by_days.tokens))
+    by_days = plan_cost(PlanRequest(preset="summer-1b", days=2.0))
+    by_tokens = plan_cost(PlanRequest(preset="summer-1b", tokens=by_days.tokens))
     assert by_tokens.days == pytest.approx(2.0)
     assert by_tokens.steps == by_days.steps
 
 
 def test_an_unknown_device_gets_no_rates() -> None:
-    plan = make_plan(Wish(device="abacus", dollars_per_hour=1.0))
+    plan = plan_cost(PlanRequest(device="abacus", dollars_per_hour=1.0))
     assert (plan.tokens_per_s, plan.days, plan.dollars, plan.fits) == (None, None, None, None)
     assert plan.memory_bytes["weights"] > 0
     result = run("--device", "abacus")
@@ -56,16 +56,13 @@ def test_the_speed_is_always_called_an_assumption() -> None:
     assert printed["parameters"] == 12_194_048
 
 
-def test_devices_too_small_for_the_whole_hold_it_between_them() -> None:
+def test_devices_too_small_for_all_states_share_them() -> None:
     """80 GB hold a half of weights, gradients and moments, and all that is not divided."""
-    plan = make_plan(Wish(device="h100"))
+    plan = plan_cost(PlanRequest(device="h100"))
     assert (plan.shard_degree, plan.fits) == (2, True)
     assert plan.memory_bytes["moments"] == 4 * plan.parameters
-    assert "rows at a time, --set shard_degree=2:" in run("--device", "h100").output
+    assert "sequences at a time, --set shard_degree=2:" in run("--device", "h100").output
     assert "shard_degree" not in run("--device", "mi300x").output
-
-
-def test_what_does_not_fit_is_said() -> None:
     assert "does NOT fit" in run("--device", "l4").output
 
 
@@ -81,9 +78,9 @@ def test_what_does_not_fit_is_said() -> None:
         ({"device": "abacus", "days": 3.0}, "give --tokens, or one of"),
     ],
 )
-def test_a_wish_that_does_not_add_up_is_refused(changes: dict[str, Any], words: str) -> None:
+def test_an_impossible_request_is_rejected(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(PlanError, match=words):
-        make_plan(Wish(**changes))
+        plan_cost(PlanRequest(**changes))
 
 
 def test_failures_are_one_line() -> None:

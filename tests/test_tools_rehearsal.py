@@ -1,27 +1,33 @@
 """What a rehearsal says of two runs is what their checkpoints say."""
 
 import json
+import os
+import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tools.errors import RehearsalError
-from tools.rehearsal.certificate import MEANINGS, Certificate, Row, publish, table
-from tools.rehearsal.rehearsal import INTERVAL, STRETCHES, Rehearsal, prepare, rehearse
-from tools.rehearsal.runs import compare_checkpoints, last_step, train
+from tools.rehearsal.certificate import FAULTS, Certificate, FaultResult, publish, table
+from tools.rehearsal.rehearsal import INTERVAL, N_INTERVALS, Rehearsal, prepare, rehearse
+from tools.rehearsal.runs import POLL_S, compare_checkpoints, last_step, train, training
+from trainer.checkpoint.runs import METRICS, RECORD
 from trainer.faults.inject import KINDS
+from trainer.metrics.metrics import read_lines
+from trainer_samples import make_shards, set_texts
 
 
 def make_checkpoint(run: Path, step: int, digests: dict[str, str]) -> None:
     folder = run / "checkpoints" / f"step-{step}"
     folder.mkdir(parents=True)
     files = {name: {"bytes": 1, "sha256": digest} for name, digest in digests.items()}
-    (folder / "checkpoint.json").write_text(json.dumps({"files": files}))
+    (folder / RECORD).write_text(json.dumps({"files": files}))
 
 
 @pytest.mark.parametrize(
-    ("there", "same"),
+    ("other", "same"),
     [
         ({"a": "1", "b": "2"}, True),
         ({"a": "1", "b": "3"}, False),
@@ -30,14 +36,14 @@ def make_checkpoint(run: Path, step: int, digests: dict[str, str]) -> None:
         ({}, False),
     ],
 )
-def test_checkpoint_are_the_same_when_every_file_is(
-    tmp_path: Path, there: dict[str, str], same: bool
+def test_checkpoints_are_identical_if_every_file_is(
+    tmp_path: Path, other: dict[str, str], same: bool
 ) -> None:
-    make_checkpoint(tmp_path / "here", 4, {"a": "1", "b": "2"})
-    make_checkpoint(tmp_path / "there", 4, there)
-    assert compare_checkpoints(tmp_path / "here", tmp_path / "there", 4).identical is same
+    make_checkpoint(tmp_path / "one", 4, {"a": "1", "b": "2"})
+    make_checkpoint(tmp_path / "other", 4, other)
+    assert compare_checkpoints(tmp_path / "one", tmp_path / "other", 4).identical is same
     with pytest.raises(RehearsalError, match="no checkpoint of step 5"):
-        compare_checkpoints(tmp_path / "here", tmp_path / "there", 5)
+        compare_checkpoints(tmp_path / "one", tmp_path / "other", 5)
 
 
 def test_a_line_half_written_is_no_step(tmp_path: Path) -> None:
@@ -48,12 +54,14 @@ def test_a_line_half_written_is_no_step(tmp_path: Path) -> None:
 
 def good_certificate() -> Certificate:
     rows = tuple(
-        Row(fault=fault, step=9, detected=True, recovered=True, steps_lost=3, identical=True)
-        for fault in MEANINGS
+        FaultResult(
+            fault=fault, step=9, detected=True, recovered=True, steps_lost=3, identical=True
+        )
+        for fault in FAULTS
     )
     return Certificate(
         command="summer-train", steps=12, seconds=1.0, versions={"torch": "2"}, data={"a": "f00"},
-        digests={"weights": ("1", "1")}, scores={"hurt": 2.5, "undisturbed": 2.5}, rows=rows,
+        digests={"weights": ("1", "1")}, scores={"faulted": 2.5, "uninterrupted": 2.5}, rows=rows,
     )  # fmt: skip
 
 
@@ -69,7 +77,7 @@ def test_one_broken_promise_spoils_the_certificate(tmp_path: Path) -> None:
         replace(good, rows=good.rows[1:]),  # a fault that was not rehearsed
         replace(good, digests={}),
         replace(good, digests={"weights": ("1", "2")}),
-        replace(good, scores={"hurt": 2.5, "undisturbed": 2.6}),
+        replace(good, scores={"faulted": 2.5, "uninterrupted": 2.6}),
     ]
     for certificate in spoilt:
         assert not certificate.kept
@@ -82,23 +90,26 @@ def test_one_broken_promise_spoils_the_certificate(tmp_path: Path) -> None:
 def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     publish(good_certificate(), tmp_path)
     page = (tmp_path / "certificate.md").read_text()
-    for part in (*MEANINGS, *MEANINGS.values(), "| weights | `1` | `1` |", "| a | `f00` |"):
+    promises = [case.promise for case in FAULTS.values()]
+    for part in (*FAULTS, *promises, "| weights | `1` | `1` |", "| a | `f00` |"):
         assert part in page
 
 
-def test_every_fault_on_order_is_rehearsed() -> None:
-    source = (Path(__file__).parents[1] / "tools" / "rehearsal" / "rehearsal.py").read_text()
-    assert not [kind for kind in KINDS if f"{kind}:" not in source]
+def test_every_kind_of_fault_is_rehearsed_at_its_step() -> None:
+    assert {case.order.split(":")[0] for case in FAULTS.values()} - {""} == set(KINDS)
+    taken = Rehearsal(shards=None, preset="tiny", sets=(), out=Path(), seed=0)
+    cases = [FAULTS[name] for name in ("worker dies", "mixture changed", "rank killed")]
+    assert taken.orders(cases) == f"worker:0:{taken.steps[0]},sigkill:1:{taken.steps[1]}"
 
 
-def test_steps_are_hit_between_two_checkpoint_and_chosen_by_the_seed() -> None:
+def test_steps_are_hit_between_two_checkpoints_and_chosen_by_the_seed() -> None:
     plans = [
         Rehearsal(shards=None, preset="tiny", sets=(), out=Path(), seed=seed).steps
         for seed in range(20)
     ]
     assert len({tuple(steps) for steps in plans}) > 10
     for steps in plans:
-        assert len(steps) == STRETCHES
+        assert len(steps) == N_INTERVALS
         assert all(2 <= step - n * INTERVAL < INTERVAL for n, step in enumerate(steps))
 
 
@@ -122,3 +133,31 @@ def test_what_is_rehearsed_is_a_copy_in_an_empty_folder(
     large = replace(taken, shards=tmp_path / "shards", out=tmp_path / "new")
     with pytest.raises(RehearsalError, match="is copied, because a bit of it is flipped"):
         prepare(large)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_uninterrupted_one(
+    tmp_path: Path,
+) -> None:
+    """In a step, while a checkpoint is written or removed, before the first step. `make soak`."""
+    kills, chooser = int(os.environ.get("SUMMER_SOAK_KILLS", "3")), random.Random(0)
+    arguments = ["--shards", str(make_shards(tmp_path / "shards")), "--preset", "tiny"]
+    steps = 90 + 30 * kills  # a life is some twenty steps, on an idle machine
+    changes = {"max_steps": steps, "checkpoint__interval_steps": 3, "log_interval": 1}
+    arguments += [text for change in set_texts(**changes) for text in ("--set", change)]
+    twin, killed, first_s, began = tmp_path / "twin", tmp_path / "killed", [], time.monotonic()
+    train(arguments, twin, lambda step: first_s.extend([time.monotonic() - began] * bool(step)))
+    done = 0
+    for _ in range(kills):
+        with training(arguments, killed) as process:
+            ends_at = time.monotonic() + chooser.uniform(0.2, 1.6) * first_s[0]
+            while time.monotonic() < ends_at and process.poll() is None:
+                time.sleep(POLL_S)
+        assert process.returncode in (0, -9), killed.with_suffix(".log").read_text()
+        done += process.returncode == -9
+    print(f"{done} kills, the last at step {last_step(killed)} of {steps}")
+    train(arguments, killed)
+    assert done and compare_checkpoints(twin, killed, steps).identical
+    logs = [[(line["step"], line["loss"], line["grad_norm"]) for line in read_lines(run / METRICS)]
+            for run in (twin, killed)]  # fmt: skip
+    assert logs[0] == logs[1]

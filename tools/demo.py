@@ -5,13 +5,12 @@
 1. learns a vocabulary of 2,048 entries from the standard library's sources and pydoc's topics;
 2. prepares both as sources: shards, with 2 % of the documents held out;
 3. trains a small model on their mixture, kills it with SIGKILL in the middle, starts it again;
-4. trains a twin that nobody disturbs up to a checkpoint past the kill, and compares every file of
-the
-   two checkpoints, weights and optimizer moments, by SHA-256;
-5. scores the model on the held-out documents, beside a unigram, gzip and xz;
+4. trains an uninterrupted twin up to a checkpoint past the kill, and compares every file of the two
+   checkpoints, weights and optimizer moments, by SHA-256;
+5. scores the model on the held-out documents, next to a unigram model, gzip and xz;
 6. shows what it writes at the beginning, in the middle and at the end of training.
 
-A second call keeps what is there and says so; `rm -r demo` starts anew.
+A second call keeps what is there and says so; after `rm -r demo` everything is made again.
 """
 
 from __future__ import annotations
@@ -74,9 +73,9 @@ def main() -> None:
         prepare(source)
     heading(f"3. Training {STEPS} steps, with kill -9 in the middle")
     killed_at = train_with_a_kill()
-    heading("4. Was it harmed? An undisturbed twin says")
+    heading("4. Did that change anything? Compared with an uninterrupted twin")
     comparison = compare_with_twin(killed_at)
-    heading("5. The score, on documents that were held out whole")
+    heading("5. The score, on documents that were held out of training")
     score = evaluate()
     heading("6. What it writes, as training goes on")
     show_samples()
@@ -117,13 +116,13 @@ def prepare(source: str) -> None:
 
 
 def training_arguments() -> list[str]:
-    """What `summer-train` is told, for the run and its twin alike."""
+    """The arguments of `summer-train`, the same for the run and its twin."""
     settings = [text for key, value in SETTINGS.items() for text in ("--set", f"{key}={value}")]
     return ["--shards", str(SHARDS), "--preset", "tiny", *settings]
 
 
 class StepLine:
-    """Says how far training is: on one line of a terminal, elsewhere every twentieth step."""
+    """Prints how far training is: on one line of a terminal, elsewhere every twentieth step."""
 
     def __init__(self) -> None:
         self._shown = -1
@@ -148,8 +147,8 @@ def train_with_a_kill() -> int | None:
     if last_step(RUN) < KILL_AFTER:
         killed_at = train_and_kill(training_arguments(), RUN, KILL_AFTER, StepLine())
         resumed_from = killed_at // CHECKPOINT_EVERY * CHECKPOINT_EVERY
-        print(f"killed with SIGKILL after step {killed_at}; the same command again goes on from")
-        print(f"the last checkpoint, step {resumed_from}")
+        print(f"killed with SIGKILL after step {killed_at}; the same command resumes from the")
+        print(f"last checkpoint, step {resumed_from}")
     train(training_arguments(), RUN, StepLine())
     losses = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in losses]
@@ -166,7 +165,7 @@ def compare_with_twin(killed_at: int | None) -> Comparison:
     for name, (here, there) in comparison.files.items():
         print(f"  {name}: {(here or 'absent')[:16]} and {(there or 'absent')[:16]}")
     verdict = "bit for bit the same" if comparison.identical else "DIFFERENT"
-    when = f"killed after step {killed_at}" if killed_at else "killed on the way"
+    when = f"killed after step {killed_at}" if killed_at else "killed during training"
     print(f"the run ({when}) and its twin at step {comparison.step}: {verdict}")
     return comparison
 
@@ -197,19 +196,18 @@ def show_samples() -> None:
 
 
 def close(comparison: Comparison, score: HeldOut, time_s: float) -> None:
-    """The picture, the paths, and the way on; exit code 1 if a promise was not kept."""
+    """The loss chart, the paths, and what comes next; exit code 1 if a check failed."""
     from shards.files import publish_json
-    from tools.reporting.figures import write_loss_curve
-    from tools.reporting.run_log import read_run
+    from tools.reporting.page import write_loss_chart
 
-    picture = write_loss_curve([read_run(RUN)], DEMO / "loss.png")
-    kept = comparison.identical and score.below_unigram >= 0.25
+    chart = write_loss_chart([RUN], DEMO / "loss.svg")
+    passed = comparison.identical and score.below_unigram >= 0.25
     publish_json(RESULT, {"identical": comparison.identical, "heldout": score.to_json()})
     heading(f"Done in {time_s:.0f} s. What was made:")
     for path, what in (
         (SHARDS, "the shards: `summer-prep inspect " + f"{SHARDS / SOURCES[0]}`"),
         (RUN, "the run: `summer-report " + f"{RUN}`, `summer-generate --run {RUN}`"),
-        (picture, "the loss curve"),
+        (chart, "the loss curve"),
         (RESULT, "the figures above"),
     ):
         print(f"  {path!s:<22} {what}")
@@ -217,8 +215,8 @@ def close(comparison: Comparison, score: HeldOut, time_s: float) -> None:
     print("  summer-prep tokenize --source fineweb")
     print("  summer-train --shards shards/")
     print("  summer-eval wikitext2")
-    if not kept:
-        raise SystemExit("error: the demo did not keep its promises (see above)")
+    if not passed:
+        raise SystemExit("error: a check of the demo failed (see above)")
 
 
 if __name__ == "__main__":

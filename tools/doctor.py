@@ -1,4 +1,4 @@
-"""summer-doctor: is this machine fit for a run? Go or no-go, and how fast it should be.
+"""summer-doctor: is this machine ready for a run, and how fast should the run be?
 
 summer-doctor --preset summer-4b --shards shards/ --out runs/
 summer-doctor --preset tiny --nproc 2 --json
@@ -18,7 +18,7 @@ import click
 from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
-    from tools.diagnosis.findings import Finding
+    from tools.diagnosis.results import CheckResult
 
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 _COLOURS = {"ok": "green", "note": "blue", "warn": "yellow", "fail": "red"}
@@ -34,46 +34,46 @@ _INDENT = " " * 18
 @click.option("--sources", is_flag=True, help="Name the document behind each piece of advice.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sources included.")
 @one_line_failures()
-def main(sources: bool, as_json: bool, **subject: Any) -> None:
-    """Look at the machine: devices, kernels, speed, disk, data. Exit code 1 on no-go."""
-    from tools.diagnosis.checks import examine, make_subject
+def main(sources: bool, as_json: bool, **options: Any) -> None:
+    """Check the machine: devices, kernels, speed, disk, data. Exit code 1 if it is not ready."""
+    from tools.diagnosis.checks import make_context, run_checks
 
-    examined = make_subject(**subject)
-    findings = []
-    for finding in examine(examined):
-        findings.append(finding)
+    context = make_context(**options)
+    results = []
+    for result in run_checks(context):
+        results.append(result)
         if not as_json:
-            click.echo("\n".join(_lines(finding, sources)))
-    in_the_way = list(dict.fromkeys(f.topic for f in findings if f.verdict == "fail"))
-    rate = examined.measured.get("tokens_per_s")
+            click.echo("\n".join(_lines(result, sources)))
+    failed = list(dict.fromkeys(result.topic for result in results if result.verdict == "fail"))
+    rate = context.measured.get("tokens_per_s")
     if as_json:
-        answer = {
-            "go": not in_the_way, "preset": subject["preset"], "device": examined.device,
-            "ranks": examined.nproc, "expected_tokens_per_s": rate,
-            "findings": [asdict(finding) for finding in findings],
+        facts = {
+            "go": not failed, "preset": options["preset"], "device": context.device,
+            "ranks": context.nproc, "expected_tokens_per_s": rate,
+            "findings": [{**asdict(result), "mend": result.fix} for result in results],
         }  # fmt: skip
-        click.echo(json.dumps(answer))
-    elif in_the_way:
-        click.echo(click.style(f"no-go: {', '.join(in_the_way)}", fg="red", bold=True))
+        click.echo(json.dumps(facts))
+    elif failed:
+        click.echo(click.style(f"not ready: {', '.join(failed)}", fg="red", bold=True))
     else:
-        warned = sum(finding.verdict == "warn" for finding in findings)
-        text = f"go: {subject['preset']} can run" + (f", warnings: {warned}" if warned else "")
+        warned = sum(result.verdict == "warn" for result in results)
+        text = f"ready: {options['preset']} can run" + (f", warnings: {warned}" if warned else "")
         text += f"; expect about {rate:,.0f} tokens/s (an estimate)" if rate else ""
         click.echo(click.style(text, fg="green", bold=True))
-    raise SystemExit(1 if in_the_way else 0)
+    raise SystemExit(1 if failed else 0)
 
 
-def _lines(finding: Finding, sources: bool) -> list[str]:
-    """A finding in columns, its mend and its source below it."""
+def _lines(result: CheckResult, sources: bool) -> list[str]:
+    """A result in columns, its fix and its source below it."""
     width = max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
-    texts = [finding.detail, finding.mend and f"-> {finding.mend}"]
-    texts += [finding.source] if sources else []
+    texts = [result.detail, result.fix and f"-> {result.fix}"]
+    texts += [result.source] if sources else []
     wrap = textwrap.TextWrapper(
         width - len(_INDENT), break_on_hyphens=False, break_long_words=False
-    ).wrap  # addresses stay whole
+    ).wrap  # addresses are not cut
     first, *others = [line for text in texts for line in wrap(text)] or [""]
-    verdict = click.style(f"{finding.verdict:<5}", fg=_COLOURS[finding.verdict])
-    return [f"{verdict} {finding.topic:<12}{first}", *(_INDENT + line for line in others)]
+    verdict = click.style(f"{result.verdict:<5}", fg=_COLOURS[result.verdict])
+    return [f"{verdict} {result.topic:<12}{first}", *(_INDENT + line for line in others)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Makes the virtual environment that `make demo` and `make test` run in.
 
-    python3 tools/environment.py .venv report        # the package with its extra `report`
+    python3 tools/environment.py .venv          # the package alone
+    python3 tools/environment.py .venv dev      # with its extra `dev`
 
 Needs nothing but Python >= 3.11. A torch >= 2.9 that this Python already has is used as it is and
 pinned to its own version, because a ROCm or CUDA build must never be replaced by the generic one;

@@ -1,4 +1,4 @@
-"""What can go wrong when a model is looked at. A message names the thing, the value, the mend."""
+"""The errors of the tools. A message names the thing, the value and the fix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from shards.errors import SummerError
 
 
 class ToolError(SummerError):
-    """A tool was asked for something that cannot be had."""
+    """Something that a tool cannot do, or cannot find."""
 
 
 class LoadingError(ToolError):
@@ -14,7 +14,7 @@ class LoadingError(ToolError):
 
 
 class EvaluationError(ToolError):
-    """A text, a protocol or a model that gives no score."""
+    """A text, a protocol or a model that cannot be scored."""
 
 
 class GenerationError(ToolError):
@@ -22,7 +22,7 @@ class GenerationError(ToolError):
 
 
 class ConversionError(ToolError):
-    """A model that the other side cannot compute, or a folder that does not hold it whole."""
+    """A model that the target format cannot express, or an incomplete folder."""
 
 
 class TraceError(ToolError):
@@ -30,12 +30,12 @@ class TraceError(ToolError):
 
 
 class PlanError(ToolError):
-    """A plan for a machine or a budget that does not add up."""
+    """A request for a plan that is impossible."""
 
 
 class RehearsalError(ToolError):
-    """A run that did not do what the rehearsal needs of it."""
+    """A run that failed, or lacks what the rehearsal needs."""
 
 
 class ReportError(ToolError):
-    """A report without anything to show, or without the means to draw it."""
+    """A folder from which no report can be made."""

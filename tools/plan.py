@@ -14,7 +14,7 @@ import click
 from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
-    from tools.planning import Plan
+    from tools.planning import CostPlan
 
 
 @click.command(
@@ -29,34 +29,34 @@ if TYPE_CHECKING:
 @click.option("--mfu", type=float, help="Assumed share of the peak.  [default: 0.32]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @one_line_failures()
-def main(as_json: bool, tokens: float | None, **wish: Any) -> None:
+def main(as_json: bool, tokens: float | None, **request: Any) -> None:
     """Work out parameters, memory, time, money and disk of a training run."""
-    from tools.planning import Wish, make_plan
+    from tools.planning import PlanRequest, plan_cost
 
-    given = {name: value for name, value in wish.items() if value is not None}
-    plan = make_plan(Wish(tokens=None if tokens is None else int(tokens), **given))
+    given = {name: value for name, value in request.items() if value is not None}
+    plan = plan_cost(PlanRequest(tokens=None if tokens is None else int(tokens), **given))
     click.echo(json.dumps(plan.to_json()) if as_json else "\n".join(_lines(plan)))
 
 
-def _lines(plan: Plan) -> list[str]:
-    """The plan for people."""
+def _lines(plan: CostPlan) -> list[str]:
+    """The plan, line by line, for a terminal."""
     parts = {part: size for part, size in plan.memory_bytes.items() if size}
     memory = [f"  {part:<12} {size / 1e9:9.2f} GB" for part, size in parts.items()]
     divided = f", --set shard_degree={plan.shard_degree}" if plan.shard_degree > 1 else ""
     return [
         f"{plan.preset}: {plan.parameters:,} parameters, "
         f"{plan.flops_per_token / 1e9:.2f} GFLOP per token (forward and backward, causal)",
-        f"memory of one device, {plan.micro_batch_size} of its rows at a time{divided}:",
+        f"memory of one device, {plan.micro_batch_size} sequences at a time{divided}:",
         *memory,
         f"  {'together':<12} {sum(plan.memory_bytes.values()) / 1e9:9.2f} GB{_verdict(plan)}",
         f"tokens        {plan.tokens:,} in {plan.steps:,} steps",
         *_rates(plan),
-        f"disk          {plan.shard_bytes / 1e9:,.1f} GB of shards if no row is seen twice; "
+        f"disk          {plan.shard_bytes / 1e9:,.1f} GB of shards if no sequence is seen twice; "
         f"checkpoints {plan.checkpoint_bytes / 1e9:,.1f} GB each, room for {plan.checkpoints_kept}",
     ]
 
 
-def _verdict(plan: Plan) -> str:
+def _verdict(plan: CostPlan) -> str:
     """Whether it fits, where that is known."""
     if plan.device_bytes is None:
         return ""
@@ -64,7 +64,7 @@ def _verdict(plan: Plan) -> str:
     return f" of {plan.device_bytes / 1e9:.0f} GB: {verdict}"
 
 
-def _rates(plan: Plan) -> list[str]:
+def _rates(plan: CostPlan) -> list[str]:
     """Speed, time and money; or why they are withheld."""
     if plan.tokens_per_s is None or plan.days is None:
         from tools.planning import known_devices

@@ -14,20 +14,18 @@ from model.config import count_params, flops_per_token
 from shards.format import ROW_RECORD, token_dtype
 from tools.errors import PlanError
 from trainer.config.config import RunConfig, configure
-from trainer.config.memory import fits, largest_micro_batch, memory_by_part
-from trainer.distributed.devices import ACCELERATORS, Accelerator, find_accelerator
+from trainer.config.memory import checkpoint_bytes, fits, largest_micro_batch, memory_by_part
+from trainer.distributed.devices import ACCELERATORS, find_accelerator
 
 ASSUMED_MFU: Final = 0.32
 """The share of the peak that the reference run's budget was made with."""
 
 _DAY_S: Final = 86_400
-_BYTES_A_PARAMETER: Final = 12
-"""In a checkpoint: the weight and two moments, fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What is to be planned. `dollars_per_hour` is for one device; tokens or days, or neither."""
+class PlanRequest:
+    """The run to plan. `dollars_per_hour` is for one device; tokens or days, or neither."""
 
     preset: str = "summer-4b"
     device: str = "mi300x"
@@ -51,7 +49,7 @@ class Wish:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class CostPlan:
     """A run on paper. Rates are None where the device's peak is not known."""
 
     preset: str
@@ -79,36 +77,39 @@ class Plan:
         return {**asdict(self), "mfu_is": "an assumption, not a measurement"}
 
 
-def make_plan(wish: Wish) -> Plan:
-    """The plan of a wish; PlanError where it does not add up."""
-    accelerator = find_accelerator(wish.device)
-    config = _divided_to_fit(configure(preset=wish.preset).config, wish.devices, accelerator)
+def plan_cost(request: PlanRequest) -> CostPlan:
+    """What the requested run needs and costs; PlanError where the request is impossible."""
+    accelerator = find_accelerator(request.device)
+    limit = accelerator.memory_gb * 10**9 if accelerator else 0
+    config = _divided_to_fit(configure(preset=request.preset).config, request.devices, limit)
     model = config.model
     flops = flops_per_token(model, model.seq_len, causal=True)
-    rate = accelerator.bf16_tflops * 1e12 * wish.devices * wish.mfu / flops if accelerator else None
-    tokens = _tokens(wish, config, rate)
+    peak = accelerator.bf16_tflops * 1e12 * request.devices if accelerator else None
+    rate = peak * request.mfu / flops if peak else None
+    tokens = _tokens(request, config, rate)
     days = tokens / rate / _DAY_S if rate else None
-    micro_batch, parts = _memory(config, wish.devices, accelerator)
-    device_bytes = accelerator.memory_gb * 10**9 if accelerator else None
-    return Plan(
-        preset=wish.preset,
-        device=accelerator.name if accelerator else wish.device,
-        devices=wish.devices,
+    micro_batch = _micro_batch(config, request.devices, limit)
+    parts = memory_by_part(config, micro_batch, "cuda")
+    price = request.dollars_per_hour
+    return CostPlan(
+        preset=request.preset,
+        device=accelerator.name if accelerator else request.device,
+        devices=request.devices,
         parameters=count_params(model),
         flops_per_token=flops,
         micro_batch_size=micro_batch,
         shard_degree=config.shard_degree,
         memory_bytes=parts,
-        device_bytes=device_bytes,
-        fits=fits(parts, device_bytes) if device_bytes else None,
-        assumed_mfu=wish.mfu,
+        device_bytes=limit or None,
+        fits=fits(parts, limit) if limit else None,
+        assumed_mfu=request.mfu,
         tokens=tokens,
         steps=-(-tokens // config.global_batch_tokens),
         tokens_per_s=rate,
         days=days,
-        dollars=_dollars(wish, days),
+        dollars=days * 24 * request.devices * price if days and price is not None else None,
         shard_bytes=_shard_bytes(config, tokens),
-        checkpoint_bytes=_BYTES_A_PARAMETER * count_params(model),
+        checkpoint_bytes=checkpoint_bytes(model),
         checkpoints_kept=config.checkpoint.keep_last + 1,  # and the one being written
     )
 
@@ -118,53 +119,42 @@ def known_devices() -> str:
     return ", ".join(accelerator.name for accelerator in ACCELERATORS)
 
 
-def _tokens(wish: Wish, config: RunConfig, rate: float | None) -> int:
-    """Tokens of the run: as wished, as the days allow, or as the preset says."""
-    if wish.tokens is not None:
-        return wish.tokens
-    if wish.days is None:
+def _tokens(request: PlanRequest, config: RunConfig, rate: float | None) -> int:
+    """Tokens of the run: as requested, as the days allow, or the preset's."""
+    if request.tokens is not None:
+        return request.tokens
+    if request.days is None:
         return config.max_steps * config.global_batch_tokens
     if rate is None:
         raise PlanError(
-            f"--days {wish.days}: the peak of {wish.device!r} is not known, so no rate can be "
-            f"assumed; give --tokens, or one of {known_devices()}"
+            f"--days {request.days}: the peak of {request.device!r} is not known, so no rate can "
+            f"be assumed; give --tokens, or one of {known_devices()}"
         )
-    return int(wish.days * _DAY_S * rate)
+    return int(request.days * _DAY_S * rate)
 
 
-def _divided_to_fit(config: RunConfig, devices: int, accelerator: Accelerator | None) -> RunConfig:
+def _divided_to_fit(config: RunConfig, devices: int, limit: int) -> RunConfig:
     """The configuration with the least `shard_degree` that fits; as it is where none does."""
     for degree in (n for n in range(1, devices + 1) if devices % n == 0):
         divided = replace(config, shard_degree=degree)
-        parts = memory_by_part(divided, 1, "cuda")
-        if accelerator and fits(parts, accelerator.memory_gb * 10**9):
+        if fits(memory_by_part(divided, 1, "cuda"), limit):
             return divided
     return config
 
 
-def _memory(
-    config: RunConfig, devices: int, accelerator: Accelerator | None
-) -> tuple[int, dict[str, int]]:
-    """Rows per device per forward (the most that fit, else 1), and what each part then takes."""
-    rows, rest = divmod(config.global_batch_tokens // config.model.seq_len, devices)
-    if rest or not rows:
+def _micro_batch(config: RunConfig, devices: int, limit: int) -> int:
+    """Sequences per device per forward: the most that fit, else 1; PlanError if no equal shares."""
+    n_sequences = config.global_batch_tokens // config.model.seq_len
+    if n_sequences < 1 or n_sequences % devices:
         raise PlanError(
-            f"{devices} devices: a step of {config.global_batch_tokens:,} tokens has "
-            f"{config.global_batch_tokens // config.model.seq_len} rows, which they cannot share "
-            "equally; choose a number of devices that divides it"
+            f"{devices} devices: a step of {config.global_batch_tokens:,} tokens has {n_sequences} "
+            "sequences, which they cannot share equally; choose a number of devices that divides it"
         )
-    limit = accelerator.memory_gb * 10**9 if accelerator else 0
-    size = config.micro_batch_size or largest_micro_batch(config, rows, "cuda", limit) or 1
-    return size, memory_by_part(config, size, "cuda")
-
-
-def _dollars(wish: Wish, days: float | None) -> float | None:
-    if days is None or wish.dollars_per_hour is None:
-        return None
-    return days * 24 * wish.devices * wish.dollars_per_hour
+    largest = largest_micro_batch(config, n_sequences // devices, "cuda", limit)
+    return config.micro_batch_size or largest or 1
 
 
 def _shard_bytes(config: RunConfig, tokens: int) -> int:
-    """Disk for as many tokens as the run sees, each once, with the rows' digests."""
+    """Disk for as many tokens as the run sees, each once, with a digest for each sequence."""
     row_bytes = config.model.seq_len * token_dtype(config.model.vocab_size).itemsize
     return -(-tokens // config.model.seq_len) * (row_bytes + ROW_RECORD.itemsize)

@@ -1,4 +1,4 @@
-"""summer-rehearse: the planned run in small, hurt in every way we know, and what became of it."""
+"""summer-rehearse: a small run with every fault that can be injected, and what became of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shards.errors import one_line_failures
 @click.option("--seed", default=0, show_default=True, help="Chooses the steps that are hit.")
 @one_line_failures()
 def main(shards: Path | None, preset: str, sets: tuple[str, ...], out: Path, seed: int) -> None:
-    """Train with every fault on order, go on after each, and compare with an undisturbed twin.
+    """Train with every fault injected, resume after each, and compare with an uninterrupted twin.
 
     Without --shards the Python standard library's own text is prepared. Two ranks train; the
     mixture changes in the middle; at the end both models are scored. About five minutes on two

@@ -1,9 +1,9 @@
-"""summer-report: what runs have done, on one page that can be mailed.
+"""summer-report: what runs have done, on one HTML page that can be mailed.
 
     summer-report runs/tiny runs/tiny-2 --out report.html
 
-The page is a single file: the table of figures, the loss curves as an inline picture, the events
-and the configuration of each run. Without a run named it shows the newest.
+The page is a single file: tables of figures and of where the time went, charts, the events and the
+configuration of each run.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from shards.errors import one_line_failures
 def main(runs: tuple[Path, ...], out: Path | None) -> None:
     """Write one HTML page about RUNs (the newest under runs/ if none is named)."""
     from tools.reporting.page import write_report
-    from tools.reporting.run_log import read_run
 
     if not runs:
         from trainer.checkpoint.runs import newest_run
 
         runs = (newest_run(),)
-    logs = [read_run(run) for run in runs]
-    click.echo(f"wrote {write_report(logs, out or runs[0] / 'report.html')}")
+    click.echo(f"wrote {write_report(runs, out or runs[0] / 'report.html')}")
 
 
 if __name__ == "__main__":

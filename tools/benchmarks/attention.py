@@ -28,13 +28,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import model.attention
-from attention_sides import BASE, SIDES, Attention, Heads, Wish, flexible_kernel, masked_kernel
+from attention_sides import (
+    BASE,
+    SIDES,
+    Attention,
+    AttentionBench,
+    Heads,
+    flexible_kernel,
+    masked_kernel,
+)
 from measure import machine, spread
 from model.alibi import FOLDED_DIMS
 from model.attention import GROUP_ROWS
 from model.config import ModelConfig, ModelError
-from model.kernel import fold
-from model.positions import PositionTables
 from trainer.config.config import configure
 from trainer.distributed.devices import device_name, pick_device
 
@@ -57,7 +63,7 @@ def main() -> None:
     print(machine("torch"), end="\n\n")
     if not on_gpu:
         torch.set_num_threads(1)
-    wish = Wish(
+    bench = AttentionBench(
         config=configure(preset=preset).config.model,
         device=torch.device(pick_device(options.device)),
         lengths=options.lengths or [1024 * 2**n for n in range(5 if on_gpu else 3)],
@@ -66,61 +72,60 @@ def main() -> None:
         compiled=not options.eager,
         dropout=options.dropout,
     )
-    print("\n".join([*backends(wish), "", *compare(wish)]))
+    print("\n".join([*backends(bench), "", *compare(bench)]))
 
 
-def backends(wish: Wish) -> Iterator[str]:
+def backends(bench: AttentionBench) -> Iterator[str]:
     """Which kernel SDPA takes for which head and dropout rate, and what it takes, as a table."""
-    name, heads, T = device_name(wish.device.type), wish.config.n_heads, min(wish.lengths[-1], 4096)
+    name, heads, T = (
+        device_name(bench.device.type),
+        bench.config.n_heads,
+        min(bench.lengths[-1], 4096),
+    )
     yield f"**The kernel that SDPA takes: bf16, causal, {heads} heads, T = {T:,}, {name}**\n"
     yield "| head | dropout | kernel | forward and backward |\n|---|---|---|---|"
     for width, rate in product(WIDTHS, RATES):
-        q, k, v = (part.transpose(1, 2) for part in random_heads(wish, T, width))
+        q, k, v = (part.transpose(1, 2) for part in random_heads(bench, T, width))
         options: dict[str, Any] = {"dropout_p": rate, "is_causal": True}
         kernel = partial(F.scaled_dot_product_attention, **options)
-        with told_if_it_fails() as told:
-            took = [seconds(wish.device, partial(both_passes, kernel, (q, k, v)))
+        with noted_if_it_fails() as reasons:
+            took = [seconds(bench.device, partial(both_passes, kernel, (q, k, v)))
                     for _ in range(3)]  # fmt: skip
-            told.append(f"{statistics.median(took) * 1e3:.3g} ms")
-        yield f"| {width} | {rate:g} | {kernel_name(q, k, v, **options)} | {told[-1]} |"
+            reasons.append(f"{statistics.median(took) * 1e3:.3g} ms")
+        chosen = SDPBackend(torch._fused_sdp_choice(q, k, v, **options)).name
+        yield f"| {width} | {rate:g} | {chosen} | {reasons[-1]} |"
 
 
-def kernel_name(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str:
-    """The kernel of scaled_dot_product_attention for these inputs."""
-    choice = torch._fused_sdp_choice(q, k, v, **options)
-    return str(SDPBackend(choice).name)
-
-
-def compare(wish: Wish) -> Iterator[str]:
+def compare(bench: AttentionBench) -> Iterator[str]:
     """The table of all sides at all lengths, line by line."""
-    config, how = wish.config, "compiled" if wish.compiled else "eager"
-    batch = f"{wish.tokens:,} tokens" if wish.tokens > 1 else "one row"
+    config, how = bench.config, "compiled" if bench.compiled else "eager"
+    batch = f"{bench.tokens:,} tokens" if bench.tokens > 1 else "one row"
     yield (
         f"**{config.n_heads} heads of {config.head_dim}, batches of {batch}, bf16,"
-        f" dropout {wish.dropout:g}, {how}, {device_name(wish.device.type)}**\n"
+        f" dropout {bench.dropout:g}, {how}, {device_name(bench.device.type)}**\n"
     )
-    yield "| T | side | kernel | forward, ms | / base | with backward, ms | / base | error, nats |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for length in wish.lengths:
+    yield "| T | side | forward, ms | / base | with backward, ms | / base | error, nats |"
+    yield "|---|---|---|---|---|---|---|"
+    for length in bench.lengths:
         torch._dynamo.reset()  # every length is compiled for itself
-        yield from rows_of(wish, replace(config, seq_len=length))
+        yield from rows_of(bench, replace(config, seq_len=length))
 
 
-def rows_of(wish: Wish, config: ModelConfig) -> Iterator[str]:
+def rows_of(bench: AttentionBench, config: ModelConfig) -> Iterator[str]:
     """One line a side."""
-    inputs = [random_heads(wish, config.seq_len, config.head_dim) for _ in range(4)]
-    sides = {name: made(make, wish, config) for name, make in SIDES.items()}
-    forward = in_turns(wish, {n: partial(one_pass, side) for n, side in sides.items()}, inputs)
-    both = in_turns(wish, {n: partial(both_passes, side) for n, side in sides.items()}, inputs)
+    inputs = [random_heads(bench, config.seq_len, config.head_dim) for _ in range(4)]
+    sides = {name: made(make, bench, config) for name, make in SIDES.items()}
+    forward = in_turns(bench, {n: partial(one_pass, side) for n, side in sides.items()}, inputs)
+    both = in_turns(bench, {n: partial(both_passes, side) for n, side in sides.items()}, inputs)
     for name in SIDES:
-        cells = [f"{config.seq_len:,}", name, KERNELS[name](wish, config)]
+        cells = [f"{config.seq_len:,}", name]
         for took in (forward, both):
-            cells += told_beside(took[name], took[BASE])
-        cells.append(error_of(name, wish, config))
+            cells += with_ratio(took[name], took[BASE])
+        cells.append(error_of(name, bench, config))
         yield f"| {' | '.join(cells)} |"
 
 
-def made(make: Callable[[Wish, ModelConfig], Attention], *args: Any) -> Attention:
+def made(make: Callable[[AttentionBench, ModelConfig], Attention], *args: Any) -> Attention:
     """The side; one that cannot be had (no memory for a mask) says so when it is called."""
     try:
         return make(*args)
@@ -134,26 +139,26 @@ def made(make: Callable[[Wish, ModelConfig], Attention], *args: Any) -> Attentio
 
 
 def in_turns(
-    wish: Wish, calls: dict[str, Callable[[Heads], object]], inputs: list[Heads]
+    bench: AttentionBench, calls: dict[str, Callable[[Heads], object]], inputs: list[Heads]
 ) -> dict[str, list[float] | str]:
     """Seconds of each turn of each side, or why there are none."""
     took: dict[str, list[float]] = {}
     failed: dict[str, list[float] | str] = {}
     for name, call in calls.items():
-        with told_if_it_fails() as told:
+        with noted_if_it_fails() as reasons:
             for heads in inputs[:2]:  # compiled, and warm
-                seconds(wish.device, partial(call, heads))
+                seconds(bench.device, partial(call, heads))
             took[name] = []
-        if told:
-            failed[name] = told[-1]
-    for turn in range(wish.turns):
+        if reasons:
+            failed[name] = reasons[-1]
+    for turn in range(bench.turns):
         heads = inputs[turn % len(inputs)]
         for name in took if turn % 2 else reversed(list(took)):
-            took[name].append(seconds(wish.device, partial(calls[name], heads)))
+            took[name].append(seconds(bench.device, partial(calls[name], heads)))
     return {**took, **failed}
 
 
-def told_beside(took: list[float] | str, base: list[float] | str) -> list[str]:
+def with_ratio(took: list[float] | str, base: list[float] | str) -> list[str]:
     """Milliseconds, and the ratio to the base; or the reason why there is none."""
     if isinstance(took, str):
         return [took, ""]
@@ -163,14 +168,14 @@ def told_beside(took: list[float] | str, base: list[float] | str) -> list[str]:
 
 
 @contextlib.contextmanager
-def told_if_it_fails() -> Iterator[list[str]]:
+def noted_if_it_fails() -> Iterator[list[str]]:
     """A list to which the reason is added if the block cannot be run here."""
-    told: list[str] = []
+    reasons: list[str] = []
     try:
-        yield told
+        yield reasons
     except (RuntimeError, NotImplementedError) as failure:  # also of the compiler, and of memory
         text = " ".join(str(failure).split()) or type(failure).__name__
-        told.append(f"no: {text.split('. ')[0][:80]}".replace("|", "/"))
+        reasons.append(f"no: {text.split('. ')[0][:80]}".replace("|", "/"))
 
 
 def seconds(device: torch.device, call: Callable[[], object]) -> float:
@@ -187,12 +192,12 @@ def seconds(device: torch.device, call: Callable[[], object]) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def random_heads(wish: Wish, length: int, width: int) -> Heads:
+def random_heads(bench: AttentionBench, length: int, width: int) -> Heads:
     """New q, k and v in bf16, with gradients."""
-    config = wish.config
-    rows = max(1, wish.tokens // length)
+    config = bench.config
+    rows = max(1, bench.tokens // length)
     q, k, v = (
-        torch.randn(rows, length, n, width, device=wish.device).bfloat16().requires_grad_()
+        torch.randn(rows, length, n, width, device=bench.device).bfloat16().requires_grad_()
         for n in (config.n_heads, config.kv_heads, config.kv_heads)
     )
     return q, k, v
@@ -211,46 +216,26 @@ def both_passes(side: Attention, heads: Heads) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out, heads, torch.ones_like(out))
 
 
-def kernel_of(wish: Wish, config: ModelConfig, alibi: bool = True, mask: bool = False) -> str:
-    """The kernel of a side's SDPA call."""
-    config = replace(config, alibi=alibi)
-    positions = PositionTables(config).to(wish.device)(0, config.seq_len)
-    q, k, v = fold(*random_heads(wish, config.seq_len, config.head_dim), positions, config)
-    gqa = config.kv_heads != config.n_heads
-    options: dict[str, Any] = {"is_causal": not mask, "dropout_p": wish.dropout, "enable_gqa": gqa}
-    if mask:
-        bias = torch.zeros(1, 1, 1, 1, device=wish.device, dtype=q.dtype)
-        options["attn_mask"] = bias.expand(1, config.n_heads, config.seq_len, config.seq_len)
-    return kernel_name(q, k, v, **options)
-
-
-def error_of(name: str, wish: Wish, config: ModelConfig) -> str:
+def error_of(name: str, bench: AttentionBench, config: ModelConfig) -> str:
     """Nats by which the side's scores are off, on this device."""
     length = max(GROUP_ROWS, min(config.seq_len, 4096) // GROUP_ROWS * GROUP_ROWS)
     config = replace(config, seq_len=length, alibi=name != BASE)
     kernels = {"bf16 mask": masked_kernel, "FlexAttention": flexible_kernel}
-    folded_dims = torch.arange(FOLDED_DIMS, device=wish.device)
-    with contextlib.ExitStack() as stack, told_if_it_fails() as told:
+    folded_dims = torch.arange(FOLDED_DIMS, device=bench.device)
+    with contextlib.ExitStack() as stack, noted_if_it_fails() as reasons:
         if name in kernels:
-            kernel = kernels[name](config, wish.device)
+            kernel = kernels[name](config, bench.device)
 
             def attend(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
                 return kernel(q.index_fill(-1, folded_dims, 0), k, v)  # no ALiBi but its own
 
             stack.enter_context(mock.patch.object(model.attention, "attend", attend))
         try:
-            return f"{model.attention.self_test(wish.device, torch.bfloat16, config):.1e}"
-        except ModelError as refusal:
-            return str(refusal).split("off by ")[1].split(" nats")[0] + ", refused"
-    return told[-1]
+            return f"{model.attention.self_test(bench.device, torch.bfloat16, config):.1e}"
+        except ModelError as rejection:
+            return str(rejection).split("off by ")[1].split(" nats")[0] + ", rejected"
+    return reasons[-1]
 
-
-KERNELS: dict[str, Callable[[Wish, ModelConfig], str]] = {
-    BASE: partial(kernel_of, alibi=False),
-    "folded": kernel_of,
-    "bf16 mask": partial(kernel_of, alibi=False, mask=True),
-    "FlexAttention": lambda wish, config: "its own",
-}
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""The sides of attention.py: ours, and three other ways to have ALiBi or not to have it."""
+"""The sides of attention.py: ALiBi folded into heads (ours), left out, as a mask, FlexAttention."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BASE = "without ALiBi"
 
 
 @dataclass(frozen=True)
-class Wish:
+class AttentionBench:
     """What to compare: heads of a preset, lengths, and how often."""
 
     config: ModelConfig
@@ -35,33 +35,33 @@ class Wish:
     dropout: float
 
 
-def folded(wish: Wish, config: ModelConfig) -> Attention:
+def folded(bench: AttentionBench, config: ModelConfig) -> Attention:
     """Ours."""
-    positions = PositionTables(config).to(wish.device)(0, config.seq_len)
+    positions = PositionTables(config).to(bench.device)(0, config.seq_len)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = attend(*fold(q, k, v, positions, config), config, dropout=wish.dropout)
+        out: Tensor = attend(*fold(q, k, v, positions, config), config, dropout=bench.dropout)
         return out[..., : config.head_dim]
 
-    return maybe_compiled(wish, attention)
+    return maybe_compiled(bench, attention)
 
 
-def without_alibi(wish: Wish, config: ModelConfig) -> Attention:
+def without_alibi(bench: AttentionBench, config: ModelConfig) -> Attention:
     """The same call for a model with RoPE alone."""
-    return folded(wish, replace(config, alibi=False))
+    return folded(bench, replace(config, alibi=False))
 
 
-def masked(wish: Wish, config: ModelConfig) -> Attention:
+def masked(bench: AttentionBench, config: ModelConfig) -> Attention:
     """ALiBi and the triangle as a bf16 mask [H, T, T], made beforehand."""
-    turn, kernel = turner(wish, config), masked_kernel(config, wish.device, wish.dropout)
-    return maybe_compiled(wish, lambda q, k, v: kernel(*turn(q, k, v)))
+    turn, kernel = turner(bench, config), masked_kernel(config, bench.device, bench.dropout)
+    return maybe_compiled(bench, lambda q, k, v: kernel(*turn(q, k, v)))
 
 
-def flexible(wish: Wish, config: ModelConfig) -> Attention:
+def flexible(bench: AttentionBench, config: ModelConfig) -> Attention:
     """FlexAttention with ALiBi in score_mod and a causal block mask; it has no dropout."""
-    if wish.dropout:
+    if bench.dropout:
         raise NotImplementedError("FlexAttention has no dropout")
-    turn, kernel = turner(wish, config), flexible_kernel(config, wish.device)
+    turn, kernel = turner(bench, config), flexible_kernel(config, bench.device)
     return torch.compile(lambda q, k, v: kernel(*turn(q, k, v)), dynamic=False)
 
 
@@ -96,15 +96,15 @@ def flexible_kernel(config: ModelConfig, device: torch.device) -> Attention:
     return compiled
 
 
-def turner(wish: Wish, config: ModelConfig) -> Callable[[Tensor, Tensor, Tensor], Heads]:
+def turner(bench: AttentionBench, config: ModelConfig) -> Callable[[Tensor, Tensor, Tensor], Heads]:
     """A function that applies RoPE to q and k, and puts heads before positions."""
     config = replace(config, alibi=False)
-    positions = PositionTables(config).to(wish.device)(0, config.seq_len)
+    positions = PositionTables(config).to(bench.device)(0, config.seq_len)
     return lambda q, k, v: fold(q, k, v, positions, config)
 
 
 def alibi_mask(config: ModelConfig, device: torch.device) -> Tensor:
-    """[1, H, T, T] in bf16, made head by head: in fp32 the whole would be twice as large."""
+    """[1, H, T, T] in bf16, made head by head: all at once in fp32 would take twice the memory."""
     slopes = (alibi_slopes(config.n_heads, config.head_dim) * config.head_dim**-0.5).tolist()
     position = torch.arange(config.seq_len, device=device)
     distance = (position - position[:, None]).float()
@@ -112,12 +112,12 @@ def alibi_mask(config: ModelConfig, device: torch.device) -> Tensor:
     return torch.stack([(slope * distance).bfloat16() for slope in slopes])[None]
 
 
-def maybe_compiled(wish: Wish, attention: Attention) -> Attention:
+def maybe_compiled(bench: AttentionBench, attention: Attention) -> Attention:
     """As training has it, unless asked otherwise."""
-    return torch.compile(attention, dynamic=False) if wish.compiled else attention
+    return torch.compile(attention, dynamic=False) if bench.compiled else attention
 
 
-SIDES: dict[str, Callable[[Wish, ModelConfig], Attention]] = {
+SIDES: dict[str, Callable[[AttentionBench, ModelConfig], Attention]] = {
     BASE: without_alibi,
     "folded": folded,
     "bf16 mask": masked,

@@ -17,10 +17,8 @@ import click
 import numpy as np
 import torch
 
-from measure import machine, spread
-from shards.format import Facts, Part, TokenizerInfo
+from measure import machine, spread, write_shards
 from shards.reader import ShardReader
-from shards.writer import ShardWriter, write_manifest
 from trainer.config.shares import REFERENCE_SHARES
 from trainer.data.batches import MicroBatches, StepRange
 from trainer.data.loader import Loader, LoaderConfig
@@ -50,28 +48,8 @@ def cpu_s(act: Callable[[], object], times: int = _TIMES) -> list[float]:
     return taken
 
 
-def write_rows(folder: Path, n_rows: int) -> None:
-    """A source of random rows of 4096 ids in uint16."""
-    folder.mkdir(parents=True)
-    tokenizer = TokenizerInfo(
-        name="none", sha256="0" * 64, vocab_size=32_768, bos_id=1, eos_id=2, pad_id=0
-    )
-    facts = Facts(
-        source=folder.name, dataset="none", revision="none", licence="none", seq_len=_SEQ_LEN,
-        dtype="uint16", packing="concat", val_fraction=0.0, tokenizer=tokenizer,
-    )  # fmt: skip
-    writer, random = ShardWriter(folder, "00000", facts), np.random.default_rng(0)
-    for first in range(0, n_rows, 1000):
-        n = min(1000, n_rows - first)
-        rows = random.integers(3, 32_768, (n, _SEQ_LEN)).astype(np.uint16)
-        numbers = np.arange(first, first + n, dtype=np.uint32)
-        writer.add("train", rows, np.zeros(n, np.uint32), numbers)
-    writer.finish([], plan_sha256="0" * 64)
-    write_manifest(folder, facts, [Part(file="none", first=0, last=1)], 1)
-
-
 def loader_rates(folder: Path, n_rows: int) -> tuple[list[float], list[float]]:
-    """GB/s of rows read, proven, stacked: by elapsed and by CPU time of this one process."""
+    """GB/s of rows read, verified, stacked: by elapsed and by CPU time of this one process."""
     order = DataOrder(seed=0, rows={folder.name: n_rows}, phases=[Phase(0, {folder.name: 1})])
     shape = BatchShape(64, 8, 1)
     elapsed, cpu = [], []
@@ -117,7 +95,8 @@ def main(rows: int) -> None:
                 for n in (1, 1000)]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "rows"
-        write_rows(source, rows)
+        tokens = np.random.default_rng(0).integers(3, 32_768, (rows, _SEQ_LEN), np.uint16)
+        write_shards(source, tokens, 32_768)
         elapsed, cpu = loader_rates(source, rows)
         waited = waits(source, rows, 0.05, 200)
     click.echo(f"{machine('numpy', 'torch')}\n")
@@ -127,7 +106,7 @@ def main(rows: int) -> None:
         ("seek(10^12)", "< 1 ms", spread(seek_ms, "ms CPU")),
         ("start-up, 1.45 G rows", "the same", spread(start_ms[0], "ms CPU")),
         ("start-up, 1.45 T rows", "the same", spread(start_ms[1], "ms CPU")),
-        ("rows read, proven, stacked", ">= 1 GB/s a process", spread(elapsed, "GB/s elapsed")),
+        ("rows read, verified, stacked", ">= 1 GB/s a process", spread(elapsed, "GB/s elapsed")),
         ("the same", "", spread(cpu, "GB/s of CPU time")),
         ("steps of 50 ms and 8 rows wait", "< 1 %", f"{waited:.2%} of the time"),
     ):

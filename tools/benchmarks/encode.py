@@ -1,4 +1,4 @@
-"""Encoding on one core: ours beside sentencepiece, Hugging Face's tokenizers and gigatoken.
+"""Encoding on one core: ours and sentencepiece, Hugging Face's tokenizers and gigatoken.
 
     python tools/benchmarks/encode.py                              # the standard library's sources
     python tools/benchmarks/encode.py --corpus web='web/*.parquet:text' --corpus x='x.jsonl:text'

@@ -29,7 +29,7 @@ import torch
 
 import attention
 import gpu_runs
-from attention_sides import Wish
+from attention_sides import AttentionBench
 from measure import machine, spread
 from model.attention import self_test
 from model.config import ModelError
@@ -42,7 +42,7 @@ SMALL = ["model.n_layers=2", "model.vocab_size=512", "model.seq_len=64", "compil
 
 
 @dataclass(frozen=True)
-class Bench:
+class GpuBench:
     """What every part is given."""
 
     device: str
@@ -93,37 +93,39 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "build/gpu")))
     parser.add_argument("--golden", type=Path, default=gpu_runs.GOLDEN)
     parser.add_argument("--minutes", type=float, default=8.0, help="for each part")
-    wish = parser.parse_args()
-    if wish.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch sees no GPU here: --device cpu --small proves the script alone")
-    wish.out.mkdir(parents=True, exist_ok=True)
-    failed = [part for part in wish.parts if not run_part(part, wish)]
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU here: --device cpu --small only checks the script")
+    options.out.mkdir(parents=True, exist_ok=True)
+    failed = [part for part in options.parts if not run_part(part, options)]
     if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}; the reasons are in {wish.out}")
+        raise SystemExit(f"failed: {', '.join(failed)}; the reasons are in {options.out}")
 
 
-def run_part(part: str, wish: argparse.Namespace) -> bool:
+def run_part(part: str, options: argparse.Namespace) -> bool:
     """Write one part's file, and print it. Whether it went well."""
-    path, start = wish.out / f"{part}.md", time.monotonic()
-    ends_at = start + 60 * wish.minutes
+    path, start = options.out / f"{part}.md", time.monotonic()
+    ends_at = start + 60 * options.minutes
     with tempfile.TemporaryDirectory() as work, path.open("w") as file:
 
-        def tell(line: str) -> None:
+        def write(line: str) -> None:
             print(line, flush=True)
             print(line, file=file, flush=True)
 
-        tell(f"## {part}\n\n{headline(wish.device)}\n")
-        bench = Bench(wish.device, wish.small, wish.out, Path(work), wish.golden, ends_at)
+        write(f"## {part}\n\n{headline(options.device)}\n")
+        bench = GpuBench(
+            options.device, options.small, options.out, Path(work), options.golden, ends_at
+        )
         try:
             for line in PARTS[part](bench):
-                tell(line)
+                write(line)
                 if time.monotonic() > ends_at:
-                    tell(f"\n**Cut off after {wish.minutes:g} minutes.**")
+                    write(f"\n**Cut off after {options.minutes:g} minutes.**")
                     break
         except Exception as failure:  # whatever it is: the other parts must still be measured
-            tell(f"\n**FAILED: {type(failure).__name__}: {str(failure)[:500]}**")
+            write(f"\n**FAILED: {type(failure).__name__}: {str(failure)[:500]}**")
             return False
-        tell(f"\n{time.monotonic() - start:.0f} s\n")
+        write(f"\n{time.monotonic() - start:.0f} s\n")
     return True
 
 
@@ -143,7 +145,9 @@ STEP_HEADER = (
 )
 
 
-def step_line(bench: Bench, preset: str, rows: int, kind: str, dropout: float, *sets: str) -> str:
+def step_line(
+    bench: GpuBench, preset: str, rows: int, kind: str, dropout: float, *sets: str
+) -> str:
     """A full step of a preset at T = 4,096, with AdamW, as a line of the table."""
     found = bench.measured(
         preset,
@@ -162,7 +166,7 @@ def step_line(bench: Bench, preset: str, rows: int, kind: str, dropout: float, *
     return f"{start} {rates} | {' | '.join(cells)} |"
 
 
-def step(bench: Bench) -> Iterator[str]:
+def step(bench: GpuBench) -> Iterator[str]:
     """The reference model's step with all that it has on, and without attention dropout."""
     yield STEP_HEADER
     for preset in bench.presets:
@@ -170,7 +174,7 @@ def step(bench: Bench) -> Iterator[str]:
             yield step_line(bench, preset, 2, "none", dropout)
 
 
-def sweep(bench: Bench, kind: str) -> Iterator[str]:
+def sweep(bench: GpuBench, kind: str) -> Iterator[str]:
     """Rows a micro-batch, with one kind of recomputation, as far as memory goes."""
     yield STEP_HEADER
     for rows in (1, 2, 4, 8, 16):
@@ -180,53 +184,46 @@ def sweep(bench: Bench, kind: str) -> Iterator[str]:
             break
 
 
-def switches(bench: Bench) -> Iterator[str]:
-    """What the same bits every time cost, and what compiling gives."""
-    yield STEP_HEADER
-    for setting in ("compile=true", "deterministic=false", "compile=false"):
-        yield step_line(bench, bench.presets[1], 2, "none", 0.1, setting)
-
-
-def breakdown(bench: Bench) -> Iterator[str]:
+def breakdown(bench: GpuBench) -> Iterator[str]:
     """Milliseconds of each part of a step, with the share of the kernels' time."""
     yield "| model | part | ms a step | share |\n|---|---|---|---|"
     for preset in bench.presets:
         found = bench.measured(preset, 2, profiled=3)
         parts = found.get("parts", {})
-        beside = {name: parts.pop(name) for name in ("kernels launched", "wall, profiled") if parts}
-        whole = sum(parts.values())
+        launched, _ = (parts.pop(name, 0) for name in ("kernels launched", "wall, profiled"))
+        total = sum(parts.values())
         if "failed" in found:
             yield f"| {preset} | {found['failed']} | | |"
         for part, ms in parts.items():
-            yield f"| {preset} | {part} | {ms:.2f} | {ms / whole:.1%} |"
-        if beside.get("kernels launched"):
+            yield f"| {preset} | {part} | {ms:.2f} | {ms / total:.1%} |"
+        if launched:
             took = statistics.median(found["seconds"]) * 1e3
-            idle = f"{1 - whole / took:.1%} of {took:.1f} ms without a kernel"
-            yield f"| {preset} | {beside['kernels launched']:.0f} kernels | {whole:.2f} | {idle} |"
+            idle = f"{1 - total / took:.1%} of {took:.1f} ms without a kernel"
+            yield f"| {preset} | {launched:.0f} kernels | {total:.2f} | {idle} |"
 
 
-def kernels(bench: Bench) -> Iterator[str]:
+def kernels(bench: GpuBench) -> Iterator[str]:
     """The kernels that SDPA takes, and the fold's error on them."""
-    yield from attention.backends(wish_of(bench, 4096))
+    yield from attention.backends(attention_bench(bench, 4096))
     yield "\n| heads | dtype | the fold's error, nats (limit 1e-3) |\n|---|---|---|"
     for preset in dict.fromkeys(("tiny", *bench.presets)):
         config = configure(preset=preset).config.model
         for dtype in (torch.bfloat16, torch.float32):
             try:
                 error = f"{self_test(bench.device, dtype, config):.1e}"
-            except ModelError as refusal:
-                error = str(refusal)
+            except ModelError as rejection:
+                error = str(rejection)
             yield f"| {config.n_heads} x {config.head_dim} | {dtype} | {error} |"
 
 
-def attention_sides(bench: Bench) -> Iterator[str]:
+def attention_sides(bench: GpuBench) -> Iterator[str]:
     """ALiBi folded, left out, as a mask and in FlexAttention."""
-    yield from attention.compare(wish_of(bench, *(1024 * 2**n for n in range(5))))
+    yield from attention.compare(attention_bench(bench, *(1024 * 2**n for n in range(5))))
 
 
-def wish_of(bench: Bench, *lengths: int) -> Wish:
+def attention_bench(bench: GpuBench, *lengths: int) -> AttentionBench:
     """attention.py's comparison for the reference model's heads."""
-    return Wish(
+    return AttentionBench(
         config=configure(preset=bench.presets[0]).config.model,
         device=torch.device(bench.device),
         lengths=[128] if bench.small else lengths,
@@ -237,46 +234,31 @@ def wish_of(bench: Bench, *lengths: int) -> Wish:
     )
 
 
-def shards(bench: Bench) -> None:
+def shards(bench: GpuBench) -> None:
     """Rows for the parts that train."""
     seq_len, vocab_size = (32, 512) if bench.small else (1024, 32_768)
     gpu_runs.make_shards(bench.work / "shards", rows=400, seq_len=seq_len, vocab_size=vocab_size)
 
 
-def resume(bench: Bench) -> Iterator[str]:
-    """A compiled run that is killed, beside one that is not."""
+def resume(bench: GpuBench) -> Iterator[str]:
+    """A compiled run that is killed, and one that is not."""
     shards(bench)
     yield from gpu_runs.killed_and_resumed(bench.work, bench.device, bench.small, bench.left_s)
 
 
-def golden(bench: Bench) -> Iterator[str]:
+def golden(bench: GpuBench) -> Iterator[str]:
     """The device's own losses."""
     shards(bench)
     yield from gpu_runs.golden(bench.work, bench.device, bench.small, bench.golden, bench.out)
 
 
-def curves(bench: Bench) -> Iterator[str]:
-    """Compiled beside eager, with the same masks."""
-    shards(bench)
-    yield from gpu_runs.curves(bench.work, bench.device, bench.small)
-
-
-def waits(bench: Bench) -> Iterator[str]:
-    """Whether the loop ever waits for the device."""
-    shards(bench)
-    yield from gpu_runs.waits(bench.work, bench.device, bench.small)
-
-
-PARTS: dict[str, Callable[[Bench], Iterator[str]]] = {
+PARTS: dict[str, Callable[[GpuBench], Iterator[str]]] = {
     "step": step,
     "breakdown": breakdown,
     "kernels": kernels,
     "golden": golden,
-    "curves": curves,
-    "waits": waits,
     "resume": resume,
     "attention": attention_sides,
-    "switches": switches,
     "sweep": partial(sweep, kind="none"),
     "sweep-selective": partial(sweep, kind="selective"),
     "sweep-full": partial(sweep, kind="full"),

@@ -1,61 +1,39 @@
-"""Whole runs of `summer-train` for gpu.py: killed and resumed, compared with a file, watched.
+"""Complete runs of `summer-train` for gpu.py: killed and resumed, compared with a golden file.
 
 They train on made-up rows that can be learnt: arithmetic sequences of tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 
-from shards.format import Facts, Part, TokenizerInfo, token_dtype
-from shards.writer import ShardWriter, write_manifest
+from measure import write_shards
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.config.config import configure
-from trainer.config.plan import TrainPlan
 from trainer.config.resolve import make_plan
 from trainer.metrics.metrics import read_lines
-from trainer.session import network as parallel
-from trainer.session.save import CheckpointSaver
 from trainer.train import train
 
 GOLDEN = Path(__file__).with_name("golden")
 GOLDEN_STEPS = 20
 
 
-def make_shards(folder: Path, *, rows: int, seq_len: int, vocab_size: int) -> Path:
-    """A folder of shards with one source."""
-    source = folder / "fineweb"
-    source.mkdir(parents=True, exist_ok=True)
-    tokenizer = TokenizerInfo(
-        name="none", sha256="0" * 64, vocab_size=vocab_size, bos_id=1, eos_id=2, pad_id=0
-    )
-    facts = Facts(
-        source="fineweb", dataset="none", revision="0" * 40, licence="none", seq_len=seq_len,
-        dtype=token_dtype(vocab_size).name, packing="concat", val_fraction=0.0, tokenizer=tokenizer,
-    )  # fmt: skip
+def make_shards(folder: Path, *, rows: int, seq_len: int, vocab_size: int) -> None:
+    """A folder of shards with one source of arithmetic sequences."""
     generator = np.random.default_rng(0)
     first, stride = generator.integers(0, vocab_size, (2, rows, 1))
     tokens = 3 + (first + (1 + stride % 7) * np.arange(seq_len)) % (vocab_size - 3)
-    writer = ShardWriter(source, "00000", facts)
-    numbers = np.arange(rows, dtype=np.uint32)
-    writer.add("train", tokens.astype(facts.dtype), numbers * 0, numbers, None)
-    writer.finish([], plan_sha256="0" * 64)
-    write_manifest(source, facts, [Part(file="none", first=0, last=1)], 1)
-    return folder
+    write_shards(folder / "fineweb", tokens, vocab_size)
 
 
 def run_sets(device: str, small: bool, **changes: Any) -> list[str]:
@@ -81,9 +59,9 @@ def run_sets(device: str, small: bool, **changes: Any) -> list[str]:
 
 
 def killed_and_resumed(work: Path, device: str, small: bool, timeout_s: float) -> list[str]:
-    """Lines that say whether a run killed twice ends with the bits of one left alone."""
+    """Lines that say whether a run killed twice ends with the bits of an uninterrupted one."""
     ends = {}
-    for name, fault in (("left alone", ""), ("killed", "sigkill:0:6,sigkill:0:13")):
+    for name, fault in (("uninterrupted", ""), ("killed", "sigkill:0:6,sigkill:0:13")):
         run = work / name.replace(" ", "-")
         command = [sys.executable, "-m", "trainer.cli", "--shards", str(work / "shards")]
         command += ["--preset", "tiny", "--out", str(run)]
@@ -102,45 +80,20 @@ def killed_and_resumed(work: Path, device: str, small: bool, timeout_s: float) -
             [(line["step"], line["loss"]) for line in read_lines(run / "metrics.jsonl")],
             starts,
         )
-    one, other = ends["left alone"], ends["killed"]
+    one, other = ends["uninterrupted"], ends["killed"]
     n_bytes = sum(map(len, one[0].values()))
     same = {"weights and moments": one[0] == other[0], "losses": one[1] == other[1]}
     yes = {True: "the same bits", False: "DIFFERENT"}
     lines = [f"| {what} | {yes[equal]} |" for what, equal in same.items()]
     lines.append(f"| starts | {one[2]} and {other[2]}; {n_bytes / 1e6:.1f} MB compared |")
-    return ["| a run killed twice, beside one left alone | |", "|---|---|", *lines]
+    return ["| a run killed twice, and one that was not | |", "|---|---|", *lines]
 
 
 def losses_of(work: Path, sets: list[str]) -> list[float]:
     """The loss of each step of a run of its own."""
     run = Path(tempfile.mkdtemp(dir=work))
-    train(plan_of(work, sets), run)
+    train(make_plan(configure(preset="tiny", sets=sets, shards=str(work / "shards")), 1), run)
     return [line["loss"] for line in read_lines(run / "metrics.jsonl")]
-
-
-def plan_of(work: Path, sets: list[str]) -> TrainPlan:
-    """The plan of a run on the made-up rows."""
-    return make_plan(configure(preset="tiny", sets=sets, shards=str(work / "shards")), 1)
-
-
-def curves(work: Path, device: str, small: bool) -> list[str]:
-    """Lines that compare losses compiled and eager, all dropout on; other masks give the scale."""
-    lines = ["| eager, beside | largest relative difference of the losses |", "|---|---|"]
-    for precision in ("bf16", "fp32"):
-        settings = {"precision": precision, "max_steps": 10}
-        eager = losses_of(work, run_sets(device, small, compile=False, **settings))
-        others = {
-            "compiled": run_sets(device, small, compile=True, **settings),
-            "without dropout": run_sets(
-                device, small, compile=False, model__dropout=0, model__attention_dropout=0,
-                **settings,
-            ),
-        }  # fmt: skip
-        for name, sets in others.items():
-            pairs = zip(eager, losses_of(work, sets), strict=True)
-            worst = max(abs(a - b) / a for a, b in pairs)
-            lines.append(f"| {name}, {precision} | {worst:.1e} |")
-    return lines
 
 
 def golden(work: Path, device: str, small: bool, folder: Path, out: Path) -> list[str]:
@@ -149,7 +102,7 @@ def golden(work: Path, device: str, small: bool, folder: Path, out: Path) -> lis
     losses = losses_of(work, sets)
     name = f"{device_slug(device)}{'-small' if small else ''}.json"
     found = {"torch": torch.__version__, "sets": sets, "losses": losses}
-    (out / name).write_text(json.dumps(found, indent=1) + "\n")  # to be carried home
+    (out / name).write_text(json.dumps(found, indent=1) + "\n")  # to be copied from the machine
     known = folder / name
     if not known.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +110,7 @@ def golden(work: Path, device: str, small: bool, folder: Path, out: Path) -> lis
         return [f"{name}: written, {losses[0]:.6f} to {losses[-1]:.6f} in {len(losses)} steps"]
     old = json.loads(known.read_text())
     if old["sets"] != sets:
-        return [f"{name}: of another run ({known}): remove it to write it anew"]
+        return [f"{name}: of another run ({known}): remove it to write a new one"]
     pairs = list(zip(old["losses"], losses, strict=True))
     worst = max(abs(a - b) / a for a, b in pairs)
     verdict = "the same bits" if worst == 0.0 else f"DIFFERENT by up to {worst:.1e} relative"
@@ -173,42 +126,3 @@ def device_slug(device: str) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1] for line in lines if line.startswith("model name")), "cpu")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def waits(work: Path, device: str, small: bool) -> list[str]:
-    """Lines that name every place that waited for the device from the fourth step to the end."""
-    plan = plan_of(work, run_sets(device, small))
-    reseed, checkpoint = parallel.reseed_attention_dropout, CheckpointSaver.checkpoint
-    watch = contextlib.ExitStack()
-    seen: list[warnings.WarningMessage] = []
-
-    def begin(config: Any, step: int, micro_step: int, rank: int) -> None:
-        if (step, micro_step) == (3, 0):
-            log = watch.enter_context(warnings.catch_warnings(record=True))
-            warnings.simplefilter("always")
-            watch.callback(lambda: seen.extend(log or ()))
-            if device == "cuda":
-                torch.cuda.set_sync_debug_mode("warn")
-                watch.callback(lambda: torch.cuda.set_sync_debug_mode("default"))
-        reseed(config, step, micro_step, rank)
-
-    def end(saver: CheckpointSaver, **options: Any) -> None:
-        watch.close()
-        checkpoint(saver, **options)
-
-    with (
-        mock.patch("trainer.train.reseed_attention_dropout", begin),
-        mock.patch.object(CheckpointSaver, "checkpoint", end),
-    ):
-        train(plan, work / "waits-run")
-    places = Counter(
-        f"{Path(w.filename).name}:{w.lineno}"
-        for w in seen
-        if "called a synchronizing" in str(w.message)
-    )
-    watched = f"steps 4 to {GOLDEN_STEPS}"
-    if device != "cuda":
-        return [f"{watched} ran; the CPU has nothing to wait for"]
-    if not places:
-        return [f"nothing waited for the device in {watched}"]
-    return [f"- WAITED at {place}, {times} times in {watched}" for place, times in places.items()]

@@ -90,7 +90,7 @@ def measured(
 
 
 def make_step(config: Any, world: Any, rows: int, accumulate: int) -> Callable[[int], Any]:
-    """A whole optimizer step, as trainer/train.py makes it: it returns the last loss."""
+    """A complete optimizer step, as trainer/train.py makes it: it returns the last loss."""
     network = build_network(config, world)
     print(*network.notes, sep="\n")
     optimizer = make_optimizer(network.bare, config.optim)
@@ -99,7 +99,7 @@ def make_step(config: Any, world: Any, rows: int, accumulate: int) -> Callable[[
     batches = torch.randint(model.vocab_size, shape, device=device)  # taken in turn
     tokens_a_step = rows * accumulate * model.seq_len
     n_targets = torch.tensor(float(tokens_a_step), device=device)
-    not_refused = torch.zeros((), device=device)
+    not_rejected = torch.zeros((), device=device)
     place = torch.arange(2 * rows, dtype=torch.int32, device=device).view(rows, 2)
 
     def step(number: int) -> Any:
@@ -112,7 +112,7 @@ def make_step(config: Any, world: Any, rows: int, accumulate: int) -> Callable[[
             (loss / tokens_a_step).backward()
         with record_function("finish_gradients"):
             finish_gradients(optimizer, tokens_a_step, n_targets, config.optim)
-        update(optimizer, not_refused)
+        update(optimizer, not_rejected)
         return loss.detach() * accumulate / tokens_a_step
 
     return step
@@ -142,7 +142,7 @@ def peak_memory_gb(device: torch.device) -> float | None:
 
 
 def shares(step: Callable[[int], Any], steps: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds a step of each part, and of the whole, by the profiler."""
+    """Milliseconds a step of each part, and in all, by the profiler."""
     on_gpu = device.type == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     start = time.perf_counter()

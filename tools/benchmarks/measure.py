@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine, a process and what it cost, a median with its spread."""
+"""What the benchmarks share: the machine, a process and what it cost, medians, made-up shards."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import numpy as np
+
+from shards.format import Facts, Part, TokenizerInfo, token_dtype
+from shards.writer import ShardWriter, write_manifest
 
 _RUN = """
 import ctypes, json, os, resource, subprocess, sys, time
@@ -50,7 +55,7 @@ def run(
 ) -> Done:
     """Run a command, on the first `cores` cores if that is not 0, in the hands of a small parent.
 
-    The parent has no other child, so that what it is told of children is about this command.
+    The parent has no other child: what the system reports of its children is about this command.
     """
     done = subprocess.run(
         [sys.executable, "-c", _RUN, str(cores), *command],
@@ -64,7 +69,7 @@ def run(
 
 
 def machine(*packages: str) -> str:
-    """One line that tells what this was measured on; of packages that are not there, nothing."""
+    """One line: what this was measured on, with the versions of packages that are installed."""
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -92,3 +97,23 @@ def spread(values: Sequence[float], unit: str) -> str:
     figures = (statistics.median(values), min(values), max(values))
     middle, low, high = (f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in figures)
     return f"{middle} ({low} .. {high}) {unit}".rstrip()
+
+
+def write_shards(folder: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """A prepared source of these rows [N, seq_len], each a document of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = TokenizerInfo(
+        name="none", sha256="0" * 64, vocab_size=vocab_size, bos_id=1, eos_id=2, pad_id=0
+    )
+    facts = Facts(
+        source=folder.name, dataset="none", revision="0" * 40, licence="none",
+        seq_len=tokens.shape[1], dtype=token_dtype(vocab_size).name, packing="concat",
+        val_fraction=0.0, tokenizer=tokenizer,
+    )  # fmt: skip
+    writer = ShardWriter(folder, "00000", facts)
+    for first in range(0, len(tokens), 1000):
+        rows = tokens[first : first + 1000].astype(facts.dtype)
+        numbers = np.arange(first, first + len(rows), dtype=np.uint32)
+        writer.add("train", rows, numbers * 0, numbers, None)
+    writer.finish([], plan_sha256="0" * 64)
+    write_manifest(folder, facts, [Part(file="none", first=0, last=1)], 1)

@@ -98,7 +98,7 @@ def datatrove(job: dict[str, Any]) -> None:
 
 
 def megatron(job: dict[str, Any]) -> None:
-    """Megatron-LM's preprocess_data, its loop written anew around megatron-core's own builder.
+    """Megatron-LM's preprocess_data, its loop rewritten around megatron-core's own builder.
 
     The script is no part of any package. What it does: a pool maps json lines to ids with
     sentencepiece, 32 lines at a time and in order; the parent appends them to an IndexedDataset.

@@ -1,4 +1,4 @@
-"""The whole preparation, parquet in -> shards out: ours beside others', the same cores for each.
+"""The complete preparation, parquet -> shards: ours and others', the same cores for each.
 
     python tools/benchmarks/prepare.py                        # this interpreter's own sources
     python tools/benchmarks/prepare.py --corpus 'web/*.parquet' --text-column text
@@ -53,8 +53,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         corpus = make_corpus(options.corpus, options.text_column, Path(name))
         print(corpus.about, "\n")
-        sides = [side for side in options.sides.split(",") if _there(options.peers_python, side)]
-        bench = Bench(corpus, Path(name), options.workers, options.repeats, options.peers_python)
+        sides = [
+            side for side in options.sides.split(",") if _is_installed(options.peers_python, side)
+        ]
+        bench = PrepareBench(
+            corpus, Path(name), options.workers, options.repeats, options.peers_python
+        )
         tables = {
             "compare": lambda: bench.compare(sides),
             "scaling": bench.scaling,
@@ -101,21 +105,17 @@ def make_corpus(pattern: str | None, column: str, folder: Path) -> Corpus:
     files = tuple(sorted(str(path) for path in there.iterdir()))
     if not files:
         raise SystemExit(f"no file matches {pattern}")
-    n_bytes = documents = early = 0
-    distinct = pa.array([], pa.large_string())
+    n_bytes = documents = 0
     for path in files:
         texts = pq.read_table(path, columns=[column])[column].drop_null().combine_chunks()
         n_bytes += pc.sum(pc.binary_length(texts)).as_py()
         documents += len(texts)
-        words = pc.unique(pc.list_flatten(pc.ascii_split_whitespace(texts)))
-        distinct = pc.unique(pa.concat_arrays([distinct, words.cast(pa.large_string())]))
-        early = early or len(distinct)
     tiny = folder / "tiny" / "000.parquet"
     tiny.parent.mkdir()
     pq.write_table(pa.table({column: texts[:1]}), tiny)
     about = (
         f"Corpus: {n_bytes / 1e6:.1f} MB of text in {documents:,} documents, {len(files)} parquet "
-        f"files; {len(distinct):,} distinct words between spaces ({early:,} in the first file)."
+        "files."
     )
     return Corpus(files, column, n_bytes, about, (str(tiny),))
 
@@ -137,7 +137,7 @@ def _python_sources() -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Bench:
+class PrepareBench:
     """Runs of one corpus, and the tables they make."""
 
     corpus: Corpus
@@ -147,29 +147,29 @@ class Bench:
     peers_python: str
 
     def compare(self, sides: list[str]) -> Iterator[str]:
-        """MB a second, whole and without the start, and ours over each."""
+        """MB a second, the start's seconds, and ours over each."""
         self._write_tokenizers()
         names = ["ours", *sides]
-        whole: dict[str, list[Done]] = {name: [] for name in names}
+        total: dict[str, list[Done]] = {name: [] for name in names}
         start: dict[str, list[Done]] = {name: [] for name in names}
         for _ in range(self.repeats):
             for name in names:
-                whole[name].append(self._run(name, self.corpus.files))
+                total[name].append(self._run(name, self.corpus.files))
                 start[name].append(self._run(name, self.corpus.tiny))
         yield f"{self.workers} workers on {self.workers} cores, {self.repeats} processes each\n"
         yield "| side | MB/s | ours / side | s | of it start | s of CPU | largest | tokens |"
         yield "|---|---|---|---|---|---|---|---|"
-        ours = [done.wall_s for done in whole["ours"]]
+        ours = [done.wall_s for done in total["ours"]]
         for name in names:
-            wall = [done.wall_s for done in whole[name]]
+            wall = [done.wall_s for done in total[name]]
             pairs = [theirs / mine for theirs, mine in zip(wall, ours, strict=True)]
             yield (
                 f"| {name} | {spread([self.corpus.text_bytes / 1e6 / s for s in wall], '')} "
                 f"| {spread(pairs, 'x') if name != 'ours' else ''} | {spread(wall, '')} "
                 f"| {statistics.median(done.wall_s for done in start[name]):.2f} "
-                f"| {statistics.median(done.cpu_s for done in whole[name]):.1f} "
-                f"| {max(done.peak_mb for done in whole[name]):.0f} MB "
-                f"| {whole[name][0].output} |"
+                f"| {statistics.median(done.cpu_s for done in total[name]):.1f} "
+                f"| {max(done.peak_mb for done in total[name]):.0f} MB "
+                f"| {total[name][0].output} |"
             )
 
     def scaling(self) -> Iterator[str]:
@@ -250,7 +250,7 @@ def _with_tokens(done: Done, tokens: int) -> Done:
     return Done(done.wall_s, done.cpu_s, done.peak_mb, f"{tokens / 1e6:.2f} M")
 
 
-def _there(python: str, side: str) -> bool:
+def _is_installed(python: str, side: str) -> bool:
     """Whether a peer can be imported; says so if not."""
     if side not in MODULES:
         raise SystemExit(f"--sides {side}: there are {', '.join(MODULES)}")

@@ -112,7 +112,7 @@ def compare_logits(ours: LoadedModel, folder: Path, text: EvaluationText) -> Non
 
 @torch.inference_mode()
 def compare_rounding(ours: LoadedModel, text: EvaluationText) -> None:
-    """One window's nats by our scorer and by lm_eval's fp32 log_softmax, beside float64."""
+    """One window's nats by our scorer and by lm_eval's fp32 log_softmax, against float64."""
     ids = torch.tensor(list(ours.vocabulary.encode(text.joined))[:1025])
     inputs, targets = ids[:-1], ids[1:]
     logits = ours.model.logits(inputs[None])[0]

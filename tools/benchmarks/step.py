@@ -1,4 +1,4 @@
-"""One optimizer step, ours beside the peers' at equal sizes: time, memory, and where it goes.
+"""One optimizer step, ours and the peers' at equal sizes: time, memory, and where it goes.
 
     python tools/benchmarks/step.py                        # on the CPU, T = 256 and 1,024
     python tools/benchmarks/step.py --device cuda --layers 12 --width 768 --tokens 32768
@@ -6,9 +6,9 @@
 Each side runs forward, backward, clipping and fused AdamW under bf16 autocast over fp32 weights, on
 the same tokens. Ours has RoPE, ALiBi, LayerScale, and dropout of 0.1 on branches and embedding (and
 what `--attention-dropout` says in the kernel); the peers have RoPE alone. The sides take turns in
-one process, a few steps each, all with the C library's allocator as `summer-train` sets it (or as
-it is, with --plain-malloc); a ratio is taken turn by turn. Memory is that of tensors, at the height
-of a step. The peers' rows need transformers and litgpt.
+one process, a few steps each, all with the C library's allocator as `summer-train` sets it; a ratio
+is taken turn by turn. Memory is that of tensors, at the height of a step. The peers' rows need
+transformers and litgpt.
 """
 
 from __future__ import annotations
@@ -40,20 +40,19 @@ NO_PARTS = ("kernels launched", "wall, profiled")
 
 def main() -> None:
     """Measure what was asked for, and print tables."""
-    wish = arguments()
-    torch.set_num_threads(wish.threads)
-    if not wish.plain_malloc:
-        keep_freed_memory()
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
     print(machine("torch", "transformers", "litgpt"), end="\n\n")
-    for context in wish.context:
-        work = work_of(wish, context)
+    for context in options.context:
+        work = work_of(options, context)
         print(f"{describe(work)}\n")
-        print("\n".join(compare(wish, work)), end="\n\n")
+        print("\n".join(compare(options, work)), end="\n\n")
         print("\n".join(breakdown(work)), end="\n\n")
 
 
 def arguments() -> argparse.Namespace:
-    """What was asked for."""
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--layers", type=int, default=6)
@@ -67,24 +66,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--steps", type=int, default=2, help="a turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--plain-malloc", action="store_true")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     return parser.parse_args()
 
 
-def work_of(wish: argparse.Namespace, context: int) -> Work:
+def work_of(options: argparse.Namespace, context: int) -> Work:
     """The model and the rows of one comparison."""
     config = ModelConfig(
-        vocab_size=wish.vocab,
+        vocab_size=options.vocab,
         seq_len=context,
-        n_layers=wish.layers,
-        d_model=wish.width,
-        n_heads=wish.heads,
-        d_ff=wish.width * 7 // 2,
-        attention_dropout=wish.attention_dropout,
+        n_layers=options.layers,
+        d_model=options.width,
+        n_heads=options.heads,
+        d_ff=options.width * 7 // 2,
+        attention_dropout=options.attention_dropout,
     )
-    rows = max(1, wish.tokens // context)
-    return Work(config, rows, pick_device(wish.device), not wish.eager)
+    rows = max(1, options.tokens // context)
+    return Work(config, rows, pick_device(options.device), not options.eager)
 
 
 def describe(work: Work) -> str:
@@ -98,16 +96,16 @@ def describe(work: Work) -> str:
     )
 
 
-def compare(wish: argparse.Namespace, work: Work) -> Iterator[str]:
+def compare(options: argparse.Namespace, work: Work) -> Iterator[str]:
     """The table of all sides, line by line."""
     batches = made_up(work, 4)
-    sides = dict(opened(wish.sides, work))
+    sides = dict(opened(options.sides, work))
     losses = {name: warmed(side, batches) for name, side in sides.items()}
     took: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(wish.turns):
+    for turn in range(options.turns):
         order = list(sides) if turn % 2 else list(reversed(sides))
         for name in order:
-            took[name].append(timed(sides[name], batches, wish.steps))
+            took[name].append(timed(sides[name], batches, options.steps))
     yield (
         "| side | tokens/s | ours / side | " + utilisation_header(work) + " | peak memory | loss |"
     )
@@ -116,21 +114,21 @@ def compare(wish: argparse.Namespace, work: Work) -> Iterator[str]:
     for name in sides:
         rates = [work.rows * work.config.seq_len / s for s in took[name]]
         ratios = [theirs / mine for theirs, mine in zip(took[name], took["ours"], strict=True)]
-        beside = "" if name == "ours" else spread(ratios, "x")
+        ratio = "" if name == "ours" else spread(ratios, "x")
         share = "" if name == "ours" else f" ({peaks['ours'] / peaks[name]:.2f}x)"
         yield (
-            f"| {name} | {spread(rates, '')} | {beside} | {utilisation(work, rates)} |"
+            f"| {name} | {spread(rates, '')} | {ratio} | {utilisation(work, rates)} |"
             f" {peaks[name]:,.0f} MB{share} | {losses[name]:.3f} |"
         )
 
 
 def opened(names: list[str], work: Work) -> Iterator[tuple[str, Side]]:
-    """The sides that can be had here."""
+    """The sides whose packages are installed."""
     for name in names:
         try:
             yield name, SIDES[name](work)
         except ImportError as lack:
-            print(f"no row for {name}: {lack}\n")
+            print(f"left out, {name}: {lack}\n")
 
 
 def made_up(work: Work, n: int) -> list[tuple[Tensor, Tensor]]:
@@ -215,9 +213,9 @@ def breakdown(work: Work) -> Iterator[str]:
     warmed(side, batches)
     found = shares(lambda n: side.step(*batches[n % 4]), 4, torch.device(work.device))
     parts = {part: ms for part, ms in found.items() if part not in NO_PARTS}
-    whole = sum(parts.values())
-    listed = ", ".join(f"{part} {ms / whole:.0%}" for part, ms in parts.items())
-    yield f"where our step of {whole:,.0f} ms goes (profiled): {listed}"
+    total = sum(parts.values())
+    listed = ", ".join(f"{part} {ms / total:.0%}" for part, ms in parts.items())
+    yield f"where our step of {total:,.0f} ms goes (profiled): {listed}"
 
 
 if __name__ == "__main__":

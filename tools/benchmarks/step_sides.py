@@ -27,7 +27,7 @@ LR: Final = 3e-4
 
 @dataclass(frozen=True)
 class Work:
-    """What a side is to do: a model of this shape, `rows` rows of its context a step."""
+    """The work of a side: a model of this shape, `rows` rows of its context a step."""
 
     config: ModelConfig
     rows: int
@@ -96,7 +96,7 @@ def _our_side(work: Work, model: Transformer) -> Side:
     optim = OptimConfig(lr=LR)
     optimizer = make_optimizer(model, optim)
     key = torch.arange(2 * work.rows, dtype=torch.int32, device=work.device).view(work.rows, 2)
-    not_refused = torch.zeros((), device=work.device)
+    not_rejected = torch.zeros((), device=work.device)
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
         n_targets = torch.tensor(float(tokens.numel()), device=work.device)
@@ -105,7 +105,7 @@ def _our_side(work: Work, model: Transformer) -> Side:
         torch.autograd.backward(loss)
         with record_function("finish_gradients"):
             finish_gradients(optimizer, tokens.numel(), n_targets, optim)
-        update(optimizer, not_refused)
+        update(optimizer, not_rejected)
         return loss
 
     return Side(model, optimizer, step)

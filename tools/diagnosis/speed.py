@@ -1,39 +1,55 @@
-"""What was measured, beside what makers state: products, memory, all-reduce, the run's own rate."""
+"""What was measured, next to makers' figures: products, memory, all-reduce, training steps."""
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
+from torch.utils.benchmark import Timer
 
 from model.config import count_params, flops_per_token
-from tools.diagnosis import rates
-from tools.diagnosis.collective import measure_exchange
-from tools.diagnosis.expected_rate import MFU_CONVENTION, expect
-from tools.diagnosis.findings import Finding, Subject
+from tools.diagnosis.collective import Exchange, time_all_reduce
+from tools.diagnosis.results import CheckResult, Context
 from tools.errors import ToolError
-from trainer.distributed.devices import device_name, find_accelerator
+from trainer.config import memory
+from trainer.config.config import RunConfig
+from trainer.distributed.devices import (
+    device_memory_bytes,
+    device_name,
+    find_accelerator,
+    keep_freed_memory,
+)
+from trainer.distributed.world import World
+from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
+from trainer.session.network import autocast, build_network
 
+MFU_CONVENTION: Final = "causal attention, nothing recomputed, of the dense bf16 peak"
 LEAST_SHARE_OF_PEAK: Final = 0.4
 """AMD measures 0.54 of an MI300X's peak in bf16 products; far below that something throttles."""
 LEAST_SHARE_OF_MEASURED: Final = 0.8
 LEAST_SHARE_OF_BANDWIDTH: Final = 0.6
+STEPS: Final = 20
+_STEPS_S: Final = 30.0  # for all of them; at least three are made
+_LONGEST_S: Final = 5.0  # for one step at the rate of large products: really 2 to 7 times longer
 
 
-def products(subject: Subject) -> Iterator[Finding]:
-    """The rate of matrix products, beside what the maker states and what it measures."""
-    dtype = torch.bfloat16 if subject.config.precision == "bf16" else torch.float32
-    all_rates = _on_each(subject, lambda: rates.product_rate(subject.device, dtype))
-    rate = subject.measured["product_flops_per_s"] = min(all_rates)
-    figures = {"flops_per_s": rate, "flops_per_s_of_the_best": max(all_rates)}
-    text = f"{rate / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}"
-    text += _spread(all_rates, 1e12)
-    known = find_accelerator(device_name(subject.device))
+def products(context: Context) -> Iterator[CheckResult]:
+    """The rate of matrix products, next to what the maker states and what it measures."""
+    dtype = torch.bfloat16 if context.config.precision == "bf16" else torch.float32
+    rates = _on_each(context, lambda: product_rate(context.device, dtype))
+    rate = context.measured["product_flops_per_s"] = min(rates)
+    figures = {"flops_per_s": rate, "flops_per_s_of_the_best": max(rates)}
+    text = (
+        f"{rate / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}{_slowest(rates, 1e12)}"
+    )
+    known = find_accelerator(device_name(context.device))
     if known is None or dtype != torch.bfloat16:
         text = f"{text}; no peak is known, so no MFU is shown"
-        yield Finding("note", "products", text, figures=figures)
+        yield CheckResult("note", "products", text, figures=figures)
         return
     share = rate / (known.bf16_tflops * 1e12)
     text, source = f"{text}, {share:.0%} of {known.name}'s peak {known.bf16_tflops:g}", known.source
@@ -42,97 +58,215 @@ def products(subject: Subject) -> Iterator[Finding]:
         reached = rate / (known.gemm_tflops * 1e12)
         text = f"{text}, {reached:.0%} of the {known.gemm_tflops:g} that its maker measures"
         good, source = reached >= LEAST_SHARE_OF_MEASURED, f"{source}; {known.gemm_source}"
-    mend = "" if good else "look for throttling, a power cap or other users of the device"
-    yield Finding("ok" if good else "warn", "products", text, mend, source, figures)
+    fix = "" if good else "look for throttling, a power cap or other users of the device"
+    yield CheckResult("ok" if good else "warn", "products", text, fix, source, figures)
 
 
-def _on_each(subject: Subject, measure: Callable[[], float]) -> list[float]:
+def bandwidth(context: Context) -> Iterator[CheckResult]:
+    """The rate of copies within the device's memory, next to what the maker states."""
+    rates = _on_each(context, lambda: memory_rate(context.device))
+    rate = min(rates)
+    figures = {"bytes_per_s": rate, "bytes_per_s_of_the_best": max(rates)}
+    text = f"{rate / 1e9:,.3g} GB/s copied (read and written bytes both counted)"
+    text += _slowest(rates, 1e9)
+    known = find_accelerator(device_name(context.device))
+    if known is None:
+        yield CheckResult("note", "bandwidth", text, figures=figures)
+        return
+    share = rate / (known.memory_tb_s * 1e12)
+    text = f"{text}, {share:.0%} of {known.name}'s {known.memory_tb_s:g} TB/s"
+    good = share >= LEAST_SHARE_OF_BANDWIDTH
+    fix = "" if good else "look for other users of the device"
+    yield CheckResult("ok" if good else "warn", "bandwidth", text, fix, known.source, figures)
+
+
+def _on_each(context: Context, measure: Callable[[], float]) -> list[float]:
     """What is measured on every device of the run, one after another: one of eight may be slow."""
-    if subject.device != "cuda":
+    if context.device != "cuda":
         return [measure()]
     found = []
-    for number in range(min(subject.nproc, torch.cuda.device_count())):
+    for number in range(min(context.nproc, torch.cuda.device_count())):
         with torch.cuda.device(number):
             found.append(measure())
     return found
 
 
-def _spread(found: list[float], unit: float) -> str:
-    slowest = found.index(min(found))
-    best = max(found) / unit
-    return f" on device {slowest}, the slowest (best: {best:,.3g})" if len(found) > 1 else ""
+def _slowest(rates: list[float], unit: float) -> str:
+    number, best = rates.index(min(rates)), max(rates) / unit
+    return f" on device {number}, the slowest (best: {best:,.3g})" if len(rates) > 1 else ""
 
 
-def bandwidth(subject: Subject) -> Iterator[Finding]:
-    """The rate of copies within the device's memory, beside what the maker states."""
-    all_rates = _on_each(subject, lambda: rates.memory_rate(subject.device))
-    rate = subject.measured["memory_bytes_per_s"] = min(all_rates)
-    figures = {"bytes_per_s": rate, "bytes_per_s_of_the_best": max(all_rates)}
-    text = f"{rate / 1e9:,.3g} GB/s copied (read and written bytes both counted)"
-    text += _spread(all_rates, 1e9)
-    known = find_accelerator(device_name(subject.device))
-    if known is None:
-        yield Finding("note", "bandwidth", text, figures=figures)
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of square products."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / _median_s(lambda: torch.mm(a, b), device)
+
+
+def memory_rate(device: str) -> float:
+    """Bytes a second of a copy within the device's memory, read and written bytes both counted."""
+    n_bytes = (1 << 30) if device == "cuda" else (1 << 28)
+    source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * n_bytes / _median_s(lambda: target.copy_(source), device)
+
+
+def _median_s(act: Callable[[], object], device: str) -> float:
+    """Seconds of a call when warm, the median of half a second of calls."""
+    statement = "act()" + ("; torch.mps.synchronize()" if device == "mps" else "")
+    names = {"act": act, "torch": torch}
+    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=0.5).median)
+
+
+def all_reduce(context: Context) -> Iterator[CheckResult]:
+    """The rate at which ranks add up the gradients of one block, as nccl-tests defines it."""
+    if context.nproc < 2:
+        yield CheckResult("note", "all-reduce", "one process: there is nothing to exchange")
         return
-    share = rate / (known.memory_tb_s * 1e12)
-    text = f"{text}, {share:.0%} of {known.name}'s {known.memory_tb_s:g} TB/s"
-    good = share >= LEAST_SHARE_OF_BANDWIDTH
-    mend = "" if good else "look for other users of the device"
-    yield Finding("ok" if good else "warn", "bandwidth", text, mend, known.source, figures)
-
-
-def all_reduce(subject: Subject) -> Iterator[Finding]:
-    """The rate at which ranks add up the gradients of one block."""
-    if subject.nproc < 2:
-        yield Finding("note", "all-reduce", "one process: there is nothing to exchange")
-        return
-    model = subject.config.model
-    one, two = (count_params(replace(model, n_layers=n)) for n in (1, 2))
-    n_bytes = 4 * (two - one)
+    model, n = context.config.model, context.nproc
+    n_bytes = 4 * (
+        count_params(replace(model, n_layers=2)) - count_params(replace(model, n_layers=1))
+    )
     try:
-        exchange = measure_exchange(subject.device, subject.nproc, n_bytes)
+        seconds = time_all_reduce(Exchange(context.device, n, n_bytes))
     except ToolError as error:
-        yield Finding("fail", "all-reduce", str(error))
+        yield CheckResult("fail", "all-reduce", str(error))
         return
-    subject.measured["exchange_bytes_per_s"] = exchange.algorithm_rate
-    figures = {
-        "ranks": exchange.n_ranks, "bytes": exchange.n_bytes, "seconds": exchange.seconds,
-        "algorithm_bytes_per_s": exchange.algorithm_rate, "bus_bytes_per_s": exchange.bus_rate,
-    }  # fmt: skip
+    algorithm = context.measured["exchange_bytes_per_s"] = n_bytes / seconds
+    bus = algorithm * 2 * (n - 1) / n
+    figures = {"ranks": n, "bytes": n_bytes, "seconds": seconds}
+    figures |= {"algorithm_bytes_per_s": algorithm, "bus_bytes_per_s": bus}
     text = (
-        f"{exchange.n_ranks} ranks, {n_bytes / 1e6:,.1f} MB in {exchange.seconds * 1e3:,.1f} ms: "
-        f"algorithm {exchange.algorithm_rate / 1e9:,.3g} GB/s, bus {exchange.bus_rate / 1e9:,.3g}"
+        f"{n} ranks, {n_bytes / 1e6:,.1f} MB in {seconds * 1e3:,.1f} ms: "
+        f"algorithm {algorithm / 1e9:,.3g} GB/s, bus {bus / 1e9:,.3g}"
     )
     source = "nccl-tests doc/PERFORMANCE.md: bus = algorithm x 2 (n - 1) / n"
-    yield Finding("ok", "all-reduce", text, source=source, figures=figures)
+    yield CheckResult("ok", "all-reduce", text, source=source, figures=figures)
 
 
-def expected(subject: Subject) -> Iterator[Finding]:
-    """The tokens a second to expect, labelled as the estimate that they are."""
-    if not subject.measured.get("fits"):
-        yield Finding("note", "expected", "no rate is estimated: the preset does not fit")
+class TrialTimes(NamedTuple):
+    """Seconds of one micro-batch and of one update of the model that was tried."""
+
+    micro_batch: float
+    update: float
+
+
+def expected(context: Context) -> Iterator[CheckResult]:
+    """The tokens a second to expect, an estimate from real steps on one device."""
+    trial = trial_config(context)
+    if trial is None:
+        text = "no rate is estimated: no layer of it fits one device and trains in seconds"
+        yield CheckResult("note", "expected", text)
         return
-    if not {"product_flops_per_s", "memory_bytes_per_s"} <= subject.measured.keys():
-        yield Finding("note", "expected", "no rate is estimated: nothing could be measured")
-        return
-    expectation = expect(subject)
-    rate = expectation.tokens_per_s
-    subject.measured["tokens_per_s"] = rate
-    parts = ", ".join(f"{name} {time:.3g} s" for name, time in expectation.seconds.items())
+    config, model = context.config, context.config.model
+    parts = step_parts(context, trial, time_steps(trial, context.device))
+    tokens = max(1, config.global_batch_tokens // model.seq_len) * model.seq_len
+    rate = context.measured["tokens_per_s"] = tokens / sum(parts.values())
+    figures = {"tokens_per_s": rate}
     text = (
-        f"about {rate:,.0f} tokens/s, an ESTIMATE ({expectation.how}): a step of "
-        f"{expectation.tokens:,} tokens = {parts}; without data, checkpoints and validation"
+        f"about {rate:,.0f} tokens/s, an ESTIMATE (from real steps of {trial.model.n_layers} of "
+        f"{model.n_layers} layers, {trial.micro_batch_size} sequences at a time): a step of "
+        f"{tokens:,} tokens = "
+        + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts.items())
+        + "; without data, checkpoints and validation"
     )
-    figures = {"tokens_per_s": rate, "tokens_per_s_by_rates_alone": expectation.by_rates_alone}
-    known = find_accelerator(device_name(subject.device))
-    if known is None or subject.config.precision != "bf16":
-        yield Finding(
-            "note", "expected", f"{text}; MFU withheld: no peak is known", figures=figures
-        )
+    known = find_accelerator(device_name(context.device))
+    if known is None or config.precision != "bf16":
+        text = f"{text}; MFU withheld: no peak is known"
+        yield CheckResult("note", "expected", text, figures=figures)
         return
-    model = subject.config.model
-    needed = rate * flops_per_token(model, model.seq_len)
-    mfu = needed / (known.bf16_tflops * 1e12 * subject.nproc)
-    text = f"{text}; {mfu:.1%} MFU ({MFU_CONVENTION})"
-    figures = {**figures, "mfu": mfu}
-    yield Finding("note", "expected", text, source=known.source, figures=figures)
+    peak = known.bf16_tflops * 1e12 * context.nproc
+    figures["mfu"] = rate * flops_per_token(model, model.seq_len) / peak
+    text = f"{text}; {figures['mfu']:.1%} MFU ({MFU_CONVENTION})"
+    yield CheckResult("note", "expected", text, source=known.source, figures=figures)
+
+
+def step_parts(context: Context, trial: RunConfig, times: TrialTimes) -> dict[str, float]:
+    """Seconds of each part of a step of the run, from those of a trial on one device.
+
+    If the trial has fewer layers, micro-batches are scaled by FLOPs and the update by parameters.
+    Of the exchange of gradients, what the last backward pass (two thirds of its micro-batch) does
+    not cover counts, at least a block's part; on the CPU all, as there is nothing to cover it with.
+    """
+    model, seq_len = context.config.model, context.config.model.seq_len
+    n_passes = max(1, context.config.global_batch_tokens // seq_len) / (trial.micro_batch_size or 1)
+    together = 1 if context.device == "cpu" else context.nproc  # ranks on one CPU share its cores
+    more = flops_per_token(model, seq_len) / flops_per_token(trial.model, seq_len)
+    parts = {
+        "forward and backward": n_passes / together * more * times.micro_batch,
+        "update": times.update * count_params(model) / count_params(trial.model),
+    }
+    if rate := context.measured.get("exchange_bytes_per_s"):
+        exchange = 4 * count_params(model) / rate
+        covered = 0.0 if context.device == "cpu" else 2 / 3 * more * times.micro_batch
+        parts["exchange"] = max(exchange - covered, exchange / model.n_layers)
+    return parts
+
+
+def trial_config(context: Context) -> RunConfig | None:
+    """The run with as many layers as fit one device and train in seconds; None if not even one.
+
+    `micro_batch_size` is the run's, halved only where it is too much for a single layer.
+    """
+    config, device = replace(context.config, shard_degree=1), context.device
+    limit = device_memory_bytes(device, context.nproc)
+    on_rank = max(1, config.global_batch_tokens // config.model.seq_len // context.nproc)
+    size = config.micro_batch_size or memory.largest_micro_batch(config, on_rank, device, limit)
+    flops_per_s = context.measured.get("product_flops_per_s", 0.0)
+    size = size or 1
+    while size:
+        n_layers = config.model.n_layers
+        while n_layers:
+            model = replace(config.model, n_layers=n_layers)
+            trial = replace(config, model=model, micro_batch_size=size)
+            flops = size * model.seq_len * flops_per_token(model, model.seq_len)
+            parts = memory.memory_by_part(trial, size, device)
+            if memory.fits(parts, limit) and flops <= _LONGEST_S * flops_per_s:
+                return trial
+            n_layers //= 2
+        size //= 2
+    return None
+
+
+def time_steps(config: RunConfig, device: str) -> TrialTimes:
+    """The median times of up to twenty steps of one micro-batch, by the trainer's own parts."""
+    place, size = torch.device(device), config.micro_batch_size or 1
+    if device == "cpu":
+        keep_freed_memory()
+    world = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=place)
+    network = build_network(config, world)
+    optimizer = make_optimizer(network.bare, config.optim)
+    shape = (size, config.model.seq_len)
+    tokens = torch.randint(config.model.vocab_size, shape, device=place)
+    key = torch.zeros(size, 2, dtype=torch.int32, device=place)
+    rejected, n_targets = (
+        torch.zeros((), device=place),
+        torch.tensor(float(tokens.numel()), device=place),
+    )
+
+    def micro_batch() -> None:
+        with autocast(config, place):
+            loss = network.model(tokens, tokens, key)
+        (loss / tokens.numel()).backward()
+
+    def update_weights() -> None:
+        finish_gradients(optimizer, tokens.numel(), n_targets, config.optim)
+        update(optimizer, rejected)
+
+    for _ in range(2):  # compiles, and warms
+        micro_batch()
+        update_weights()
+    steps: list[tuple[float, float]] = []
+    ends_at = time.perf_counter() + _STEPS_S
+    while len(steps) < STEPS and (len(steps) < 3 or time.perf_counter() < ends_at):
+        steps.append((_seconds(micro_batch, device), _seconds(update_weights, device)))
+    return TrialTimes(*(statistics.median(column) for column in zip(*steps, strict=True)))
+
+
+def _seconds(act: Callable[[], None], device: str) -> float:
+    start = time.perf_counter()
+    act()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What a rehearsal found, as a table, as JSON and as a page."""
+"""The faults of a rehearsal, what is promised of each, and what was found, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -9,62 +9,93 @@ from typing import Any, Final
 
 from shards.files import publish_bytes, publish_json
 from shards.versions import CERTIFICATE, stamp
+from trainer.metrics.metrics import RunEvent
 
-MEANINGS: Final = {
-    "worker dies": "a process that reads rows is killed: another reads on from the same row",
-    "rank killed": "SIGKILL of one rank: all ranks start again from the last checkpoint",
-    "SIGTERM": "one rank is asked to stop: all checkpoint, exit code 75",
-    "mixture changed": "the same command with other weights goes on from the counts of the old",
-    "full disk": "a checkpoint that does not fit fails, loudly; training goes on with the old one",
-    "rank stopped": "SIGSTOP: the others name it, keep their stacks, and all start again",
-    "SIGINT": "as SIGTERM",
-    "row rots": "a flipped bit in a shard: refused, saved before it; summer-prep repair mends",
-    "checkpoint damaged": "a flipped bit in the newest checkpoint: resumed from the one before",
-    "gradient NaN": "the update is refused on the device; the replay refuses it too",
-    "gradient spike": "as NaN: a norm far outside the recent ones",
-    "bad steps persist": "back to the last good checkpoint, without the samples from there to here",
-}
-"""Every fault, and what is promised of it."""
+
+@dataclass(frozen=True)
+class FaultCase:
+    """One fault. `interval` is the number of the interval between checkpoints in which it happens.
+
+    `order` is `kind:rank` for SUMMER_FAULT, empty where the rehearsal itself does the damage;
+    `event` is the one with which the run has to report it.
+    """
+
+    name: str
+    interval: int
+    order: str
+    event: str
+    promise: str
+
+
+FAULTED: Final = (
+    FaultCase("worker dies", 0, "worker:0", RunEvent.LOADER,
+              "a process that reads data is killed: another continues from the same sequence"),
+    FaultCase("rank killed", 1, "sigkill:1", RunEvent.RESUME,
+              "SIGKILL of one rank: all ranks restart from the last checkpoint"),
+    FaultCase("SIGTERM", 2, "sigterm:1", RunEvent.STOPPED,
+              "one rank is asked to stop: all save a checkpoint, exit code 75"),
+    FaultCase("mixture changed", 2, "", RunEvent.MIXTURE,
+              "the same command with other weights continues from the counts of the old ones"),
+    FaultCase("full disk", 3, "full-disk:0", RunEvent.CHECKPOINT_FAILED,
+              "a checkpoint that does not fit fails with a message; training goes on"),
+    FaultCase("rank stopped", 4, "sigstop:1", RunEvent.HUNG,
+              "SIGSTOP: the others name the rank, write their stacks, and all restart"),
+    FaultCase("SIGINT", 5, "sigint:0", RunEvent.STOPPED, "as SIGTERM"),
+    FaultCase("sequence damaged", 6, "bit-flip:1", RunEvent.DAMAGED,
+              "a flipped bit in a shard: training stops at a checkpoint; summer-prep repair fixes "
+              "the shard"),
+    FaultCase("checkpoint damaged", 6, "", RunEvent.FALLBACK,
+              "a flipped bit in the newest checkpoint: resumed from the one before"),
+)  # fmt: skip
+GUARDED: Final = (
+    FaultCase("gradient NaN", 0, "nan:1", RunEvent.SKIPPED,
+              "the device skips the update; a replay of the run skips it too"),
+    FaultCase("gradient spike", 3, "spike:0", RunEvent.SKIPPED,
+              "as NaN: a gradient norm far above the recent ones"),
+    FaultCase("bad steps persist", 5, "nan:0", RunEvent.ROLLBACK,
+              "back to the last good checkpoint, leaving out the samples since then"),
+)  # fmt: skip
+FAULTS: Final = {case.name: case for case in (*FAULTED, *GUARDED)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One fault: the step it hit, whether it was noticed, overcome, and left no trace."""
+class FaultResult:
+    """One fault: the step it hit, and whether it was noticed, overcome and without consequence."""
 
     fault: str
     step: int
     detected: bool
     recovered: bool
-    steps_lost: int  # steps that had to be made again
-    identical: bool  # the next common checkpoint has the same bytes as the twin's
+    steps_lost: int  # steps that had to be repeated
+    identical: bool  # the next checkpoint that both runs have holds the same bytes in both
 
     @property
     def kept(self) -> bool:
-        """Whether all was as promised."""
+        """Whether everything was as promised."""
         return self.detected and self.recovered and self.identical
 
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """The rows, and what they hold for."""
+    """The results, and what they hold for."""
 
     command: str
     steps: int
     seconds: float
     versions: dict[str, Any]
-    data: dict[str, str]  # each source's root
-    digests: dict[str, tuple[str | None, str | None]]  # of the last checkpoint: hurt, undisturbed
+    data: dict[str, str]  # each source's dataset hash
+    digests: dict[str, tuple[str | None, str | None]]  # last checkpoint: faulted, uninterrupted
     scores: dict[str, float]  # held-out bits per byte of both
-    rows: tuple[Row, ...]
+    rows: tuple[FaultResult, ...]
 
     @property
     def kept(self) -> bool:
         """Whether every promise was kept."""
         return (
-            {row.fault for row in self.rows} == set(MEANINGS)
+            {row.fault for row in self.rows} == set(FAULTS)
             and all(row.kept for row in self.rows)
             and bool(self.digests)
-            and all(here == there for here, there in self.digests.values())
+            and all(one == other for one, other in self.digests.values())
             and len(set(self.scores.values())) == 1
         )
 
@@ -95,18 +126,17 @@ def _page(certificate: Certificate) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for row in certificate.rows:
         yield (
-            f"| {row.fault} | {MEANINGS[row.fault]} | {row.step} | {_yes(row.detected)} | "
+            f"| {row.fault} | {FAULTS[row.fault].promise} | {row.step} | {_yes(row.detected)} | "
             f"{_yes(row.recovered)} | {row.steps_lost} | {_yes(row.identical)} |"
         )
     yield (
-        "\n*Bit-identical*: the next checkpoint that both have, weights and optimizer moments, has "
-        "the "
-        "same SHA-256 in every file as that of a run that nothing happened to (for refused updates "
-        "and rollbacks: as that of a replay from its events alone).\n"
+        "\n*Bit-identical*: the next checkpoint that both runs have, weights and optimizer moments,"
+        " has the same SHA-256 in every file as that of an uninterrupted run (for skipped updates "
+        "and rollbacks: as that of a replay from the run's events alone).\n"
     )
-    yield "| file of the last checkpoint | hurt | undisturbed |\n|---|---|---|"
-    for name, (here, there) in certificate.digests.items():
-        yield f"| {name} | `{here}` | `{there}` |"
+    yield "| file of the last checkpoint | faulted | uninterrupted |\n|---|---|---|"
+    for name, (faulted, uninterrupted) in certificate.digests.items():
+        yield f"| {name} | `{faulted}` | `{uninterrupted}` |"
     yield "\n| held-out score | bits per byte |\n|---|---|"
     for name, score in certificate.scores.items():
         yield f"| {name} | {score:.6f} |"

@@ -1,12 +1,13 @@
-"""The planned run in small, hurt in every way that trainer/faults/inject.py knows.
+"""A small run on two ranks with every fault that trainer/faults/inject.py can cause.
 
-undisturbed   trained, told to stop in the middle, gone on with another mixture, to the end
-hurt          the same, with a fault in each stretch between two checkpoints; every launch goes on
-              from what the one before left
-guarded       gradients that are NaN, too large, and bad for so long that the run rolls back
-replay        the guarded run from the beginning, with nothing but its events beside it
+uninterrupted  trained, asked to stop in the middle, continued with another mixture, to the end
+faulted        the same, with a fault in each interval between two checkpoints; every launch
+               continues from what the one before left
+guarded        gradients that are NaN, too large, and bad for so long that the run rolls back
+replay         the guarded run from the beginning, given nothing but its events
 
-A fault left no trace if the next checkpoint that both runs have is the same, byte for byte.
+A fault was without consequence if the next checkpoint that both runs have is the same, byte for
+byte.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,22 +27,27 @@ import torch
 
 from shards.reader import find_sources
 from tools.errors import RehearsalError
-from tools.rehearsal.certificate import Certificate, Row, publish
-from tools.rehearsal.runs import Comparison, compare_checkpoints, last_step, record_of, train_hurt
+from tools.rehearsal.certificate import (
+    FAULTED,
+    GUARDED,
+    Certificate,
+    FaultCase,
+    FaultResult,
+    publish,
+)
+from tools.rehearsal.runs import compare_checkpoints, last_step, record_of, train_with_faults
 from trainer.checkpoint.runs import EVENTS, newest_checkpoint
 from trainer.checkpoint.storage import read_record
 from trainer.metrics.metrics import RunEvent, read_events
 
 STOPPED_ON_REQUEST: Final = 75  # EX_TEMPFAIL: "try again", which is what a stopped run asks for
 INTERVAL: Final = 6  # steps between checkpoints, and between faults
-STRETCHES: Final = 9
+N_INTERVALS: Final = 9
 TIMEOUT_S: Final = 15.0  # until a stopped rank is given up
 _LIMIT_S: Final = 600.0
 _MOST_BYTES: Final = 2 << 30
 _PATIENCE: Final = 2
 _SOURCES: Final = ("python-code", "python-docs")
-
-Events = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +62,21 @@ class Rehearsal:
 
     @cached_property
     def steps(self) -> list[int]:
-        """For each stretch between checkpoints, the step that is hit."""
+        """For each interval between checkpoints, the step that is hit."""
         chooser = random.Random(self.seed)
-        return [n * INTERVAL + chooser.randrange(2, INTERVAL) for n in range(STRETCHES)]
+        return [n * INTERVAL + chooser.randrange(2, INTERVAL) for n in range(N_INTERVALS)]
+
+    def orders(self, cases: Iterable[FaultCase]) -> str:
+        """The value of SUMMER_FAULT that causes these faults."""
+        return ",".join(f"{c.order}:{self.steps[c.interval]}" for c in cases if c.order)
 
     def arguments(self, *, second: bool = False) -> list[str]:
-        """What summer-train is told; in the second half with other weights of the sources."""
-        names = list(find_sources(self.out / "shards"))
-        weights = {name: 1 if second else 2 + place for place, name in enumerate(reversed(names))}
+        """Arguments of summer-train; in the second half with other weights of the sources."""
+        manifests = find_sources(self.out / "shards")
+        weights = {n: 1 if second else 2 + place for place, n in enumerate(reversed(manifests))}
         settings: dict[str, object] = {
-            "max_steps": STRETCHES * INTERVAL,
-            "global_batch_tokens": 8 * self.seq_len,
+            "max_steps": N_INTERVALS * INTERVAL,
+            "global_batch_tokens": 8 * next(iter(manifests.values())).facts.seq_len,
             "compile": "false",
             "log_interval": 1,
             "validation.interval": 0,
@@ -85,11 +95,6 @@ class Rehearsal:
         start = ["--shards", str(self.out / "shards"), "--preset", self.preset]
         return [*start, "--nproc", str(ranks), *(x for s in sets for x in ("--set", s))]
 
-    @property
-    def seq_len(self) -> int:
-        """Tokens a row."""
-        return next(iter(find_sources(self.out / "shards").values())).facts.seq_len
-
 
 def rehearse(rehearsal: Rehearsal, report: Callable[[str], None]) -> Certificate:
     """The certificate of a rehearsal, also written into its folder."""
@@ -98,14 +103,14 @@ def rehearse(rehearsal: Rehearsal, report: Callable[[str], None]) -> Certificate
         raise RehearsalError(f"{out} is not empty: name a new folder with --out, or remove it")
     report("preparing")
     prepare(rehearsal)
-    report("undisturbed: training")
-    middle = rehearsal.steps[2]
-    launch(rehearsal, "undisturbed", f"sigterm:0:{middle}", STOPPED_ON_REQUEST)
-    launch(rehearsal, "undisturbed", "", 0, second=True)
-    rows = [*hurt(rehearsal, report), *guarded(rehearsal, report)]
+    report("uninterrupted: training")
+    middle = f"sigterm:0:{rehearsal.steps[2]}"
+    launch(rehearsal, "uninterrupted", middle, STOPPED_ON_REQUEST)
+    launch(rehearsal, "uninterrupted", "", 0, second=True)
+    results = (*run_faulted(rehearsal, report), *run_guarded(rehearsal, report))
     report("scoring both")
-    last = compare_checkpoints(out / "hurt", out / "undisturbed", STRETCHES * INTERVAL)
-    record = read_record(newest_checkpoint(out / "hurt"))
+    last = compare_checkpoints(out / "faulted", out / "uninterrupted", N_INTERVALS * INTERVAL)
+    record = read_record(newest_checkpoint(out / "faulted"))
     certificate = Certificate(
         command=f"summer-train {' '.join(rehearsal.arguments())}",
         steps=last.step,
@@ -113,32 +118,32 @@ def rehearse(rehearsal: Rehearsal, report: Callable[[str], None]) -> Certificate
         versions=record["versions"],
         data={name: facts["root"] for name, facts in record["data"].items()},
         digests=last.files,
-        scores={name: score(rehearsal, name) for name in ("hurt", "undisturbed")},
-        rows=tuple(rows),
+        scores={name: score(rehearsal, name) for name in ("faulted", "uninterrupted")},
+        rows=results,
     )
     publish(certificate, out)
     return certificate
 
 
 def prepare(rehearsal: Rehearsal) -> None:
-    """OUT/shards: a copy of the sources named, or the standard library's text."""
-    out = rehearsal.out
-    if rehearsal.shards is not None:
-        size = sum(path.stat().st_size for path in rehearsal.shards.rglob("*") if path.is_file())
+    """OUT/shards: a copy of the given sources, or the standard library's text."""
+    out, shards = rehearsal.out, rehearsal.shards
+    if shards is not None:
+        size = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file())
         if size > _MOST_BYTES:
             raise RehearsalError(
-                f"{rehearsal.shards} holds {size / 1e9:.1f} GB, and is copied, because a bit of it "
+                f"{shards} holds {size / 1e9:.1f} GB, and is copied, because a bit of it "
                 "is flipped: prepare a smaller one with --max-tokens"
             )
-        found = find_sources(rehearsal.shards)
+        found = find_sources(shards)
         if len(found) < 2:
-            raise RehearsalError(f"{rehearsal.shards}: a mixture that changes needs two sources")
+            raise RehearsalError(f"{shards}: a mixture that changes needs two sources")
         if not any(manifest.n_val_rows for manifest in found.values()):
             raise RehearsalError(
-                f"{rehearsal.shards}: no document is held out, so nothing could be scored: prepare "
-                "them again with a larger --val-fraction"
+                f"{shards}: no document is held out, so nothing could be scored: prepare "
+                "the sources with a larger --val-fraction"
             )
-        shutil.copytree(rehearsal.shards, out / "shards")
+        shutil.copytree(shards, out / "shards")
         return
     out.mkdir(parents=True, exist_ok=True)
     sources = [option for name in _SOURCES for option in ("--source", name)]
@@ -156,77 +161,51 @@ def launch(
 ) -> bool:
     """Whether a launch of a run ended with the exit code that was promised."""
     run = rehearsal.out / name
-    code = train_hurt(rehearsal.arguments(second=second), run, faults, _LIMIT_S)
+    code = train_with_faults(rehearsal.arguments(second=second), run, faults, _LIMIT_S)
     if code != expected and not faults:
         lines = run.with_suffix(".log").read_text(errors="replace").strip().splitlines()
         raise RehearsalError(f"{run}: exit code {code}: {lines[-1] if lines else 'no output'}")
     return code == expected
 
 
-def hurt(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Row]:
+def run_faulted(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[FaultResult]:
     """The faults of processes, disks and data, one after the other in one run."""
-    run, steps = rehearsal.out / "hurt", rehearsal.steps
-    worker, killed, term, full, stopped, interrupt, rot = steps[:7]
-    report("hurt: a worker dies, a rank is killed, one is asked to stop")
-    asked = launch(
-        rehearsal, "hurt", f"worker:0:{worker},sigkill:1:{killed},sigterm:1:{term}",
-        STOPPED_ON_REQUEST,
-    )  # fmt: skip
-    report("hurt: another mixture, a full disk, a rank stands still, Ctrl-C")
-    asked_again = launch(
-        rehearsal, "hurt", f"full-disk:0:{full},sigstop:1:{stopped},sigint:0:{interrupt}",
-        STOPPED_ON_REQUEST, second=True,
-    )  # fmt: skip
-    report("hurt: a row rots, is repaired, and the newest checkpoint is damaged")
-    refused = launch(rehearsal, "hurt", f"bit-flip:1:{rot}", 1, second=True)
-    told = "summer-prep repair" in run.with_suffix(".log").read_text()
+    run, orders = rehearsal.out / "faulted", rehearsal.orders
+    report("faulted: a worker dies, a rank is killed, one is asked to stop")
+    sigterm = launch(rehearsal, "faulted", orders(FAULTED[:3]), STOPPED_ON_REQUEST)
+    report("faulted: another mixture, a full disk, a rank is stopped, Ctrl-C")
+    sigint = launch(rehearsal, "faulted", orders(FAULTED[3:7]), STOPPED_ON_REQUEST, second=True)
+    report("faulted: a sequence is damaged, repaired, and the newest checkpoint is damaged")
+    rotten = launch(rehearsal, "faulted", orders(FAULTED[7:]), 1, second=True)
+    advised = "summer-prep repair" in run.with_suffix(".log").read_text()
     for name in find_sources(rehearsal.out / "shards"):
         _prep("repair", str(rehearsal.out / "shards" / name))
-    broken = newest_checkpoint(run)
-    _flip_a_bit(broken)
-    launch(rehearsal, "hurt", "", 0, second=True)
-    events = read_events(run)
-    resumes = [int(event["step"]) for event in events if event["event"] == "resume"]
-    kinds = {str(event["event"]) for event in events}
-    fell_back = [event for event in events if event["event"] == "fallback"]
-    lost_by_kill = _lost(run, events, "sigkill", killed)
-    lost_by_stop = _lost(run, events, "sigstop", stopped)
-    met = {
-        "worker dies": (worker, "loader" in kinds, 0),
-        "rank killed": (killed, lost_by_kill >= 0, lost_by_kill),
-        "SIGTERM": (term, asked, 0),
-        "mixture changed": (term, "mixture" in kinds, 0),
-        "full disk": (full, RunEvent.CHECKPOINT_FAILED in kinds, 0),
-        "rank stopped": (stopped, "hung" in kinds and (run / "stacks").is_dir(), lost_by_stop),
-        "SIGINT": (interrupt, asked_again, 0),
-        "row rots": (rot, refused and told and "damaged" in kinds, 0),
-        "checkpoint damaged": (rot, bool(fell_back), rot - 1 - resumes[-1]),
+    _flip_a_bit(newest_checkpoint(run))
+    launch(rehearsal, "faulted", "", 0, second=True)
+    also = {
+        "SIGTERM": sigterm,
+        "SIGINT": sigint,
+        "sequence damaged": rotten and advised,
+        "rank stopped": (run / "stacks").is_dir(),
     }
-    return [_row(rehearsal, "hurt", "undisturbed", fault, *facts) for fault, facts in met.items()]
+    return [
+        _result(rehearsal, case, run, rehearsal.out / "uninterrupted", also.get(case.name, True))
+        for case in FAULTED
+    ]
 
 
-def guarded(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Row]:
-    """The faults of numbers, and the run once more from its events alone."""
+def run_guarded(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[FaultResult]:
+    """The faults of numbers, and the run repeated from its events alone."""
     run, replay = rehearsal.out / "guarded", rehearsal.out / "replay"
-    nan, spike, first = rehearsal.steps[0], rehearsal.steps[3], rehearsal.steps[5]
-    bad = range(first, first + _PATIENCE + 1)
     report("guarded: gradients that are NaN or too large, and too many of them")
-    faults = [f"nan:1:{nan}", f"spike:0:{spike}", *(f"nan:0:{step}" for step in bad)]
-    launch(rehearsal, "guarded", ",".join(faults), 0)
+    first = rehearsal.steps[GUARDED[2].interval]
+    more = [f"{GUARDED[2].order}:{first + 1 + n}" for n in range(_PATIENCE)]
+    launch(rehearsal, "guarded", ",".join([rehearsal.orders(GUARDED), *more]), 0)
     report("replay: the same from its events alone")
     replay.mkdir()
     shutil.copy(run / EVENTS, replay / EVENTS)
     launch(rehearsal, "replay", "", 0)
-    events = read_events(run)
-    refused = {int(event["step"]) for event in events if event["event"] == RunEvent.SKIPPED}
-    back = [event for event in events if event["event"] == "rollback"]
-    lost = int(back[0]["step"]) - int(back[0]["to_step"]) if back else 0
-    met = {
-        "gradient NaN": (nan, nan in refused, 0),
-        "gradient spike": (spike, spike in refused, 0),
-        "bad steps persist": (first, len(back) == 1, lost),
-    }
-    return [_row(rehearsal, "guarded", "replay", fault, *facts) for fault, facts in met.items()]
+    return [_result(rehearsal, case, run, replay, True) for case in GUARDED]
 
 
 def score(rehearsal: Rehearsal, name: str) -> float:
@@ -234,53 +213,56 @@ def score(rehearsal: Rehearsal, name: str) -> float:
     from tools.evaluation.heldout import evaluate_heldout
     from tools.models.loading import Choice, load
 
-    run = rehearsal.out / name
-    return evaluate_heldout(
-        load(Choice(run=run, device="cpu")), rehearsal.out / "shards", limit=20
-    ).total.model
+    loaded = load(Choice(run=rehearsal.out / name, device="cpu"))
+    return evaluate_heldout(loaded, rehearsal.out / "shards", limit=20).total.model
 
 
-def _row(
-    rehearsal: Rehearsal, run: str, twin: str, fault: str, step: int, detected: bool, lost: int
-) -> Row:
-    here, there = rehearsal.out / run, rehearsal.out / twin
-    compared = _next_common_checkpoint(here, there, step)
-    return Row(
-        fault=fault,
+def _result(
+    rehearsal: Rehearsal, case: FaultCase, run: Path, twin: Path, also: bool
+) -> FaultResult:
+    """What became of a fault. It is detected if its event was written, once or at its step."""
+    step = rehearsal.steps[case.interval]
+    events = read_events(run)
+    reports = [event for event in events if event["event"] == case.event]
+    if case.event == RunEvent.SKIPPED:
+        reports = [event for event in reports if event["step"] == step]
+    detected, lost = bool(reports) and also, 0
+    if case.order in ("sigkill:1", "sigstop:1"):
+        resumed = _resumed_after(run, events, f"{case.order.replace(':', '-')}-{step}")
+        detected, lost = detected and resumed is not None, step - 1 - (resumed or 0)
+    elif case.event == "fallback":
+        lost = step - 1 - [int(e["step"]) for e in events if e["event"] == "resume"][-1]
+    elif case.event == "rollback":
+        detected = len(reports) == 1
+        lost = int(reports[0]["step"]) - int(reports[0]["to_step"]) if reports else 0
+    common = [s for s in range(step, N_INTERVALS * INTERVAL + 1)
+              if record_of(run, s).exists() and record_of(twin, s).exists()]  # fmt: skip
+    return FaultResult(
+        fault=case.name,
         step=step,
         detected=detected,
-        recovered=compared is not None and last_step(here) == STRETCHES * INTERVAL,
+        recovered=bool(common) and last_step(run) == N_INTERVALS * INTERVAL,
         steps_lost=max(0, lost),
-        identical=compared is not None and compared.identical,
+        identical=bool(common) and compare_checkpoints(run, twin, common[0]).identical,
     )
 
 
-def _next_common_checkpoint(here: Path, there: Path, step: int) -> Comparison | None:
-    """The first checkpoints from `step` on that both runs have, compared; None if there are
-    none."""
-    for after in range(step, STRETCHES * INTERVAL + 1):
-        if record_of(here, after).exists() and record_of(there, after).exists():
-            return compare_checkpoints(here, there, after)
-    return None
-
-
-def _lost(run: Path, events: Events, kind: str, step: int) -> int:
-    """Steps made again after a fault that cost a restart; -1 if no restart followed it."""
-    struck = (run / "faults" / f"{kind}-1-{step}").stat().st_mtime
-    for event in events:
-        if event["event"] in ("start", "resume") and event["unix_s"] > struck:
-            return step - 1 - int(event["step"])
-    return -1
+def _resumed_after(run: Path, events: list[dict[str, Any]], fault: str) -> int | None:
+    """The step from which the run started after a fault; None if it did not."""
+    happened = (run / "faults" / fault).stat().st_mtime
+    return next(
+        (int(event["step"]) for event in events
+         if event["event"] in ("start", "resume") and event["unix_s"] > happened),
+        None,
+    )  # fmt: skip
 
 
 def _flip_a_bit(checkpoint: Path) -> None:
     """Flip one bit in the middle of a checkpoint's largest file."""
     path = max(checkpoint.glob("*.safetensors"), key=lambda file: file.stat().st_size)
-    with path.open("r+b") as file:
-        file.seek(path.stat().st_size // 2)
-        byte = file.read(1)[0]
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 1]))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def _prep(*arguments: str) -> None:

@@ -1,1 +1,1 @@
-"""What `summer-report` does."""
+"""What `summer-report` writes."""

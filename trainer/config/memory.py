@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from model.config import count_params
+from model.config import ModelConfig, count_params
 from model.kernel import kernel_head_dim
 from model.loss import CHUNK_ELEMENTS
 from trainer.config.config import RunConfig
@@ -87,6 +87,11 @@ def largest_micro_batch(config: RunConfig, rows: int, device: str, limit_bytes: 
     ):
         size *= 2
     return size
+
+
+def checkpoint_bytes(model: ModelConfig) -> int:
+    """Bytes of one checkpoint: weights and two moments in fp32."""
+    return 12 * count_params(model)
 
 
 def fits(parts: Mapping[str, int], limit_bytes: int) -> bool:

@@ -1,4 +1,4 @@
-"""What is examined before a run, and what is found: the words that all questions share."""
+"""What a check is given, and what it finds."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ Verdict = Literal["ok", "note", "warn", "fail"]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at: ok, worth knowing, suspicious or in the way.
+class CheckResult:
+    """One thing that was checked: ok, worth knowing, suspicious or preventing the run.
 
-    `mend` is what to do about it, `source` who says so, `figures` the numbers in SI units.
+    `fix` is what to do about it, `source` who says so, `figures` the numbers in SI units.
     """
 
     verdict: Verdict
     topic: str
     detail: str
-    mend: str = ""
+    fix: str = ""
     source: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is examined: the run that is planned, the kind of device, and where it would write.
+class Context:
+    """The run that is planned, the kind of device, and where it would write.
 
-    `measured` is filled by the questions that measure, for those that come after them.
+    `measured` is filled by the checks that measure, for those that come after them.
     """
 
     config: RunConfig

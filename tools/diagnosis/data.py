@@ -1,0 +1,116 @@
+"""The disk that checkpoints go to, and the shards that are read."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from shards.errors import ShardError
+from shards.files import publish
+from shards.format import Split
+from shards.reader import ShardReader, find_sources
+from tools.diagnosis.results import CheckResult, Context, Verdict
+from trainer.config.memory import checkpoint_bytes
+
+LEAST_WRITE_RATE: Final = 100e6
+PROBE_BYTES: Final = 256 << 20
+_LOOK_S: Final = 2.0
+_READ_S: Final = 0.5
+_READ_AT_ONCE: Final = 64
+_LEAST_HEADROOM: Final = 2.0  # sequences are read twice as fast as they are trained on
+
+
+def disk(context: Context) -> Iterator[CheckResult]:
+    """Room for the checkpoints that are kept, and the rate at which they are written."""
+    config, one = context.config, checkpoint_bytes(context.config.model)
+    needed = (config.checkpoint.keep_last + 1) * one
+    free = shutil.disk_usage(context.folder).free
+    verdict: Verdict = "ok" if free >= needed else "fail" if free < one else "warn"
+    room = f"{free / 1e9:,.1f} GB free; checkpoints of {config.preset} need {needed / 1e9:,.1f} GB"
+    text = f"{room} ({config.checkpoint.keep_last} kept, one being written)"
+    yield CheckResult(verdict, "disk", text, figures={"free_bytes": free, "needed_bytes": needed})
+    if free < 2 * PROBE_BYTES:
+        return
+    rate = write_rate(context.folder, PROBE_BYTES)
+    text = f"{rate / 1e6:,.0f} MB/s, a checkpoint takes {one / rate:,.2g} s to write"
+    fast, figures = rate >= LEAST_WRITE_RATE, {"bytes_per_s": rate}
+    yield CheckResult("ok" if fast else "warn", "write rate", text, figures=figures)
+
+
+def write_rate(folder: Path, n_bytes: int) -> float:
+    """Bytes a second of a file that is really on the disk."""
+    block, path, start = os.urandom(1 << 20), folder / f".doctor-{os.getpid()}", time.perf_counter()
+    try:
+        with publish(path) as file:
+            for _ in range(n_bytes // len(block)):
+                file.write(block)
+        return n_bytes / (time.perf_counter() - start)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def shards(context: Context) -> Iterator[CheckResult]:
+    """For each source: its files opened, sequences of each verified, others read for a while.
+
+    It is a sample: `summer-prep verify` reads every byte.
+    """
+    if context.shards is None:
+        yield CheckResult("note", "shards", "not checked", "give --shards FOLDER")
+        return
+    try:
+        sources = find_sources(context.shards)
+    except ShardError as error:
+        yield CheckResult("fail", "shards", str(error))
+        return
+    for name, manifest in sources.items():
+        split: Split = "train" if manifest.n_rows > manifest.n_val_rows else "val"
+        reader = ShardReader(context.shards / name, split, manifest)
+        try:
+            checked = _check_files(reader)
+            rate = read_rate(reader)
+        except (ShardError, OSError) as error:
+            yield CheckResult("fail", "shards", str(error))
+            continue
+        yield _rated(context, f"{name}: {checked} verified", reader, rate)
+
+
+def _check_files(reader: ShardReader) -> str:
+    """How many files of the split had their first and last sequence verified, in _LOOK_S."""
+    sizes = [info.n_rows for info in reader.manifest.split(reader.split)]
+    n_checked, deadline = 0, time.perf_counter() + _LOOK_S
+    for size, end in zip(sizes, itertools.accumulate(sizes), strict=True):
+        if time.perf_counter() > deadline:
+            break
+        if size:
+            reader.rows(np.array([end - size, end - 1]))
+        n_checked += 1
+    return f"{n_checked} of {len(sizes)} files"
+
+
+def read_rate(reader: ShardReader) -> float:
+    """Tokens a second of random sequences, each verified; ShardError where one is damaged."""
+    generator, n_rows, start = np.random.default_rng(0), 0, time.perf_counter()
+    while time.perf_counter() - start < _READ_S:
+        reader.rows(generator.integers(0, reader.n_rows, _READ_AT_ONCE))
+        n_rows += _READ_AT_ONCE
+    return n_rows * reader.seq_len / (time.perf_counter() - start)
+
+
+def _rated(context: Context, checked: str, reader: ShardReader, rate: float) -> CheckResult:
+    """What one process reads, and whether all of them are fast enough for the run."""
+    n_bytes = np.dtype(reader.manifest.facts.dtype).itemsize * rate
+    text = f"{checked}, {rate / 1e6:,.1f} M tokens/s ({n_bytes / 1e6:,.0f} MB/s) a process"
+    figures = {"tokens_per_s": rate, "bytes_per_s": n_bytes}
+    wanted = context.measured.get("tokens_per_s", 0.0)
+    readers = context.nproc * max(1, context.config.loader.num_workers)
+    if rate * readers >= _LEAST_HEADROOM * wanted:
+        return CheckResult("ok", "shards", text, figures=figures)
+    text = f"{text}; {readers} of them may be too slow for {wanted:,.0f} tokens/s"
+    return CheckResult("warn", "shards", text, "a faster disk, or loader.num_workers", "", figures)
