@@ -10,7 +10,7 @@ MAX_ALIBI_CONTEXT = 16_448  # 64 * 257: the last position whose block number is 
 
 
 class ModelError(ValueError):
-    """A model that cannot be: the message names the field, its value and the mend."""
+    """A model that cannot be: the message names the field, its value and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,34 +48,29 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "seq_len", "n_layers", "d_model", "n_heads", "d_ff"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
-        _require(
-            self.d_model % self.n_heads == 0, "d_model", self.d_model,
-            f"give a multiple of n_heads ({self.n_heads})",
-        )  # fmt: skip
-        _require(
-            self.kv_heads >= 1 and self.n_heads % self.kv_heads == 0, "n_kv_heads", self.n_kv_heads,
-            f"give a divisor of n_heads ({self.n_heads})",
-        )  # fmt: skip
-        _require(
-            not self.rope or self.head_dim % 2 == 0, "head_dim", self.head_dim,
-            "RoPE turns pairs of channels: make d_model / n_heads even",
-        )  # fmt: skip
-        _require(
-            not self.alibi or self.seq_len <= MAX_ALIBI_CONTEXT, "seq_len", self.seq_len,
-            f"ALiBi is exact up to {MAX_ALIBI_CONTEXT}: stay below, or set alibi=false",
-        )  # fmt: skip
+        exact_alibi = f"ALiBi is exact up to {MAX_ALIBI_CONTEXT}: stay below, or set alibi=false"
+        for name, holds, fix in (
+            ("d_model", self.d_model % self.n_heads == 0,
+             f"give a multiple of n_heads ({self.n_heads})"),
+            ("n_kv_heads", self.kv_heads >= 1 and self.n_heads % self.kv_heads == 0,
+             f"give a divisor of n_heads ({self.n_heads})"),
+            ("head_dim", not self.rope or self.head_dim % 2 == 0,
+             "RoPE turns pairs of channels: make d_model / n_heads even"),
+            ("seq_len", not self.alibi or self.seq_len <= MAX_ALIBI_CONTEXT, exact_alibi),
+            ("z_loss", isfinite(self.z_loss) and self.z_loss >= 0.0, "give at least 0"),
+        ):  # fmt: skip
+            _require(holds, name, getattr(self, name), fix)
         for name in ("dropout", "attention_dropout"):
             value = getattr(self, name)
             _require(0.0 <= value < 1.0, name, value, "give a rate from 0 up to, not including, 1")
         for name in ("rope_theta", "norm_eps", "init_std"):
             value = getattr(self, name)
             _require(isfinite(value) and value > 0.0, name, value, "give a number above 0")
-        _require(isfinite(self.z_loss) and self.z_loss >= 0.0, "z_loss", self.z_loss, "give >= 0")
 
 
-def _require(holds: bool, name: str, value: object, mend: str) -> None:
+def _require(holds: bool, name: str, value: object, fix: str) -> None:
     if not holds:
-        raise ModelError(f"model.{name} = {value} cannot be: {mend}")
+        raise ModelError(f"model.{name} = {value} cannot be: {fix}")
 
 
 def count_matmul_params(config: ModelConfig) -> int:
@@ -96,7 +91,7 @@ def count_params(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
-    """FLOPs of forward and backward for one token of a row of `seq_len`, nothing recomputed.
+    """FLOPs of forward and backward for one token of a sequence of `seq_len`, nothing recomputed.
 
     Six for each multiplying parameter, and 12 * d_model * seq_len a layer for the attention scores
     and their use (Chowdhery et al. 2022, PaLM, appendix B). `causal` counts the lower triangle

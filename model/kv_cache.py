@@ -1,29 +1,14 @@
 """The keys and values of the tokens already read, as the attention kernel wants them."""
 
 import torch
-from torch import Tensor
 
-from model.alibi import check_context
+from model.attention import LayerCache, kernel_head_dim
 from model.config import ModelConfig, ModelError
-from model.kernel import kernel_head_dim
-
-
-class LayerCache:
-    """One layer's part of the cache: [B, Hkv, max_len, D'] of padded keys and of padded values."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-
-    def append(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [B, Hkv, T, D'] from position `start`; all keys and values up to there."""
-        end = start + k.shape[2]
-        self.keys[:, :, start:end] = k
-        self.values[:, :, start:end] = v
-        return self.keys[:, :, :end], self.values[:, :, :end]
+from model.positions import check_context
 
 
 class KVCache:
-    """Room for `max_len` tokens of `batch_size` rows; `length` of them are filled.
+    """Room for `max_len` tokens of `batch_size` sequences; `length` of them are filled.
 
     Keys are stored turned by RoPE, with ALiBi's dims in front and the kernel's padding behind.
     """
@@ -48,15 +33,18 @@ class KVCache:
             for _ in range(config.n_layers)
         ]
         self.max_len = max_len
-        self.length = 0
 
-    def reserve(self, n_tokens: int) -> int:
-        """The position at which the next `n_tokens` start; they count as read from now on."""
+    @property
+    def length(self) -> int:
+        """Tokens read so far."""
+        return self.layers[0].length
+
+    def start_of(self, n_tokens: int) -> int:
+        """The position at which the next `n_tokens` start; ModelError without room for them."""
         start, end = self.length, self.length + n_tokens
         if end > self.max_len:
             raise ModelError(
                 f"the KV cache has room for {self.max_len} tokens and {end} are needed:"
                 " make it with a larger max_len, or generate less"
             )
-        self.length = end
         return start

@@ -1,4 +1,4 @@
-"""The small parts: matrices that are born empty, derived buffers, RMSNorm, SwiGLU, rotation."""
+"""The small parts: matrices that start empty, derived buffers, RMSNorm, SwiGLU, rotation."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ class Embedding(nn.Embedding):
 class DerivedBuffers(nn.Module):
     """A module whose buffers follow from its configuration.
 
-    They are made anew whenever the module moves: out of the meta device, where they had no values,
+    They are recomputed whenever the module moves: out of the meta device, where they had no values,
     or into another dtype, in which rounded values would be wrong.
     """
 
@@ -78,7 +78,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     Channel c turns with channel c + head_dim / 2, the two halves of a head, as in Hugging Face's
     Llama; the paper's (and Meta's) interleaved pairs are the same up to a permutation.
     """
-    cos, sin = cos[:, None, :], sin[:, None, :]  # [T, 1, head_dim / 2]
+    cos, sin = cos[..., None, :], sin[..., None, :]  # [T, 1, head_dim / 2]
     first, second = x.float().chunk(2, dim=-1)
     turned = first * cos - second * sin, second * cos + first * sin
     return turned[0].to(x.dtype), turned[1].to(x.dtype)

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head over a large vocabulary, with the logits never whole.
+"""Cross-entropy of a linear head over a large vocabulary; the logits are never all in memory.
 
 Rows are taken in chunks: a chunk's logits are made, turned into its part of the loss and of both
 gradients, and dropped. The gradients are made in the forward pass, which saves the fourth matrix
@@ -10,6 +10,7 @@ F.linear_cross_entropy is not used: in 2.13 its chunked bf16 result on the CPU i
 
 from collections.abc import Callable
 from functools import cache
+from re import sub
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def linear_cross_entropy(
 
 
 # A custom operator, so that torch.compile sees one opaque call where it would unroll the chunks.
-@torch.library.custom_op("summerlm::linear_cross_entropy", mutates_args=())
+# It is named after this module: a model exported with its code brings a copy with an own operator.
+@torch.library.custom_op(sub(r"\W", "_", __name__) + "::linear_cross_entropy", mutates_args=())
 def _cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -61,7 +63,7 @@ def _cross_entropy(
     with_grad: bool,
     compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and, if asked for, its gradients with respect to hidden and weight (else empty)."""
+    """The loss and, `with_grad`, its gradients with respect to hidden and weight (else empty)."""
     measure, accumulate = _compiled() if compiled else (_measure, _accumulate)
     loss, d_hidden, d_weight = _zero_results(hidden, weight, with_grad)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -105,7 +107,7 @@ def _measure(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, ..
 def _compiled() -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]:
     """Both; an addition by itself first copies a bf16 product into fp32.
 
-    For any number of rows, so that a shorter last chunk is not compiled anew.
+    For any number of rows, so that a shorter last chunk is not compiled again.
     """
     return torch.compile(_measure, dynamic=True), torch.compile(_accumulate, dynamic=False)
 
@@ -137,7 +139,7 @@ def _(
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # zeros for the gradients' own gradients: nobody asks
+    ctx.set_materialize_grads(False)  # zeros for the gradients' own gradients, which nobody needs
     _, d_hidden, d_weight = output
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.weight_dtype = inputs[1].dtype

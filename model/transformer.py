@@ -6,15 +6,16 @@
 The residual stream x stays fp32 under bf16 autocast; matrices run in bf16.
 """
 
+from collections.abc import Callable, Sequence
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention
+from model.attention import Attention, LayerCache
 from model.config import ModelConfig
 from model.dropout import CounterDropout, row_state
-from model.kv_cache import KVCache, LayerCache
+from model.kv_cache import KVCache
 from model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from model.loss import linear_cross_entropy
 from model.positions import Positions, PositionTables
@@ -46,11 +47,10 @@ class Block(nn.Module):
         positions: Positions,
         dropout_rows: Tensor | None,
         cache: LayerCache | None = None,
-        start: int = 0,
     ) -> Tensor:
         """`x` [B, T, d_model] fp32, to the same; nothing is dropped without `dropout_rows`."""
         dropout = 0.0 if dropout_rows is None else self.attention_dropout
-        branch = self.attention(self.attention_norm(x), positions, cache, start, dropout)
+        branch = self.attention(self.attention_norm(x), positions, cache, dropout)
         x = x + self.attention_drop(_scaled(branch, self.attention_scale), dropout_rows)
         branch = self.ffn(self.ffn_norm(x))
         out: Tensor = x + self.ffn_drop(_scaled(branch, self.ffn_scale), dropout_rows)
@@ -64,7 +64,7 @@ def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """The whole network, with `blocks` a ModuleList to compile, checkpoint or shard one by one.
+    """The network, with `blocks` a ModuleList to compile, checkpoint or shard one by one.
 
     On `torch.device("meta")` it takes no memory: then `to_empty(device=...)`, and `init_weights`
     or a state dict. Made elsewhere, it is initialised with seed 0.
@@ -101,7 +101,7 @@ class Transformer(nn.Module):
 
         Matrices are normal with std init_std and no depth scaling; LayerScale starts at
         1/sqrt(2 n_layers), which keeps the sum of all branches as large as one of them. Smaller
-        branches leave the token's own embedding in the stream, and a tied head then shouts it:
+        branches leave the token's own embedding in the stream, which a tied head then repeats:
         measured first losses at full width, where ln V is 10.4, are 11.0 with this, 22 with depth
         scaling on top and 60.6 with LayerScale at 1e-5. Without LayerScale the output matrices
         take over its factor.
@@ -127,19 +127,31 @@ class Transformer(nn.Module):
         With a cache, the tokens follow those that it holds. Raises ModelError beyond its room, or
         beyond the context in which ALiBi is exact.
         """
-        start = 0 if cache is None else cache.reserve(tokens.shape[1])
-        positions = self.positions(start, tokens.shape[1])
+        length = tokens.shape[1]
+        positions = self.positions(0 if cache is None else cache.start_of(length), length)
         rows = None
         if dropout_key is not None and self.training:
-            rows = row_state(dropout_key, tokens.shape[1])
+            rows = row_state(dropout_key, length)
         x = self.embedding(tokens).float()
         if rows is not None:
             x = self.embedding_drop(x, rows)
+        return self.body(x, positions, rows, None if cache is None else cache.layers)
+
+    def body(
+        self,
+        x: Tensor,
+        positions: Positions,
+        dropout_rows: Tensor | None = None,
+        caches: Sequence[LayerCache] | None = None,
+        call: Callable[..., Tensor] = nn.Module.__call__,
+    ) -> Tensor:
+        """All blocks and the last norm, over embedded tokens `x` [B, T, d_model] fp32.
+
+        `call(block, x, ...)` runs a block: another one may look at its input, or recompute it.
+        """
         for layer, block in enumerate(self.blocks):
-            if cache is None:
-                x = block(x, positions, rows)
-            else:
-                x = block(x, positions, rows, cache.layers[layer], start)
+            cache = None if caches is None else caches[layer]
+            x = call(block, x, positions, dropout_rows, cache)
         out: Tensor = self.norm(x)
         return out
 

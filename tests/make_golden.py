@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import golden
 from pipeline.cli import main as prepare
-from tools.models.loading import Choice, load
+from tools.models.loading import ModelSpec, load
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SEQ_LEN, VOCAB_SIZE, VAL_FRACTION = 64, 512, 0.2
@@ -146,7 +146,7 @@ def make_exports() -> None:
                                        generator=torch.Generator().manual_seed(1))}  # fmt: skip
     for name in golden.RUNS:
         golden.export(name, Path("exports", name))
-        loaded = load(Choice(run=Path("runs", name), device="cpu", dtype="fp32"))
+        loaded = load(ModelSpec(run=Path("runs", name), device="cpu", dtype="fp32"))
         with torch.inference_mode():
             tensors[name] = loaded.model.logits(tensors["tokens"])
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, golden.LOGITS)

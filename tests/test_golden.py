@@ -22,7 +22,7 @@ import golden
 from conftest import REPOSITORY
 from golden import EXPECTED, LOGITS, MAX_STEPS, RESUMED, RUNS
 from pipeline.cli import main as prepare
-from tools.models.loading import Choice, load
+from tools.models.loading import ModelSpec, load
 
 FOLDERS = sorted(path.parent for path in (REPOSITORY / "tests" / "data").glob(f"*/{EXPECTED}"))
 NEAR = 1e-5  # relative, of figures on any machine
@@ -137,7 +137,7 @@ def test_exported_it_computes_the_same(expected: dict[str, Any], tmp_path: Path)
         theirs = load_file(Path("exports", name, "model.safetensors"))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-        read = load(Choice(hf=Path("exports", name), device="cpu", dtype="fp32"))
+        read = load(ModelSpec(hf=Path("exports", name), device="cpu", dtype="fp32"))
         with torch.inference_mode():
             found = read.model.logits(logits["tokens"])
         torch.testing.assert_close(found, logits[name], rtol=0, atol=1e-5)

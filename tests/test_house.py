@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "trainer": {"trainer", "shards", "model", "torch", "numpy", "click", "rich", "tensorboard"},
     "tools": {
         *LAYERS, "torch", "numpy", "click", "rich", "pyarrow", "zstandard", "sentencepiece",
-        "xxhash", "jinja2", "safetensors", "transformers", "lm_eval", "setuptools",
+        "xxhash", "jinja2", "safetensors", "huggingface_hub", "transformers", "tokenizers",
+        "lm_eval",
     },
 }  # fmt: skip
 

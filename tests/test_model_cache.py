@@ -43,8 +43,8 @@ def test_any_cut_of_the_text_gives_the_same_logits(model: Transformer, chunks: l
 def test_the_cached_past_matters(model: Transformer) -> None:
     with torch.no_grad():
         alone = model.logits(TOKENS[:, 20:])
-        whole = model.logits(TOKENS)[:, 20:]
-    assert (alone - whole).abs().max() > 0.1
+        at_once = model.logits(TOKENS)[:, 20:]
+    assert (alone - at_once).abs().max() > 0.1
 
 
 def test_bf16_cache_under_autocast(model: Transformer) -> None:
@@ -56,7 +56,7 @@ def test_bf16_cache_under_autocast(model: Transformer) -> None:
     assert error < 0.05 * expected.abs().max()
 
 
-def test_a_full_cache_is_refused_and_stays_as_it_was(model: Transformer) -> None:
+def test_a_full_cache_is_rejected_and_stays_as_it_was(model: Transformer) -> None:
     cache = KVCache(CONFIG, batch_size=2, max_len=30)
     with torch.no_grad():
         model.logits(TOKENS[:, :25], cache)
@@ -65,6 +65,6 @@ def test_a_full_cache_is_refused_and_stays_as_it_was(model: Transformer) -> None
     assert cache.length == 25
 
 
-def test_a_cache_beyond_the_exact_context_is_refused() -> None:
+def test_a_cache_beyond_the_exact_context_is_rejected() -> None:
     with pytest.raises(ModelError, match="16449 tokens is beyond 16448"):
         KVCache(CONFIG, batch_size=1, max_len=16_449)

@@ -1,4 +1,4 @@
-"""What a shape costs, and which shapes are refused."""
+"""What a shape costs, and which shapes are rejected."""
 
 from dataclasses import replace
 from typing import Any
@@ -69,7 +69,7 @@ def test_flops_follow_the_matrices_a_token_passes() -> None:
         ({"z_loss": -1.0}, "z_loss = -1.0"),
     ],
 )
-def test_an_impossible_shape_names_field_value_and_mend(change: dict[str, Any], names: str) -> None:
+def test_an_impossible_shape_names_field_value_and_fix(change: dict[str, Any], names: str) -> None:
     with pytest.raises(ModelError, match=rf"model\.{names} cannot be: .+"):
         replace(TINY, **change)
 

@@ -1,5 +1,6 @@
 """The same weights in a Llama of transformers give the same logits: the architecture is right."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from model.transformer import Transformer
 from tools.models.llama import (
     config_from_llama,
     config_to_llama,
+    is_llama,
     weights_from_llama,
     weights_to_llama,
 )
@@ -37,12 +39,17 @@ def random_llama(**changes: object) -> Any:
 TOKENS = torch.randint(0, 120, (2, 200), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_our_transformer_computes_a_llama(tied: bool, kv_heads: int) -> None:
-    llama = random_llama(num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+ROPE = {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "tied", "rope"), [(1, True, ROPE), (2, False, {}), (2, True, {}), (6, False, {})]
+)
+def test_our_transformer_computes_a_llama(kv_heads: int, tied: bool, rope: dict[str, Any]) -> None:
+    llama = random_llama(num_key_value_heads=kv_heads, tie_word_embeddings=tied, **rope)
     config = config_from_llama(llama.config.to_dict())
     assert (config.kv_heads, config.tie_embeddings) == (kv_heads, tied)
+    assert config.rope_theta == (5e5 if rope else 1e4)
     model = Transformer(config).eval()
     model.load_state_dict(weights_from_llama(config, llama.state_dict()))
     with torch.no_grad():
@@ -50,17 +57,6 @@ def test_our_transformer_computes_a_llama(tied: bool, kv_heads: int) -> None:
         logits = model.logits(TOKENS)
     assert expected.std() > 0.5
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-
-
-def test_another_rope_base_is_followed() -> None:
-    parameters = {"rope_type": "default", "rope_theta": 500_000.0}
-    llama = random_llama(rope_parameters=parameters, rope_theta=500_000.0)
-    config = config_from_llama(llama.config.to_dict())
-    assert config.rope_theta == 500_000.0
-    model = Transformer(config).eval()
-    model.load_state_dict(weights_from_llama(config, llama.state_dict()))
-    with torch.no_grad():
-        torch.testing.assert_close(model.logits(TOKENS), llama(TOKENS).logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -84,3 +80,13 @@ def test_a_llama_computes_our_transformer_with_layer_scale_folded_in(
     assert set(missing) <= {"lm_head.weight"} if tied else not missing
     with torch.no_grad():
         torch.testing.assert_close(model.logits(TOKENS), llama(TOKENS).logits, rtol=0, atol=1e-4)
+
+
+def test_an_option_that_a_llama_does_not_have_makes_it_none() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class LaterConfig(ModelConfig):
+        later_option: bool = False
+
+    assert is_llama(LaterConfig(alibi=False))
+    assert not is_llama(LaterConfig(alibi=False, later_option=True))
+    assert not is_llama(LaterConfig()) and not is_llama(LaterConfig(alibi=False, rope=False))

@@ -139,5 +139,5 @@ def test_peak_memory_is_the_gradients_and_a_few_chunks() -> None:
 def test_the_operator_passes_torch_s_own_checks() -> None:
     hidden, weight, targets = inputs(torch.float64)
     arguments = (hidden, weight, targets, 0.01, 7, torch.float64, True, False)
-    operator = torch.ops.summerlm.linear_cross_entropy.default
+    operator = torch.ops.model_loss.linear_cross_entropy.default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,11 +1,11 @@
-"""RoPE, and tables that survive what is done to a model."""
+"""The tables of RoPE and ALiBi: exact numbers, which survive what is done to a model."""
 
 import pytest
 import torch
 
 from model.config import MAX_ALIBI_CONTEXT, ModelConfig, ModelError
 from model.layers import rotate
-from model.positions import PositionTables, rotary_tables
+from model.positions import PositionTables, alibi_slopes, alibi_tables, rotary_tables
 
 CONFIG = ModelConfig(n_heads=2, d_model=32, seq_len=16)
 
@@ -34,11 +34,40 @@ def test_products_depend_on_the_distance_alone() -> None:
     assert product(17, 7) != pytest.approx(product(17, 8), abs=1e-3)
 
 
+def test_slopes_are_the_paper_s_to_a_quarter_percent() -> None:
+    for n_heads in (1, 4, 8, 32):
+        head = torch.arange(1, n_heads + 1, dtype=torch.float64)
+        ratio = alibi_slopes(n_heads, 96).double() / 96**0.5 / 2 ** (-8 * head / n_heads)
+        assert (ratio - 1).abs().max() < 0.0025
+
+
+def test_slopes_of_twenty_heads_are_sixteen_and_every_other_of_thirty_two() -> None:
+    sixteen, thirty_two = alibi_slopes(16, 96), alibi_slopes(32, 96)
+    assert torch.equal(alibi_slopes(20, 96), torch.cat([sixteen, thirty_two[::2][:4]]))
+
+
+@pytest.mark.parametrize(("n_heads", "head_dim"), [(32, 96), (20, 96), (4, 64), (1, 128)])
+def test_every_entry_is_exact_in_bf16_and_the_sum_is_relative(n_heads: int, head_dim: int) -> None:
+    query_side, key_side = alibi_tables(n_heads, head_dim, MAX_ALIBI_CONTEXT)
+    for table in (query_side, key_side):
+        assert torch.equal(table.bfloat16().float(), table)
+    slopes = alibi_slopes(n_heads, head_dim).double()
+    i = torch.tensor([0, 63, 64, 4095, 4096, 16_383, MAX_ALIBI_CONTEXT - 1])
+    j = torch.arange(0, MAX_ALIBI_CONTEXT, 61)
+    folded = torch.einsum("ihe,je->hij", query_side[i].double(), key_side[j].double())
+    assert torch.equal(folded, slopes[:, None, None] * (j - i[:, None]).double())
+
+
+def test_one_token_further_is_rejected() -> None:
+    with pytest.raises(ModelError, match="16449 tokens is beyond 16448"):
+        alibi_tables(4, 64, MAX_ALIBI_CONTEXT + 1)
+
+
 def test_tables_grow_when_asked_and_rows_stay_the_same() -> None:
     tables = PositionTables(CONFIG)
     short = tables(0, 16)
     long = tables(3, 40)
-    for before, after in zip(short, long, strict=True):
+    for before, after in zip(short[:4], long[:4], strict=True):
         assert torch.equal(before[3:16], after[:13])
         assert len(after) == 40
 
@@ -66,13 +95,13 @@ def test_the_exact_limit_of_alibi_is_reached_and_not_passed() -> None:
     assert len(free(MAX_ALIBI_CONTEXT, 1).cos) == 1
 
 
-def test_a_move_to_bf16_or_out_of_meta_makes_the_tables_anew() -> None:
+def test_a_move_to_bf16_or_out_of_meta_makes_the_tables_again() -> None:
     expected = PositionTables(CONFIG)(0, 16)
     with torch.device("meta"):
         from_meta = PositionTables(CONFIG)
     assert from_meta.cos.is_meta
     for moved in (PositionTables(CONFIG).to(torch.bfloat16), from_meta.to_empty(device="cpu")):
-        for table, same in zip(moved(0, 16), expected, strict=True):
+        for table, same in zip(moved(0, 16)[:4], expected[:4], strict=True):
             assert table.dtype == torch.float32
             assert torch.equal(table, same)
 
@@ -81,5 +110,5 @@ def test_what_is_switched_off_has_no_table() -> None:
     neither = ModelConfig(n_heads=2, d_model=32, seq_len=16, rope=False, alibi=False)
     tables = PositionTables(neither)
     assert not list(tables.buffers())
-    assert tables(0, 40) == (None, None, None, None)
+    assert tables(0, 40) == (None,) * 5
     assert not PositionTables(CONFIG).state_dict()

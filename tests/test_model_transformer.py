@@ -1,4 +1,4 @@
-"""The whole network: what it promises about its input, its start and its precision."""
+"""The network: what it promises about its input, its start and its precision."""
 
 from dataclasses import replace
 from math import log, sqrt

@@ -19,6 +19,7 @@ from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.executors import Executor
 from pipeline.units.job import Limit
 from pipeline_samples import TEXTS, contents, prepared, request, write_jsonl
+from shards.files import json_bytes
 from shards.format import TOKEN_BYTES
 
 FILES = 5
@@ -148,6 +149,16 @@ def test_token_bytes_are_optional_checked_and_repaired(source: Path) -> None:
     assert [str(damage) for damage in find_damage(source)] == ["token_bytes.npy: damaged"]
     assert len(repair(source, (), Executor())) == 1
     assert np.array_equal(np.load(path), table)
+
+
+def test_a_plan_without_its_keys_is_damage_too(source: Path) -> None:
+    """Nothing else is left that could name its digest."""
+    for path in source.glob("[0-9]*.json"):
+        path.unlink()
+    (source / "units.json").write_bytes(
+        json_bytes({"format": "summerlm-units/1", "files": [], "parts": [], "units": []})
+    )
+    assert {"units.json", "00000.json"} <= {damage.file for damage in find_damage(source)}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Runs into Hugging Face folders and back, checked by transformers; and what is refused."""
+"""Runs into Hugging Face folders and back, checked by transformers; and what is rejected."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from tools.models.llama import (
     weights_from_llama,
     weights_to_llama,
 )
-from tools.models.loading import Choice, load
+from tools.models.loading import ModelSpec, load
 from tools.models.tokenizer_json import piece_bytes, tokenizer_json
 from tools_samples import (
     sample_config,
@@ -71,7 +71,7 @@ def test_a_folder_becomes_a_run_with_the_same_logits(tmp_path: Path, tied: bool)
     result = convert(folder, tmp_path / "runs" / "converted")
     assert result.exit_code == 0, result.output
     assert "logits differ from transformers' by" in result.output
-    loaded = load(Choice(run=tmp_path / "runs" / "converted", device="cpu", dtype="fp32"))
+    loaded = load(ModelSpec(run=tmp_path / "runs" / "converted", device="cpu", dtype="fp32"))
     llama = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -83,9 +83,9 @@ def test_a_folder_becomes_a_run_with_the_same_logits(tmp_path: Path, tied: bool)
 
 def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
     run, target = trained_run(tmp_path / "run", **PLAIN), tmp_path / "hf"
-    result = convert(run, target)
+    result = convert(run / "checkpoints" / "step-3", target)
     assert result.exit_code == 0, result.output
-    loaded = load(Choice(run=run, device="cpu", dtype="fp32"))
+    loaded = load(ModelSpec(run=run, device="cpu", dtype="fp32"))
     ours = loaded.model
     llama = transformers.AutoModelForCausalLM.from_pretrained(target)
     assert type(llama).__name__ == "LlamaForCausalLM"
@@ -106,15 +106,9 @@ def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
 
     back = convert(target, tmp_path / "again")
     assert back.exit_code == 0, back.output
-    again = load(Choice(run=tmp_path / "again", device="cpu", dtype="fp32")).model
+    again = load(ModelSpec(run=tmp_path / "again", device="cpu", dtype="fp32")).model
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(TOKENS), again.logits(TOKENS), rtol=0, atol=1e-4)
-
-
-def test_one_checkpoint_can_be_named(tmp_path: Path) -> None:
-    run = trained_run(tmp_path / "run", **PLAIN)
-    assert convert(run / "checkpoints" / "step-3", tmp_path / "hf").exit_code == 0
-    assert (tmp_path / "hf" / "model.safetensors").is_file()
 
 
 def test_training_goes_on_from_a_converted_model(tmp_path: Path) -> None:
@@ -130,7 +124,7 @@ def test_training_goes_on_from_a_converted_model(tmp_path: Path) -> None:
     config = configure(preset="tiny", sets=sets, shards=str(tmp_path / "shards"))
     train(make_plan(config, 1), tmp_path / "run")
     losses = [line["loss"] for line in read_lines(tmp_path / "run" / METRICS) if "loss" in line]
-    base = load(Choice(run=tmp_path / "base", device="cpu", dtype="fp32")).model
+    base = load(ModelSpec(run=tmp_path / "base", device="cpu", dtype="fp32")).model
     reader = ShardReader(tmp_path / "shards" / "s", "train")
     rows, _ = reader.rows(np.arange(reader.n_rows))
     tokens = torch.from_numpy(rows.astype(np.int64))
@@ -140,7 +134,7 @@ def test_training_goes_on_from_a_converted_model(tmp_path: Path) -> None:
     assert min(each) <= losses[0] <= max(each)
 
 
-def test_tokenizer_files_of_different_vocabularies_are_refused(tmp_path: Path) -> None:
+def test_tokenizer_files_of_different_vocabularies_are_rejected(tmp_path: Path) -> None:
     folder = llama_folder(tmp_path / "hf")
     other = Tokenizer(train_tokenizer(sample_text().upper().splitlines(), 500), "other")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(other)))
@@ -199,12 +193,12 @@ def test_damage_and_wrong_folders_are_named(tmp_path: Path) -> None:
     assert "exists: give --to a new folder" in convert(folder, tmp_path / "hf").output
     assert "no such folder" in convert(tmp_path / "nowhere", tmp_path / "x").output
     weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1000])
+    intact = weights.read_bytes()
+    weights.write_bytes(intact[:-1000])
     assert "damaged weights" in convert(folder, tmp_path / "x").output
     weights.rename(folder / "pytorch_model.bin")
     assert "only safetensors are read" in convert(folder, tmp_path / "x").output
-    (folder / "model.safetensors").write_bytes(whole)
+    (folder / "model.safetensors").write_bytes(intact)
     (folder / TOKENIZER).write_bytes(b"no model")
     damaged = convert(folder, tmp_path / "x").output
     assert str(folder / TOKENIZER) in damaged and "no SentencePiece model" in damaged
@@ -218,7 +212,8 @@ def test_large_models_are_written_in_several_files(
     monkeypatch.setattr(hugging_face, "_FILE_BYTES", 40_000)
     folder = llama_folder(tmp_path / "hf")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
-    _, weights, _ = read_folder(folder)
+    _, weights, vocabulary = read_folder(folder)
+    assert len(vocabulary) == 512 and vocabulary.pieces[500:] == 12 * (b"",)  # filled up
     expected = sample_model(**LLAMA).state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
@@ -276,13 +271,6 @@ def test_byte_level_pieces_are_spelled_out() -> None:
     assert piece_bytes(description) == {
         0: b" the", 1: b"\n", 2: "é".encode(), 3: b"!", 4: b"", 5: "é!".encode(),
     }  # fmt: skip
-
-
-def test_a_vocabulary_smaller_than_the_model_is_filled_up(tmp_path: Path) -> None:
-    folder = llama_folder(tmp_path / "hf")
-    _, _, vocabulary = read_folder(folder)
-    assert len(vocabulary) == 512
-    assert vocabulary.pieces[500:] == 12 * (b"",)
 
 
 def test_user_defined_symbols_become_control_pieces(tmp_path: Path) -> None:

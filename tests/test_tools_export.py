@@ -1,9 +1,11 @@
 """A run as a folder for transformers: its own code, its chat template, its card."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,12 @@ from jinja2.exceptions import TemplateError
 from conftest import REPOSITORY
 from pipeline.text.chat import SCHEMAS, ChatTemplate, render
 from pipeline.text.tokenizer import Tokenizer
-from test_house import imports
 from tools.conversion.model_card import model_card
 from tools.convert import main
 from tools.generation.generation import Generation, generate
 from tools.generation.sampling import Sampling
-from tools.models import hf_folder as hugging_face
-from tools.models.hf_folder import write_folder
-from tools.models.loading import Choice, load
+from tools.models.hf_folder import MODELING, model_code, write_folder
+from tools.models.loading import ModelSpec, load
 from tools_samples import sample_model, sample_tokenizer, trained_run
 from trainer.checkpoint.runs import EVALUATIONS
 from trainer.config.config import load_config
@@ -42,41 +42,107 @@ import importlib.util
 assert importlib.util.find_spec("trainer") is None
 import torch
 torch.set_num_threads(1)
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-def check(ours):
-    tokenizer = AutoTokenizer.from_pretrained(ours["folder"], trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(ours["folder"], trust_remote_code=True).eval()
-    near = dict(rtol=0, atol=1e-4)
-    tokens = ours["tokens"]
-    greedy = dict(max_new_tokens=24, do_sample=False)
-    with torch.inference_mode():
-        logits = model(tokens).logits
-        torch.testing.assert_close(logits, ours["logits"], **near)
+def near(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+def read(kind, folder):
+    return kind.from_pretrained(folder, trust_remote_code=True).eval()
+
+def check_logits(model, tokens, logits):
+    near(model(tokens).logits, logits)
+    near(model(inputs_embeds=model.get_input_embeddings()(tokens)).logits, logits)
+    near(model(tokens, logits_to_keep=3).logits, logits[:, -3:])
+    near(model(tokens, position_ids=torch.arange(400)[None] + 70).logits, logits)
+    cache = DynamicCache()
+    cuts = zip((0, 150, 151), (150, 151, 400), strict=True)
+    parts = [model(tokens[:, a:b], past_key_values=cache).logits for a, b in cuts]
+    near(torch.cat(parts, dim=1), logits)
+
+def check_padding(model, tokens, logits):
+    for left, right in ((50, 0), (0, 50), (20, 30)):
+        padded = torch.nn.functional.pad(tokens, (left, right))
+        seen = torch.nn.functional.pad(torch.ones_like(tokens), (left, right))
+        end = left + tokens.shape[1]
+        near(model(padded, attention_mask=seen).logits[:, left:end], logits)
+        moved = (seen.cumsum(1) - 1).clamp(min=0)  # as generate() counts them
         cache = DynamicCache()
-        cuts = zip((0, 150, 151), (150, 151, 400), strict=True)
-        parts = [model(tokens[:, a:b], past_key_values=cache).logits for a, b in cuts]
-        torch.testing.assert_close(torch.cat(parts, dim=1), logits, **near)
-        padded = torch.cat([torch.zeros(2, 50, dtype=torch.int64), tokens], dim=1)
-        seen = (torch.arange(450) >= 50).long().expand(2, 450)
-        found = model(padded, attention_mask=seen).logits[:, 50:]
-        torch.testing.assert_close(found, logits, **near)
-        alone = []
-        for prompt, written in zip(ours["prompts"], ours["written"], strict=True):
-            ids = tokenizer(prompt, return_tensors="pt")
-            made = model.generate(**ids, **greedy)
-            assert torch.equal(made, model.generate(**ids, **greedy, use_cache=False))
-            alone.append(made[0, ids.input_ids.shape[1]:].tolist())
-            assert alone[-1] == written, (alone[-1], written)
-        batch = tokenizer(ours["prompts"], return_tensors="pt", padding=True)
-        made = model.generate(**batch, **greedy)[:, batch.input_ids.shape[1]:].tolist()
-        assert made == alone
-    loss = model.train()(tokens, labels=tokens).loss
-    loss.backward()
+        cuts = zip((0, 150, 151), (150, 151, padded.shape[1]), strict=True)
+        parts = [
+            model(padded[:, a:b], seen[:, :b], moved[:, a:b], past_key_values=cache).logits
+            for a, b in cuts
+        ]
+        near(torch.cat(parts, dim=1)[:, left:end], logits)
+
+def check_states(model, base, tokens, logits):
+    found = base(tokens, output_hidden_states=True)
+    assert len(found.hidden_states) == model.config.num_hidden_layers + 1
+    assert torch.equal(found.hidden_states[0], base.get_input_embeddings()(tokens))
+    assert torch.equal(found.hidden_states[-1], found.last_hidden_state)
+    after_one = base.blocks[0](found.hidden_states[0], base.positions(0, tokens.shape[1]), None)
+    near(found.hidden_states[1], after_one)
+    head = model.get_output_embeddings() or model.get_input_embeddings()
+    near(found.last_hidden_state @ head.weight.T, logits)
+
+def check_generation(model, tokenizer, ours):
+    greedy = dict(max_new_tokens=24, do_sample=False)
+    alone = []
+    for prompt, written in zip(ours["prompts"], ours["written"], strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")
+        made = model.generate(**ids, **greedy)
+        assert torch.equal(made, model.generate(**ids, **greedy, use_cache=False))
+        alone.append(made[0, ids.input_ids.shape[1]:].tolist())
+        assert alone[-1] == written, (alone[-1], written)
+    batch = tokenizer(ours["prompts"], return_tensors="pt", padding=True)
+    made = model.generate(**batch, **greedy)[:, batch.input_ids.shape[1]:].tolist()
+    assert made == alone
+
+def check_training(model, tokens, logits):
     wanted = logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     expected = torch.nn.functional.cross_entropy(*wanted)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert all(each.grad is not None for each in model.parameters())
+    grads, calls = [], []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            for block in model.blocks:
+                block.register_forward_pre_hook(lambda *_: calls.append(1))
+        model.train().zero_grad()
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        grads.append([each.grad for each in model.parameters()])
+    assert len(calls) == 2 * len(model.blocks)
+    for plain, recomputed in zip(*grads, strict=True):
+        assert torch.equal(plain, recomputed)
+    model.gradient_checkpointing_disable()
+    model.eval()
+
+def check_resizing(model, folder, tokens, logits):
+    model.resize_token_embeddings(600, mean_resizing=False)
+    near(model(tokens).logits[..., :512], logits)
+    assert 0 < model.get_input_embeddings().weight[512:].std() < 0.1
+    model.save_pretrained(folder + "-resized")
+    again = read(AutoModelForCausalLM, folder + "-resized")
+    assert again.config.vocab_size == 600
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+def check(ours):
+    folder, tokens = ours["folder"], ours["tokens"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model, base = read(AutoModelForCausalLM, folder), read(AutoModel, folder)
+    for name, value in ours["config"].items():
+        assert getattr(model.config, name) == value, name
+    with torch.inference_mode():
+        logits = model(tokens).logits
+        near(logits, ours["logits"])
+        check_logits(model, tokens, logits)
+        check_padding(model, tokens, logits)
+        check_states(model, base, tokens, logits)
+        check_generation(model, tokenizer, ours)
+    check_training(model, tokens, logits)
+    with torch.no_grad():
+        check_resizing(model, folder, tokens, logits)
     try:
         model(torch.zeros(1, 16_449, dtype=torch.int64))
     except ValueError as error:
@@ -100,43 +166,64 @@ def test_with_alibi_its_own_code_goes_along(tmp_path: Path) -> None:
     tokens = torch.randint(3, 500, (2, 400), generator=torch.Generator().manual_seed(1))
     prompts = ["def f(x):", "import argparse\n\nclass", "a"]
     greedy = Generation(max_tokens=24, sampling=Sampling(temperature=0))
-    told = []
+    expected: list[dict[str, Any]] = []
     for number, shape in enumerate(SHAPES):
         run, target = trained_run(tmp_path / f"run{number}", **shape), tmp_path / f"hf{number}"
         result = convert(run, target)
         assert result.exit_code == 0, result.output
-        ours = load(Choice(run=run, device="cpu", dtype="fp32"))
+        ours = load(ModelSpec(run=run, device="cpu", dtype="fp32"))
         encode = ours.vocabulary.encode
         with torch.inference_mode():
             written = [generate(ours, [1, *encode(prompt)], greedy) for prompt in prompts]
             logits = ours.model.logits(tokens)
         assert len({id for ids in written for id in ids}) > 10
-        told.append({"folder": str(target), "prompts": prompts, "written": written,
-                     "tokens": tokens, "logits": logits})  # fmt: skip
+        config = ours.model.config
+        described = {"head_dim": config.head_dim, "tie_word_embeddings": config.tie_embeddings,
+                     "hidden_size": config.d_model, **asdict(config)}  # fmt: skip
+        described["n_kv_heads"] = described["num_key_value_heads"] = config.kv_heads
+        expected.append({"folder": str(target), "prompts": prompts, "written": written,
+                         "tokens": tokens, "logits": logits, "config": described})  # fmt: skip
+        stored = json.loads((target / "config.json").read_text())
+        derived = {"head_dim": config.head_dim, "tie_word_embeddings": config.tie_embeddings}
+        assert stored.items() >= (asdict(config) | derived).items()
         never = json.loads((target / "generation_config.json").read_text())["suppress_tokens"]
         assert never == [0, 1, *range(3, 5), *range(500, 512)]  # not 2, which ends a text
         back = convert(target, tmp_path / f"back{number}")
         assert back.exit_code == 0, back.output
         assert load_config(tmp_path / f"back{number}").model == ours.model.config
-        assert load(Choice(hf=target, device="cpu")).weights_sha256 == ours.weights_sha256
-    torch.save(told, tmp_path / "told.pt")
+        assert load(ModelSpec(hf=target, device="cpu")).weights_sha256 == ours.weights_sha256
+    torch.save(expected, tmp_path / "expected.pt")
     plain = subprocess.run(
-        [sys.executable, "-I", "-c", IN_PLAIN_TRANSFORMERS, REPOSITORY, tmp_path / "told.pt"],
+        [sys.executable, "-I", "-c", IN_PLAIN_TRANSFORMERS, REPOSITORY, tmp_path / "expected.pt"],
         env=os.environ | {"HF_HOME": str(tmp_path / "cache")}, capture_output=True, text=True,
     )  # fmt: skip
     assert plain.returncode == 0, plain.stderr
 
 
-def test_the_code_that_goes_along_needs_torch_and_transformers_alone() -> None:
-    assert {name for name, _ in imports(REPOSITORY / "tools" / hugging_face.MODELING)} == {
-        "__future__", "math", "typing", "torch", "transformers",
-    }  # fmt: skip
+def test_the_code_that_goes_along_is_the_model_s_and_needs_torch_and_transformers_alone() -> None:
+    """All of model/, changed in its own imports alone, which name files that go along."""
+    code = model_code()
+    model = [path.name for path in (REPOSITORY / "model").glob("*.py")]
+    assert sorted(code) == sorted({*model, MODELING} - {"__init__.py"})
+    for name, text in code.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert f"{node.module}.py" in code
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [
+                    alias.name for alias in node.names
+                ]  # fmt: skip
+                allowed = {"torch", "transformers"} | set(sys.stdlib_module_names)
+                assert {each.split(".")[0] for each in names} <= allowed
+        if name in model:
+            source = (REPOSITORY / "model" / name).read_text()
+            assert text == source.replace("\nfrom model.", "\nfrom .")
 
 
 def test_a_folder_s_own_code_is_never_run(tmp_path: Path) -> None:
     run, target = trained_run(tmp_path / "run"), tmp_path / "hf"
     assert convert(run, target).exit_code == 0
-    (target / hugging_face.MODELING).write_text("raise SystemExit('foreign code')")
+    (target / MODELING).write_text("raise SystemExit('foreign code')")
     assert convert(target, tmp_path / "back").exit_code == 0
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"n_layers": "two"}))
@@ -158,11 +245,12 @@ def test_the_card_says_where_the_weights_come_from(tmp_path: Path) -> None:
     assert "| web | 40 | 1,270 | 0.25 | `" + "5f" * 32 + "` |" in card
     for said in ("| tokens seen | 1,270 |", "$37.00 at $18.5 an hour", "2.00 h of 8 devices",
                  "| started from | base |", "### lambada\n\n```\nacc 0.25", "run, step 3",
-                 load(Choice(run=run, device="cpu")).weights_sha256, sample_tokenizer().info.sha256,
+                 load(ModelSpec(run=run, device="cpu")).weights_sha256,
+                 sample_tokenizer().info.sha256,
                  "summerlm 0.1.0", "trust_remote_code=True"):  # fmt: skip
         assert said in card
     plain = trained_run(tmp_path / "plain", alibi=False) / "checkpoints" / "step-3"
-    assert "trust_remote_code" not in model_card(plain, load(Choice(checkpoint=plain)))
+    assert "trust_remote_code" not in model_card(plain, load(ModelSpec(checkpoint=plain)))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tools.evaluation.protocols import Protocol
 from tools.evaluation.tasks import TASKS
 from tools.evaluation.wikitext import detokenized, from_raw, pages_of
 from tools.models.hf_folder import write_folder
-from tools.models.loading import Choice, LoadedModel, load
+from tools.models.loading import LoadedModel, ModelSpec, load
 from tools_samples import sample_model, sample_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> LoadedModel:
-    return load(Choice(hf=folder, device="cpu", dtype="fp32"))
+    return load(ModelSpec(hf=folder, device="cpu", dtype="fp32"))
 
 
 Ask = Callable[[list[dict[str, Any]], int], Any]

@@ -17,7 +17,7 @@ import pytest
 from conftest import REPOSITORY
 from tools.evaluation.multiple_choice import Setting, evaluate_task
 from tools.evaluation.tasks import TASKS
-from tools.models.loading import Choice, load
+from tools.models.loading import ModelSpec, load
 from tools_samples import write_run
 
 PLUGIN = REPOSITORY / "tools" / "lm_eval_plugin"
@@ -161,7 +161,7 @@ def test_the_harness_command_line_scores_our_model(environment: Path, tmp_path: 
     done = lm_eval(environment, tmp_path, *arguments, *where, *output)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = next((tmp_path / "out").rglob("samples_*.jsonl")).read_text().splitlines()
-    ours = load(Choice(run=run, device="cpu", dtype="fp32"))
+    ours = load(ModelSpec(run=run, device="cpu", dtype="fp32"))
     _, answers = evaluate_task(ours, TASKS["arc_easy"], Setting(data=data))
     assert len(lines) == len(answers) == len(rows)
     for sample in map(json.loads, lines):

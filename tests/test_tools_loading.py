@@ -15,7 +15,7 @@ from tools.evaluation.perplexity import measure
 from tools.evaluation.protocols import Protocol
 from tools.evaluation.wikitext import from_raw
 from tools.models.hf_folder import write_folder
-from tools.models.loading import Choice, load, max_context, sha256_of_weights
+from tools.models.loading import ModelSpec, load, max_context, sha256_of_weights
 from tools_samples import (
     SEQ_LEN,
     sample_loaded,
@@ -24,6 +24,7 @@ from tools_samples import (
     sample_tokenizer,
     write_run,
 )
+from trainer.checkpoint.runs import RECORD
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,9 +40,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_is_loaded_at_its_newest_checkpoint_and_a_checkpoint_by_name(run: Path) -> None:
-    newest = load(Choice(run=run, device="cpu"))
+    newest = load(ModelSpec(run=run, device="cpu"))
     assert newest.name.endswith("sample, step 4")
-    older = load(Choice(checkpoint=run / "checkpoints" / "step-2", device="cpu"))
+    older = load(ModelSpec(checkpoint=run / "checkpoints" / "step-2", device="cpu"))
     assert older.name.endswith("sample, step 2")
     assert older.weights_sha256 != newest.weights_sha256
     assert newest.weights_sha256 == sha256_of_weights(dict(newest.model.named_parameters()))
@@ -51,21 +52,21 @@ def test_a_run_is_loaded_at_its_newest_checkpoint_and_a_checkpoint_by_name(run: 
 
 def test_without_a_name_the_newest_run_is_taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parents[1])
-    assert load(Choice(device="cpu")).name == "runs/sample, step 4"
+    assert load(ModelSpec(device="cpu")).name == "runs/sample, step 4"
     monkeypatch.chdir(run)
     with pytest.raises(SummerError, match="summer-train"):
-        load(Choice(device="cpu"))
+        load(ModelSpec(device="cpu"))
 
 
 def test_a_model_that_is_not_there_or_does_not_fit_is_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(LoadingError, match="name one of --run"):
-        load(Choice(run=run, checkpoint=run))
-    with pytest.raises(LoadingError, match=r"no checkpoint\.json there"):
-        load(Choice(checkpoint=run))
+        load(ModelSpec(run=run, checkpoint=run))
+    with pytest.raises(LoadingError, match=f"no {RECORD} there"):
+        load(ModelSpec(checkpoint=run))
     with pytest.raises(SummerError, match="no run of summer-train"):
-        load(Choice(run=tmp_path))
+        load(ModelSpec(run=tmp_path))
     with pytest.raises(LoadingError, match="torch sees no GPU here"):
-        load(Choice(run=run, device="cuda"))
+        load(ModelSpec(run=run, device="cuda"))
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def llama_folder(tmp_path: Path) -> Path:
 
 
 def test_a_llama_folder_is_scored_by_the_same_code(llama_folder: Path) -> None:
-    loaded = load(Choice(hf=llama_folder, device="cpu"))
+    loaded = load(ModelSpec(hf=llama_folder, device="cpu"))
     ours = sample_loaded(alibi=False, layer_scale=False, n_kv_heads=1)
     assert loaded.weights_sha256 == ours.weights_sha256
     assert max_context(loaded.model.config) is None
@@ -88,14 +89,14 @@ def test_a_llama_folder_is_scored_by_the_same_code(llama_folder: Path) -> None:
     assert measure(loaded, text, protocol).nats == measure(ours, text, protocol).nats
 
 
-def test_a_llama_folder_with_another_tokenizer_is_refused(llama_folder: Path) -> None:
+def test_a_llama_folder_with_another_tokenizer_is_rejected(llama_folder: Path) -> None:
     (llama_folder / TOKENIZER).write_bytes(Tokenizer.default().model)
     with pytest.raises(LoadingError, match="has 32,768 entries and the weights are made for 512"):
-        load(Choice(hf=llama_folder, device="cpu"))
+        load(ModelSpec(hf=llama_folder, device="cpu"))
     model = sample_model(alibi=False, layer_scale=False, vocab_size=2048)
     write_folder(llama_folder, model.config, model.state_dict(), sample_tokenizer())
     with pytest.raises(LoadingError, match="has 500 entries and the weights are made for 2,048"):
-        load(Choice(hf=llama_folder, device="cpu"))
+        load(ModelSpec(hf=llama_folder, device="cpu"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import trainer.train
+from model.attention import attend
 from model.dropout import CounterDropout, keep_mask, row_state
-from model.kernel import attend
 from trainer.config.config import configure
 from trainer.session import network as parallel
 from trainer.session.network import build_network

@@ -29,7 +29,7 @@ from test_golden import near
 from tools.convert import main as convert
 from tools.evaluate import main as evaluate
 from tools.models import hf_folder as hugging_face
-from tools.models.loading import Choice, load
+from tools.models.loading import ModelSpec, load
 from tools.trace import main as trace
 from trainer.checkpoint.storage import read_record
 from trainer.cli import main as train
@@ -195,10 +195,10 @@ def test_without_any_optional_key_the_commands_do_their_work() -> None:
 @pytest.mark.parametrize("name", [key for key in EXPORTED if key != "model_type"])
 def test_an_export_that_lacks_a_key_is_the_same_model_or_is_refused(name: str) -> None:
     tokens = torch.arange(3, 43)[None]
-    before = load(Choice(hf=EXPORT, device="cpu", dtype="fp32")).model.logits(tokens)
+    before = load(ModelSpec(hf=EXPORT, device="cpu", dtype="fp32")).model.logits(tokens)
     changed(EXPORT / "config.json", name)
     try:
-        loaded = load(Choice(hf=EXPORT, device="cpu", dtype="fp32"))
+        loaded = load(ModelSpec(hf=EXPORT, device="cpu", dtype="fp32"))
     except SummerError as error:
         assert "config.json" in str(error) and "\n" not in str(error)
         assert name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff")

@@ -38,20 +38,19 @@ def main(source: Path, target: Path, wanted: Format | None) -> None:
     """Convert a model, and compare its logits with transformers before saying so."""
     from tools.conversion.convert import convert
 
-    done = convert(source, target, wanted)
-    checked = done.checked
+    made, compared = convert(source, target, wanted)
     click.echo(
-        f"{checked.source} -> {done.target} ({done.format}, {checked.parameters:,} parameters)\n"
+        f"{compared.source} -> {target} ({made}, {compared.parameters:,} parameters)\n"
         f"ids equal SentencePiece's; logits differ from transformers' by"
-        f" {checked.largest_difference:.1e} at most (limit {checked.limit:.1e}, fp32)"
+        f" {compared.largest_difference:.1e} at most (limit {compared.limit:.1e}, fp32)"
     )
-    if done.format == "summer":
+    if made == "summer":
         click.echo(
-            f"use it:  summer-eval wikitext2 --run {done.target}\n"
-            f"         summer-train --shards shards/ --set init_from={done.target}"
+            f"use it:  summer-eval wikitext2 --run {target}\n"
+            f"         summer-train --shards shards/ --set init_from={target}"
         )
     else:
-        click.echo(f"use it:  see {done.target / 'README.md'}")
+        click.echo(f"use it:  see {target / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -174,9 +174,9 @@ def evaluate() -> HeldOut:
     """The held-out score of the finished run, as a table."""
     from tools.evaluation.cards import heldout_card
     from tools.evaluation.heldout import evaluate_heldout
-    from tools.models.loading import Choice, load
+    from tools.models.loading import ModelSpec, load
 
-    score = evaluate_heldout(load(Choice(run=RUN)), SHARDS)
+    score = evaluate_heldout(load(ModelSpec(run=RUN)), SHARDS)
     print("\n".join(heldout_card(score)))
     return score
 
@@ -185,10 +185,10 @@ def show_samples() -> None:
     """Continuations of one prompt by the first, a middle and the last checkpoint."""
     from tools.generation.generation import Generation, complete
     from tools.generation.sampling import Sampling
-    from tools.models.loading import Choice, load
+    from tools.models.loading import ModelSpec, load
 
     for step in (CHECKPOINT_EVERY, STEPS // 2, STEPS):
-        loaded = load(Choice(checkpoint=record_of(RUN, step).parent))
+        loaded = load(ModelSpec(checkpoint=record_of(RUN, step).parent))
         options = Generation(max_tokens=60, sampling=Sampling(temperature=0.5, top_k=40, seed=2))
         text = complete(loaded, PROMPT, options)
         print(f"  step {step}:")

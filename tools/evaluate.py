@@ -150,10 +150,10 @@ def _follow(run: Path, tasks: Sequence[str], options: dict[str, Any]) -> Iterato
 def _score(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
     """Each task's outcome for the model that the options choose."""
     from tools.evaluation.suite import Options, run_task
-    from tools.models.loading import Choice, load
+    from tools.models.loading import ModelSpec, load
 
     named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
-    choice = Choice(**named)
+    choice = ModelSpec(**named)
     loaded = load(choice)
     given = Options(
         **options, checkpoint=choice.checkpoint_dir if options["contamination"] else None
@@ -167,13 +167,13 @@ def _search(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
     """The contamination of each task; with a run, also by what that has seen."""
     from tools.evaluation.cards import contamination_card
     from tools.evaluation.suite import Options, Outcome, search_contamination
-    from tools.models.loading import Choice
+    from tools.models.loading import ModelSpec
 
     if not tasks:
         raise click.UsageError("contamination needs a --task (as often as you like)")
     named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
     has_run = named["run"] or named["checkpoint"]
-    given = Options(**options, checkpoint=Choice(**named).checkpoint_dir if has_run else None)
+    given = Options(**options, checkpoint=ModelSpec(**named).checkpoint_dir if has_run else None)
     for task in tasks:
         with _progress_bar(task) as progress:
             found = search_contamination(task, given, progress)

@@ -46,7 +46,7 @@ def main(prompt: str, chat: bool, system: str, **options: Any) -> None:
     """Write on from a prompt, or answer in a conversation."""
     from tools.generation.generation import Conversation, Generation, complete
     from tools.generation.sampling import Sampling
-    from tools.models.loading import Choice, load
+    from tools.models.loading import ModelSpec, load
 
     names = ("temperature", "top_k", "top_p", "seed")
     sampling = Sampling(**{name: options[name] for name in names})
@@ -54,7 +54,7 @@ def main(prompt: str, chat: bool, system: str, **options: Any) -> None:
         max_tokens=options["max_tokens"], sampling=sampling, use_cache=options["cache"]
     )
     named = ("run", "checkpoint", "hf", "device", "dtype")
-    loaded = load(Choice(**{name: options[name] for name in named}))
+    loaded = load(ModelSpec(**{name: options[name] for name in named}))
     click.echo(loaded.name, err=True)
     if chat:
         _converse(Conversation(loaded, generation, system), prompt)

@@ -116,10 +116,13 @@ class Metadata:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.damage: list[Damage] = []
-        self.plan = _read(folder / PLAN, lambda path: read_plan(path.parent), PreparePlan.to_json)
+        self.plan = _read(folder / PLAN, _usable_plan, PreparePlan.to_json)
         self.manifest = _read(
             folder / MANIFEST, lambda path: read_manifest(path.parent), Manifest.to_json
         )
+        self._listed: dict[str, list[ShardInfo]] = {}  # the manifest's shards, by unit
+        for shard in self.manifest.shards if self.manifest is not None else ():
+            self._listed.setdefault(shard.file.split("-")[0], []).append(shard)
         self.records = self._read_unit_records()
         if self.plan is not None and self.records:
             sha256 = self.plan.sha256
@@ -146,7 +149,7 @@ class Metadata:
         """The units that there should be."""
         names = set(self.records)
         if self.manifest is not None:
-            names |= {shard.file.split("-")[0] for shard in self.manifest.shards}
+            names |= set(self._listed)
         if self.plan is not None and not _is_limited(self.plan):
             names |= {unit_name(position) for position in range(len(self.plan.units))}
         return sorted(names)
@@ -154,7 +157,7 @@ class Metadata:
     def shards_of(self, unit: str) -> tuple[ShardInfo, ...]:
         """The unit's shards: as the manifest has them, or else its record."""
         if self.manifest is not None:
-            return tuple(s for s in self.manifest.shards if s.file.split("-")[0] == unit)
+            return tuple(self._listed.get(unit, ()))
         return self.records[unit].shards if unit in self.records else ()
 
     def _read_unit_records(self) -> dict[str, UnitRecord]:
@@ -198,8 +201,15 @@ def _read(path: Path, read: Callable[[Path], T | None], to_json: Callable[[T], A
     try:
         value = read(path)
         return value if value and json_bytes(to_json(value)) == path.read_bytes() else None
-    except (OSError, SummerError):
+    except (OSError, SummerError, KeyError, TypeError):
         return None
+
+
+def _usable_plan(path: Path) -> PreparePlan | None:
+    plan = read_plan(path.parent)
+    if plan is not None:
+        facts_of(plan.recipe), _is_limited(plan)  # KeyError or TypeError if something is missing
+    return plan
 
 
 def digest_of(path: Path) -> str:

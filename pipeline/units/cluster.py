@@ -66,9 +66,10 @@ def _collect(
     address, heard = ray.get_runtime_context().gcs_address, time.monotonic()
     while not closing.is_set():
         tasks = list(running)
-        done: list[Any] = []
-        with contextlib.suppress(ray.exceptions.RayError):
-            done = ray.wait(tasks, timeout=WAIT_S)[0] if tasks else []
+        try:
+            done, in_order = ray.wait(tasks, timeout=WAIT_S)[0] if tasks else [], True
+        except Exception:  # a cluster that goes on like this counts as gone
+            done, tasks, in_order = [], [], False
         for task in done:
             try:
                 record, step = ray.get(task)
@@ -76,7 +77,7 @@ def _collect(
                 running.pop(task).set_result(record)
             except Exception as error:  # of the task, or of Ray
                 running.pop(task).set_exception(_explained(error))
-        if done or _answers(address):
+        if done or (in_order and _answers(address)):
             heard = time.monotonic()
         elif time.monotonic() - heard > GONE_AFTER_S:
             gone = PrepareError(f"the Ray cluster at {address} is gone: {GOES_ON}")

@@ -53,7 +53,7 @@ class Executor:
             with _pool(min(self.workers, n_units), job, report) as submit:
                 yield submit
         else:
-            yield lambda position, limit: _at_once(job, position, limit, report)
+            yield lambda position, limit: _run_here(job, position, limit, report)
 
 
 def default_workers() -> int:
@@ -63,7 +63,7 @@ def default_workers() -> int:
     return os.cpu_count() or 1
 
 
-def _at_once(
+def _run_here(
     job: PrepareJob, position: int, limit: Limit, report: ReportStep
 ) -> Future[UnitRecord]:
     future: Future[UnitRecord] = Future()

@@ -38,9 +38,9 @@ from attention_sides import (
     masked_kernel,
 )
 from measure import machine, spread
-from model.alibi import FOLDED_DIMS
 from model.attention import GROUP_ROWS
 from model.config import ModelConfig, ModelError
+from model.positions import FOLDED_DIMS
 from trainer.config.config import configure
 from trainer.distributed.devices import device_name, pick_device
 

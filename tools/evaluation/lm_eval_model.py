@@ -34,7 +34,7 @@ from tools.evaluation.protocols import Protocol, plan_texts
 from tools.evaluation.scoring import Scorer, score
 from tools.generation.generation import Generation, write
 from tools.generation.sampling import Sampling
-from tools.models.loading import Choice, Precision, load
+from tools.models.loading import ModelSpec, Precision, load
 
 Pair = tuple[tuple[str, str], list[int], list[int]]
 """Texts of context and continuation, and the ids of each."""
@@ -63,7 +63,7 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         where = dict(zip(("run", "checkpoint", "hf"), named, strict=True))
         if device == UNSAID and not torch.cuda.is_available():
             device = None
-        self.loaded = load(Choice(**where, device=device or "auto", dtype=dtype))
+        self.loaded = load(ModelSpec(**where, device=device or "auto", dtype=dtype))
         self.max_length = int(options.pop("context", None) or self.loaded.trained_context)
         refuse_context(self.loaded, self.max_length)
         self.batch_tokens = int(options.pop("batch_tokens", 8192))

@@ -1,9 +1,9 @@
-"""A model's folder as Hugging Face lays it out: config.json, safetensors, a tokenizer.
+"""A folder as Hugging Face lays it out: config.json, safetensors, a tokenizer.
 
-The model is one of the Llama family, or with ALiBi one of our own architecture, whose code
-(tools/models/modeling_summerlm.py) lies beside its weights; that copy is never run from here.
-Weights are read from safetensors alone: a pickle can run code. The tokenizer is the SentencePiece
-file where there is one, else tokenizer.json.
+Its model is one of the Llama family, or one of our own architecture, whose code
+(tools/models/modeling_summerlm.py and model/) is copied next to its weights; that copy is never
+run from here. Weights are read from safetensors alone: a pickle can run code. The tokenizer is the
+SentencePiece file where there is one, else tokenizer.json.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+import model
 from model.config import ModelConfig
 from pipeline.errors import TokenizerError
 from pipeline.text.tokenizer import Tokenizer, extend
@@ -51,7 +54,7 @@ _THEIRS: Final = frozenset((
     "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
 ))  # fmt: skip
 """Keys of a config.json that are the library's, or are for it: none changes what is computed."""
-_WHOLE: Final = "model.safetensors"
+_SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _FILE_BYTES: Final = 5_000_000_000
 _MOST_FILLED_UP: Final = 1024
@@ -111,7 +114,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         )
     missing = vocab_size - len(vocabulary)
     if not 0 < missing < _MOST_FILLED_UP:
-        return vocabulary  # which fits, or is refused
+        return vocabulary  # which fits, or is rejected
     return replace(vocabulary, pieces=vocabulary.pieces + missing * (b"",))
 
 
@@ -146,7 +149,8 @@ def write_folder(
         described, theirs = config_to_llama(config), weights_to_llama(config, weights)
     else:
         described, theirs = _own_config(config), dict(weights)
-        publish_bytes(folder / MODELING, Path(__file__).with_name(MODELING).read_bytes())
+        for name, code in model_code().items():
+            publish_bytes(folder / name, code.encode())
     publish_json(folder / CONFIG, {**described, **ends, "dtype": "float32", WRITER_KEY: VERSION})
     no_text = [i for i in range(config.vocab_size) if not _is_text(tokenizer, i)]
     publish_json(folder / "generation_config.json", {**ends, "suppress_tokens": no_text})
@@ -154,6 +158,19 @@ def write_folder(
     publish_json(folder / TOKENIZER_JSON, tokenizer_json(tokenizer))
     publish_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config.seq_len))
     _write_weights(folder, theirs)
+
+
+def model_code() -> dict[str, str]:
+    """The files that compute our architecture, by name, as they lie together in one folder.
+
+    transformers 4 fetches only those that the first file names, so it is made to name all.
+    """
+    parts = sorted(Path(model.__path__[0]).glob("[!_]*.py"))
+    names_all = "\n" + "".join(f"from model.{path.stem} import __doc__ as _\n" for path in parts)
+    files = {path.name: path.read_text("utf-8") for path in parts}
+    files[MODELING] = Path(__file__).with_name(MODELING).read_text("utf-8") + names_all
+    within = re.compile(r"^from model\.(\w+) import", re.MULTILINE)
+    return {name: within.sub(r"from .\1 import", text) for name, text in files.items()}
 
 
 def _own_config(config: ModelConfig) -> dict[str, Any]:
@@ -164,9 +181,12 @@ def _own_config(config: ModelConfig) -> dict[str, Any]:
         "model_type": OWN,
         "auto_map": {
             "AutoConfig": f"{module}.SummerLMConfig",
+            "AutoModel": f"{module}.SummerLMModel",
             "AutoModelForCausalLM": f"{module}.SummerLMForCausalLM",
         },
         **asdict(config),
+        "head_dim": config.head_dim,
+        "tie_word_embeddings": config.tie_embeddings,
     }
 
 
@@ -188,40 +208,21 @@ def _is_text(tokenizer: Tokenizer, number: int) -> bool:
 
 
 def _write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    groups = list(_in_files(weights))
-    names = [_WHOLE] if len(groups) == 1 else _numbered(len(groups))
-    for name, group in zip(names, groups, strict=True):
-        publish_bytes(folder / name, save(group, metadata={"format": "pt"}))
-    if len(groups) > 1:
-        total = sum(tensor.nbytes for group in groups for tensor in group.values())
-        places = {key: name for name, group in zip(names, groups, strict=True) for key in group}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+    files = split_torch_state_dict_into_shards(dict(weights), max_shard_size=_FILE_BYTES)
+    for name, keys in files.filename_to_tensors.items():
+        tensors = {key: weights[key] for key in keys}
+        publish_bytes(folder / name, save(tensors, metadata={"format": "pt"}))
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         publish_json(folder / _INDEX, index)
 
 
-def _in_files(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The weights in groups below 5 GB, as they follow one another."""
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in weights.items():
-        if group and size + tensor.nbytes > _FILE_BYTES:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor
-        size += tensor.nbytes
-    yield group
-
-
-def _numbered(count: int) -> list[str]:
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _WHOLE).is_file():
-        return [folder / _WHOLE]
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
     if not (folder / _INDEX).is_file():
         raise ConversionError(
-            f"no {_WHOLE} and no {_INDEX} there: only safetensors are read (a pickle can run code)"
+            f"no {_SINGLE} and no {_INDEX} there: only safetensors are read (a pickle can run code)"
         )
     names = sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))
     if absent := [name for name in names if not (folder / name).is_file()]:

@@ -8,6 +8,7 @@ that joining and cutting is all there is to it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Final
 
 import torch
@@ -19,6 +20,24 @@ from tools.errors import ConversionError
 FAMILY: Final = ("llama", "mistral")
 _DEFAULT_THETA: Final = 10_000.0
 
+_SHAPE: Final = {
+    "vocab_size": "vocab_size",
+    "seq_len": "max_position_embeddings",
+    "n_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "d_ff": "intermediate_size",
+}
+_OPTIONS: Final[dict[str, tuple[str, Any]]] = {  # with the default of a Llama's config.json
+    "n_kv_heads": ("num_key_value_heads", None),
+    "tie_embeddings": ("tie_word_embeddings", False),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "init_std": ("initializer_range", 0.02),
+}
+_KNOWN: Final = {
+    *_SHAPE, *_OPTIONS, "rope", "rope_theta", "alibi", "layer_scale", "dropout",
+    "attention_dropout", "z_loss",
+}  # fmt: skip
 _SAME: Final = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
@@ -34,24 +53,17 @@ _SCALES: Final = {"attention.out.weight": "attention_scale", "ffn.down.weight": 
 
 def config_from_llama(theirs: Mapping[str, Any]) -> ModelConfig:
     """Our shape for a config.json; ConversionError for what this model cannot compute."""
-    _refuse_what_differs(theirs)
+    _check_computable(theirs)
     try:
+        given = {our: theirs[their] for our, their in _SHAPE.items()}
+        given |= {our: theirs.get(their, default) for our, (their, default) in _OPTIONS.items()}
         return ModelConfig(
-            vocab_size=theirs["vocab_size"],
-            seq_len=theirs["max_position_embeddings"],
-            n_layers=theirs["num_hidden_layers"],
-            d_model=theirs["hidden_size"],
-            n_heads=theirs["num_attention_heads"],
-            n_kv_heads=theirs.get("num_key_value_heads"),
-            d_ff=theirs["intermediate_size"],
+            **given,
             rope_theta=float(_rope(theirs).get("rope_theta", _DEFAULT_THETA)),
             alibi=False,
             layer_scale=False,
             dropout=0.0,
             attention_dropout=0.0,
-            tie_embeddings=theirs.get("tie_word_embeddings", False),
-            norm_eps=theirs.get("rms_norm_eps", 1e-6),
-            init_std=theirs.get("initializer_range", 0.02),
         )
     except KeyError as error:
         raise ConversionError(
@@ -62,8 +74,9 @@ def config_from_llama(theirs: Mapping[str, Any]) -> ModelConfig:
 
 
 def is_llama(ours: ModelConfig) -> bool:
-    """Whether a LlamaForCausalLM computes the same: it always has RoPE, and never ALiBi."""
-    return ours.rope and not ours.alibi
+    """Whether a LlamaForCausalLM computes the same: it has RoPE, no ALiBi, and no later option."""
+    later = [each for each in fields(ours) if each.name not in _KNOWN]
+    return ours.rope and not ours.alibi and all(getattr(ours, o.name) == o.default for o in later)
 
 
 def config_to_llama(ours: ModelConfig) -> dict[str, Any]:
@@ -71,20 +84,13 @@ def config_to_llama(ours: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": ours.vocab_size,
-        "max_position_embeddings": ours.seq_len,
-        "num_hidden_layers": ours.n_layers,
-        "hidden_size": ours.d_model,
-        "num_attention_heads": ours.n_heads,
+        **{their: getattr(ours, our) for our, their in _SHAPE.items()},
+        **{their: getattr(ours, our) for our, (their, _) in _OPTIONS.items()},
         "num_key_value_heads": ours.kv_heads,
         "head_dim": ours.head_dim,
-        "intermediate_size": ours.d_ff,
         "hidden_act": "silu",
         "rope_theta": ours.rope_theta,  # where transformers < 5 looks, and llama.cpp
         "rope_parameters": {"rope_type": "default", "rope_theta": ours.rope_theta},
-        "rms_norm_eps": ours.norm_eps,
-        "initializer_range": ours.init_std,
-        "tie_word_embeddings": ours.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
@@ -152,7 +158,7 @@ def _rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
     return before | scaling | (theirs.get("rope_parameters") or {})
 
 
-def _refuse_what_differs(theirs: Mapping[str, Any]) -> None:
+def _check_computable(theirs: Mapping[str, Any]) -> None:
     """ConversionError for a setting under which our model would compute something else."""
     rope = _rope(theirs)
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -1,5 +1,4 @@
-"""A run, a checkpoint or a Llama-family folder -> the model with its tokenizer, and what they
-are."""
+"""A run, a checkpoint or a Hugging Face folder -> the model with its tokenizer."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ VOCAB_MULTIPLE: Final = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ModelSpec:
     """Which model, where. With neither `run`, `checkpoint` nor `hf`, the newest run is meant.
 
     `auto` is an accelerator if there is one; it means bf16 on CUDA and ROCm, fp32 elsewhere.
@@ -59,7 +58,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model that is ready to be asked, on its device. `name` says where it came from."""
+    """A model in evaluation mode, on its device. `name` says where it came from."""
 
     name: str
     model: Transformer
@@ -74,7 +73,7 @@ class LoadedModel:
 
     @property
     def trained_context(self) -> int:
-        """Tokens a row had in training."""
+        """Tokens of a sequence in training."""
         return self.model.config.seq_len
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -98,21 +97,21 @@ class LoadedModel:
 _Parts = tuple[str, ModelConfig, Mapping[str, Tensor], Vocabulary]
 
 
-def load(choice: Choice) -> LoadedModel:
+def load(spec: ModelSpec) -> LoadedModel:
     """The chosen model in evaluation mode; LoadingError where there is none or parts do not fit."""
-    named = [path for path in (choice.run, choice.checkpoint, choice.hf) if path is not None]
+    named = [path for path in (spec.run, spec.checkpoint, spec.hf) if path is not None]
     if len(named) > 1:
         raise LoadingError(f"{named[0]} and {named[1]}: name one of --run, --checkpoint and --hf")
-    device = resolve_device(choice.device)
+    device = resolve_device(spec.device)
     if device.type == "cpu":
         keep_freed_memory()
     name, config, weights, vocabulary = (
-        (str(choice.hf), *read_folder(choice.hf))
-        if choice.hf is not None
-        else _from_checkpoint(choice.checkpoint or newest_checkpoint(choice.run or newest_run()))
+        (str(spec.hf), *read_folder(spec.hf))
+        if spec.hf is not None
+        else _from_checkpoint(spec.checkpoint or newest_checkpoint(spec.run or newest_run()))
     )
-    refuse_misfit(name, config, weights, vocabulary)
-    dtype = choice.dtype if choice.dtype != "auto" else _natural_dtype(device)
+    check_fit(name, config, weights, vocabulary)
+    dtype = spec.dtype if spec.dtype != "auto" else _natural_dtype(device)
     with torch.device("meta"):  # never initialised at random on the way
         model = Transformer(config)
     model.to_empty(device=device).load_state_dict(weights)
@@ -144,7 +143,7 @@ def _from_checkpoint(checkpoint: Path) -> _Parts:
     return name, load_config(run).model, load_weights(checkpoint), vocabulary
 
 
-def refuse_misfit(
+def check_fit(
     name: str, config: ModelConfig, weights: Mapping[str, Tensor], vocabulary: Vocabulary
 ) -> None:
     """LoadingError unless weights and tokenizer are those that the configuration describes."""

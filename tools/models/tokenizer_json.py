@@ -45,31 +45,36 @@ _CHAT: Final = r"""
 {%- endfor -%}
 """
 """pipeline/text/chat.py for transformers. There markers are put in by id and texts stay text; here
-a text that spells one would forge it, so it is refused."""
+a text that spells one would forge it, so it is rejected."""
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The vocabulary as a tokenizer.json."""
-    proto = tokenizer.proto
-    ids = {entry.piece: number for number, entry in enumerate(proto.pieces)}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [_added(ids[piece], piece) for piece in _markers(tokenizer)],
-        "normalizer": {"type": "Sequence", "normalizers": _normalizers(tokenizer)},
-        "pre_tokenizer": None,
-        "post_processor": _bos_in_front(proto.pieces[tokenizer.bos_id].piece, tokenizer.bos_id),
-        "decoder": {"type": "Sequence", "decoders": _decoders(tokenizer)},
-        "model": {
-            "type": "BPE",
-            "unk_token": proto.pieces[tokenizer.pad_id].piece,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": ids,
-            "merges": _merges(tokenizer),
-        },
-    }
+    from tokenizers import AddedToken, decoders, models, normalizers, processors  # with [hf] alone
+    from tokenizers import Tokenizer as FastTokenizer
+
+    pieces = tokenizer.proto.pieces
+    bos, unk = pieces[tokenizer.bos_id].piece, pieces[tokenizer.pad_id].piece
+    vocab = {entry.piece: number for number, entry in enumerate(pieces)}
+    model = models.BPE(vocab, _merges(tokenizer), unk_token=unk, fuse_unk=True, byte_fallback=True)
+    normalize: list[Any] = [normalizers.Replace(" ", SPACE)]
+    decode: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if tokenizer.proto.normalizer_spec.add_dummy_prefix:
+        normalize = [normalizers.Prepend(SPACE), *normalize]
+        decode = [*decode, decoders.Strip(" ", 1, 0)]
+    fast = FastTokenizer(model)
+    fast.add_special_tokens(
+        [AddedToken(piece, normalized=False, special=True) for piece in _markers(tokenizer)]
+    )
+    fast.normalizer = normalizers.Sequence(normalize)
+    fast.decoder = decoders.Sequence(decode)
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, tokenizer.bos_id)],
+    )
+    described: dict[str, Any] = json.loads(fast.to_str())
+    return described
 
 
 def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
@@ -108,49 +113,15 @@ def piece_bytes(description: Mapping[str, Any]) -> dict[int, bytes]:
     return pieces
 
 
-def _merges(tokenizer: Tokenizer) -> list[list[str]]:
+def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """Every pair of pieces that joins into a piece, the best score first."""
     kinds = tokenizer.proto.SentencePiece
     scores = {e.piece: e.score for e in tokenizer.proto.pieces if e.type == kinds.NORMAL}
-    merges = []
+    merges: list[tuple[str, str]] = []
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        merges += [[left, right] for left, right in cuts if left in scores and right in scores]
+        merges += [(left, right) for left, right in cuts if left in scores and right in scores]
     return merges
-
-
-def _normalizers(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    if not tokenizer.proto.normalizer_spec.add_dummy_prefix:
-        return [replace]
-    return [{"type": "Prepend", "prepend": SPACE}, replace]
-
-
-def _decoders(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if tokenizer.proto.normalizer_spec.add_dummy_prefix:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return decoders
-
-
-def _added(number: int, piece: str) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": piece, **flags, "special": True}
-
-
-def _bos_in_front(piece: str, number: int) -> dict[str, Any]:
-    bos = {"SpecialToken": {"id": piece, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {
-        "type": "TemplateProcessing",
-        "single": [bos, first],
-        "pair": [bos, first, bos, second],
-        "special_tokens": {piece: {"id": piece, "ids": [number], "tokens": [piece]}},
-    }
 
 
 def _sentencepiece_spelling(piece: str) -> bytes:

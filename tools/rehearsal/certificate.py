@@ -17,7 +17,7 @@ class FaultCase:
     """One fault. `interval` is the number of the interval between checkpoints in which it happens.
 
     `order` is `kind:rank` for SUMMER_FAULT, empty where the rehearsal itself does the damage;
-    `event` is the one with which the run has to report it.
+    `event` is the one with which the run has to report it, under its name or the older one.
     """
 
     name: str

@@ -211,9 +211,9 @@ def run_guarded(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Fau
 def score(rehearsal: Rehearsal, name: str) -> float:
     """Held-out bits per byte of a run's last checkpoint."""
     from tools.evaluation.heldout import evaluate_heldout
-    from tools.models.loading import Choice, load
+    from tools.models.loading import ModelSpec, load
 
-    loaded = load(Choice(run=rehearsal.out / name, device="cpu"))
+    loaded = load(ModelSpec(run=rehearsal.out / name, device="cpu"))
     return evaluate_heldout(loaded, rehearsal.out / "shards", limit=20).total.model
 
 

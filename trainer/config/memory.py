@@ -8,8 +8,8 @@ from typing import Final
 
 import torch
 
+from model.attention import kernel_head_dim
 from model.config import ModelConfig, count_params
-from model.kernel import kernel_head_dim
 from model.loss import CHUNK_ELEMENTS
 from trainer.config.config import RunConfig
 from trainer.optimizer.optimizer import optimizer_bytes
