@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -57,22 +56,6 @@ def one_line_failures(*also: type[Exception]) -> Callable[[Callable[P, R]], Call
         return run
 
     return decorate
-
-
-def one_line_uncaught(*also: type[Exception]) -> None:
-    """Show SummerError and `also` as `error: ...` where nobody catches them: in others' commands.
-
-    They are raised as ever, and what is no failure of ours keeps its traceback.
-    """
-    show_others = sys.excepthook
-
-    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, (SummerError, *also)):
-            print(f"error: {_one_line(error)}", file=sys.stderr)
-        else:
-            show_others(kind, error, trace)
-
-    sys.excepthook = show
 
 
 def _one_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ def shared() -> Path:
     return data
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """torch on one thread: small products gain nothing from two."""
     import torch  # most tests do without

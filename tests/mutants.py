@@ -34,27 +34,25 @@ from typing import Any, Final
 from mutations import Changed, Mutant, mutants_of
 
 TESTS: Final = {
-    "model.alibi": "model_alibi model_attention",
-    "model.attention": "reference_training model_attention model_cache model_dropout",
+    "model.attention": "reference_training model_attention model_positions model_cache "
+    "model_dropout",
     "model.config": "model_config model_transformer",
     "model.dropout": "reference_training model_dropout",
-    "model.kernel": "model_attention model_alibi model_cache",
     "model.kv_cache": "model_cache",
     "model.layers": "reference_training model_positions model_transformer model_dropout",
     "model.loss": "reference_training model_loss",
-    "model.positions": "reference_training model_positions model_alibi model_attention",
+    "model.positions": "reference_training model_positions model_attention",
     "model.transformer": "reference_training model_transformer model_config model_cache",
     "trainer.optimizer.optimizer": "reference_training trainer_optimizer",
     "trainer.optimizer.schedule": "reference_training trainer_schedule trainer_optimizer",
     "trainer.faults.guard": "reference_training trainer_guard trainer_optimizer",
     "trainer.data.mixture": "trainer_mixture trainer_loader trainer_plan",
     "trainer.data.batches": "trainer_loader trainer_mixture trainer_guard",
-    "trainer.session.after_step": "reference_training trainer_guard trainer_validation",
     "trainer.session.network": "reference_training trainer_parallel trainer_sharded trainer_train",
-    "trainer.train": "reference_training trainer_train trainer_guard trainer_resume",
-    "pipeline.text.columnar": "pipeline_columnar pipeline_slices",
-    "pipeline.text.encode": "reference_packing pipeline_encode pipeline_pack pipeline_slices",
-    "pipeline.text.slices": "pipeline_slices",
+    "trainer.train": "reference_training trainer_train trainer_guard trainer_resume "
+    "trainer_validation",
+    "pipeline.text.columnar": "pipeline_columnar",
+    "pipeline.text.encode": "reference_packing pipeline_encode pipeline_pack pipeline_columnar",
     "pipeline.text.pack": "reference_packing pipeline_pack",
     "pipeline.text.documents": "reference_packing pipeline_documents pipeline_chat",
     "shards.format": "shards_format shards_reader shards_readme",
@@ -62,10 +60,10 @@ TESTS: Final = {
     "shards.writer": "shards_reader shards_format shards_readme reference_packing",
     "tools.evaluation.scoring": "tools_protocols reference_scoring tools_perplexity",
     "tools.evaluation.protocols": "tools_protocols reference_scoring tools_perplexity",
-    "tools.evaluation.perplexity": "tools_perplexity reference_scoring",
+    "tools.evaluation.perplexity": "tools_perplexity reference_scoring tools_evaluate",
     "tools.evaluation.multiple_choice": "tools_tasks reference_scoring",
     "tools.evaluation.wikitext": "tools_perplexity reference_scoring",
-    "tools.generation.sampling": "reference_sampling tools_generate",
+    "tools.generation.generation": "reference_sampling tools_generate",
 }
 """Each module, and the files of tests (test_NAME.py) that must notice a change in it."""
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     },
 }  # fmt: skip
 
-ONLY_IN = {"ray": {"pipeline/units/cluster.py"}, "setuptools": {"tools/lm_eval_plugin/setup.py"}}
+ONLY_IN = {"ray": {"pipeline/units/cluster.py"}}
 
 
 def imports(path: Path) -> set[tuple[str, int]]:

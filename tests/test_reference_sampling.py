@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.generation.sampling import Sampling, draw
+from tools.generation.generation import Sampling, draw
 
 
 def shares(logits: list[float], temperature: float, top_k: int, top_p: float) -> dict[int, float]:

@@ -1,7 +1,7 @@
 """Scores against a second computation of them: plain Python, fp64, one fed prefix at a time.
 
-The reference says for every scored id what the model has been fed before it, asks the model for
-the logits behind that prefix alone, and adds up. It knows texts, ids and the model's logits, and
+The reference says for every scored token what the model has been fed before it, asks the model for
+the logits behind that prefix alone, and adds up. It knows texts, tokens and the model's logits, and
 shares no code with plans, batches, the scorer or the questions.
 """
 
@@ -17,10 +17,11 @@ import pytest
 import sentencepiece
 import torch
 
-from tools.evaluation.multiple_choice import Setting, evaluate_task
-from tools.evaluation.perplexity import Perplexity, measure
+from tools.evaluation.multiple_choice import evaluate_task
+from tools.evaluation.perplexity import measure
 from tools.evaluation.protocols import Protocol
-from tools.evaluation.tasks import TASKS
+from tools.evaluation.results import Metric, Result
+from tools.evaluation.tasks import TASKS, TaskOptions
 from tools.evaluation.wikitext import from_raw
 from tools.models.loading import LoadedModel
 from tools_samples import sample_loaded, sample_tokenizer
@@ -43,12 +44,8 @@ DETOKENIZED = (
     " = Zweite =\n\n(Seite) it's 🙂\n",
 )
 
-Target = tuple[tuple[int, ...], int]  # what is fed, and the id to foresee behind it
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
+Target = tuple[tuple[int, ...], int]  # what is fed, and the token to predict behind it
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +123,7 @@ def llama_cpp(ids: list[int], bos: str) -> list[list[Target]]:
 
 
 def check(
-    loaded: LoadedModel, result: Perplexity, windows: list[list[Target]], ids: list[int], raw: str
+    loaded: LoadedModel, result: Result, windows: list[list[Target]], ids: list[int], raw: str
 ) -> None:
     """Every figure of a result, from the windows' targets, the text's ids and the raw text."""
     nats = [[nats_of(loaded, target) for target in window] for window in windows]
@@ -134,29 +131,31 @@ def check(
     total, n = float(sums.sum()), int(sizes.sum())
     scored = sum(n_bytes(target) for window in windows for _, target in window)
     share = scored / sum(map(n_bytes, ids))
-    words, size = share * result.text_words, share * len(raw.encode())
+    words, size = share * result["text_words"], share * len(raw.encode())
     spread = ((sums - sizes * total / n) ** 2).sum() * len(windows) / (len(windows) - 1)
     error = math.sqrt(spread) / n
-    assert (result.windows, result.scored_tokens, result.text_tokens) == (len(nats), n, len(ids))
-    assert result.text_words == len(RAW.split()) and result.text_bytes == len(RAW.encode())
+    found = result.to_json()
+    counts = [found[name] for name in ("windows", "scored_tokens", "text_tokens")]
+    assert counts == [len(nats), n, len(ids)]
+    assert (found["text_words"], found["text_bytes"]) == (len(RAW.split()), len(RAW.encode()))
     figures = {
         "nats": total,
         "scored_share": share,
         "scored_bytes": size,
         "token_perplexity": math.exp(total / n),
-        "word_perplexity": math.exp(total / result.scored_words),
+        "word_perplexity": math.exp(total / result["scored_words"]),
         "byte_perplexity": math.exp(total / size),
         "bits_per_byte": total / math.log(2) / size,
         "token_perplexity_error": error * math.exp(total / n),
         "bits_per_byte_error": error * n / math.log(2) / size,
     }
     for name, value in figures.items():
-        assert getattr(result, name) == pytest.approx(value, rel=2e-5), name
-    if result.protocol != "lm-eval":
-        assert result.scored_words == pytest.approx(words)
+        assert found[name] == pytest.approx(value, rel=2e-5), name
+    if result["protocol"] != "lm-eval":
+        assert result["scored_words"] == pytest.approx(words)
 
 
-def run(loaded: LoadedModel, name: Any, bos: Any, **changes: Any) -> Perplexity:
+def run(loaded: LoadedModel, name: Any, bos: Any, **changes: Any) -> Result:
     protocol = Protocol(name=name, context=CONTEXT, bos=bos, bos_id=BOS, **changes)
     return measure(loaded, from_raw(RAW), protocol, batch_tokens=40)
 
@@ -185,7 +184,7 @@ def test_lm_eval(loaded: LoadedModel) -> None:
     result = run(loaded, "lm-eval", "start")
     check(loaded, result, lm_eval(pages), [number for page in pages for number in page],
           "".join(PAGES))  # fmt: skip
-    assert result.scored_words == len(RAW.split()) + 3  # empty ones where a page begins or ends
+    assert result["scored_words"] == len(RAW.split()) + 3  # empty ones where a page begins or ends
 
 
 def test_a_limit_of_lm_eval_is_one_of_pages(loaded: LoadedModel) -> None:
@@ -233,12 +232,12 @@ def test_acc_norm_divides_by_characters_not_by_bytes(loaded: LoadedModel, tmp_pa
         ]
         return [place == row["gold"] for place, row in zip(chosen, ROWS, strict=True)]
 
-    result, answers = evaluate_task(loaded, TASKS["arc_easy"], Setting(data=path))
-    for answer, expected in zip(answers, likelihoods, strict=True):
-        assert answer.log_likelihoods.tolist() == pytest.approx(expected, rel=2e-5)
+    result = evaluate_task(loaded, TASKS["arc_easy"], TaskOptions(data=path))
+    for item, expected in zip(result.items, likelihoods, strict=True):
+        assert item["log_likelihoods"] == pytest.approx(expected, rel=2e-5)
     for name, length in (("acc", lambda _: 1), ("acc_norm", len)):
-        figure = result.metrics[name]
-        assert (figure.value, figure.error) == pytest.approx(share_right(verdicts(length)))
+        assert isinstance(result.metrics[name], Metric)
+        assert result.metrics[name] == pytest.approx(share_right(verdicts(length)))
     others = [lambda choice: len(choice.encode()), lambda choice: len(pieces().encode(choice))]
     for other in others:  # the rows tell the rules apart
         assert sum(verdicts(other)) != sum(verdicts(len))

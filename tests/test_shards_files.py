@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import SummerError, one_line_failures, one_line_uncaught
+from shards.errors import SummerError, one_line_failures
 from shards.files import create_exclusively, publish, publish_bytes, remove_stale_temporaries
 
 
@@ -73,14 +73,3 @@ def test_failures_are_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str
     ]
     with pytest.raises(ZeroDivisionError):
         command(ZeroDivisionError())
-
-
-def test_what_nobody_catches_of_ours_is_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    one_line_uncaught(KeyError)
-    for error in (SummerError("a: 3 is\n wrong; do b"), KeyError("k"), ValueError("v")):
-        sys.excepthook(type(error), error, None)
-    said = capsys.readouterr().err.splitlines()
-    assert said == ["error: a: 3 is wrong; do b", "error: 'k'", "ValueError: v"]

@@ -16,8 +16,7 @@ from shards.format import TOKENIZER
 from shards.reader import ShardReader
 from tools.convert import main
 from tools.errors import ConversionError
-from tools.generation.generation import Generation, generate
-from tools.generation.sampling import Sampling
+from tools.generation.generation import Generation, Sampling, generate
 from tools.models import hf_folder as hugging_face
 from tools.models.hf_folder import read_folder, read_vocabulary, write_folder
 from tools.models.llama import (

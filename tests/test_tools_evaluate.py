@@ -1,35 +1,33 @@
 """summer-eval as it is typed: cards, JSON, and one clear line for whatever is wrong."""
 
-import dataclasses
 import hashlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
+from click.testing import Result as Done
 
 from hub_server import HubServer, Repo
 from pipeline.text.tokenizer import train
 from tools.evaluate import main
-from tools.evaluation.perplexity import Perplexity
-from tools_samples import (
-    sample_text,
-    write_run,
-    write_shards,
-)
+from tools.evaluation.results import Metric, Result, to_text
+from tools_samples import sample_text, write_run, write_two_sources
 
-WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+PERPLEXITY_KEYS = {
+    "task", "token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "nats",
+    "token_perplexity_error", "bits_per_byte_error", "protocol", "context", "stride", "bos",
+    "read_as", "text_sha256", "text_bytes", "text_words", "text_tokens", "limit", "windows",
+    "scored_tokens", "tail_dropped", "scored_share", "scored_bytes", "scored_words",
+    "beyond_training", "model", "time_s",
+}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +46,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("shards")
-    pieces = [sample_text()[begin : begin + 300] for begin in range(0, 24_000, 300)]
-    write_shards(root / "code", train_texts=pieces[:40], val_texts=[*pieces[40:46], "ü" * 9, "x"])
-    write_shards(root / "more", train_texts=pieces[50:70], val_texts=pieces[70:73])
-    return root
+    return write_two_sources(tmp_path_factory.mktemp("shards"))
 
 
-def command(*arguments: object) -> Result:
+def command(*arguments: object) -> Done:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
@@ -106,7 +100,7 @@ def test_a_damaged_run_gives_one_line(
 def test_the_command_prints_a_card(run: Path, text_file: Path) -> None:
     result = command("wikitext2", "--run", run, "--data", text_file, "--device", "cpu")
     assert result.exit_code == 0, result.stderr
-    for words in ("token perplexity", "bits per byte", "step 4", "protocol  disjoint", "sha256"):
+    for words in ("token_perplexity", "bits_per_byte", "step 4", "protocol  disjoint", "sha256"):
         assert words in result.stdout
     longer = command("wikitext2", "--run", run, "--data", text_file, "--context", 64)
     assert "is beyond training" in longer.stdout
@@ -116,19 +110,11 @@ def test_json_holds_every_figure(run: Path, text_file: Path) -> None:
     arguments = ("--run", run, "--data", text_file, "--protocol", "stride", "--stride", 8)
     result = command("wikitext2", *arguments, "--limit", 9, "--json", "--device", "cpu")
     figures = json.loads(result.stdout)
-    assert set(figures) == {field.name for field in dataclasses.fields(Perplexity)}
+    assert set(figures) == PERPLEXITY_KEYS
     assert (figures["protocol"], figures["stride"], figures["windows"]) == ("stride", 8, 9)
     assert figures["text_bytes"] == len(text_file.read_bytes())
     assert figures["text_words"] == len(text_file.read_text(encoding="utf-8").split())
     assert figures["model"]["parameters"] > 0
-
-
-def test_wikitext_figures_reach_json(run: Path, shared: Path) -> None:
-    data = shared / "wikitext-2" / "wiki.test.raw"
-    result = command("wikitext2", "--run", run, "--data", data, "--limit", 3, "--json")
-    figures = json.loads(result.stdout)
-    assert (figures["text_bytes"], figures["text_words"]) == (1_290_590, 241_211)
-    assert figures["text_sha256"] == WIKITEXT_SHA256
 
 
 def test_heldout_prints_a_table_and_json(run: Path, shards: Path) -> None:
@@ -150,7 +136,7 @@ def test_two_tasks_are_two_lines_of_json(run: Path, shards: Path, text_file: Pat
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("sudoku",), 1, "task 'sudoku' is unknown: choose of wikitext2,"),
+        (("sudoku",), 1, "task 'sudoku' is unknown: choose from wikitext2,"),
         ((), 2, "TASK"),
         (("wikitext2", "--limit", "0"), 2, "--limit"),
         (("wikitext2", "--data", "nowhere.raw"), 1, "nowhere.raw"),
@@ -171,7 +157,7 @@ def test_wrong_input_is_one_clear_line(
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_all_protocols_stand_side_by_side(run: Path, text_file: Path, tmp_path: Path) -> None:
+def test_all_protocols_are_shown_side_by_side(run: Path, text_file: Path, tmp_path: Path) -> None:
     card = tmp_path / "card.json"
     arguments = ("wikitext2", "--run", run, "--data", text_file, "--device", "cpu", "--context", 16)
     result = command(*arguments, "--all-protocols", "--card", card)
@@ -183,23 +169,43 @@ def test_all_protocols_stand_side_by_side(run: Path, text_file: Path, tmp_path: 
         alone = json.loads(command(*arguments, "--protocol", each["protocol"], "--json").stdout)
         assert alone["nats"] == each["nats"]
         assert f"{each['bits_per_byte']:.4f} ± {each['bits_per_byte_error']:.4f}" in result.stdout
-    refused = command(*arguments, "--all-protocols", "--stride", 4)
-    assert refused.exit_code == 1 and "takes each as it is" in refused.stderr
+    rejected = command(*arguments, "--all-protocols", "--stride", 4)
+    assert rejected.exit_code == 1 and "takes each as it is" in rejected.stderr
 
 
-def shared_out(*arguments: object) -> subprocess.CompletedProcess[str]:
+def test_a_result_has_one_form_in_json_and_one_in_text() -> None:
+    metrics: dict[str, Metric | float | None] = {
+        "acc": Metric(0.5, 0.25),
+        "ppl": Metric(None),
+        "bits": 2e9,
+    }
+    flat = Result(task="t", metrics=metrics, settings={"limit": 3}, model={})
+    figures = {"acc": 0.5, "acc_error": 0.25, "ppl": None, "ppl_error": None, "bits": 2e9}
+    assert flat.to_json() == {"task": "t", **figures, "limit": 3}
+    assert (flat["acc"], flat["bits"], flat["limit"]) == (0.5, 2e9, 3)
+    grouped = replace(flat, metrics={"acc": metrics["acc"]}, grouped=True)
+    nested = {"acc": {"value": 0.5, "error": 0.25}}
+    assert grouped.to_json() == {"task": "t", "metrics": nested, "limit": 3}
+    title, acc, ppl, bits, note = to_text([replace(flat, about="about", notes=["note"])])
+    assert (title, note) == ("t: about", "note")
+    assert (acc.split(), bits.split()) == (["acc", "0.5000", "±", "0.2500"], ["bits", "2.0000e+09"])
+    assert "none" in ppl
+
+
+def run_command(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tools.evaluate", *map(str, arguments), "--device", "cpu"],
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        env={**os.environ, **variables},
+        timeout=180,
     )
 
 
 def test_processes_share_the_work_and_count_nothing_twice(run: Path, text_file: Path) -> None:
     arguments = ("wikitext2", "--run", run, "--data", text_file, "--batch-tokens", 100, "--json")
-    done = shared_out(*arguments, "--protocol", "lm-eval", "--nproc", 2)
+    done = run_command(*arguments, "--protocol", "lm-eval", "--nproc", 2)
     assert done.returncode == 0, done.stderr
     alone = json.loads(command(*arguments, "--protocol", "lm-eval", "--device", "cpu").stdout)
     together = json.loads(done.stdout)
@@ -208,7 +214,7 @@ def test_processes_share_the_work_and_count_nothing_twice(run: Path, text_file: 
 
 
 def test_what_fails_in_every_process_is_said_once(run: Path) -> None:
-    done = shared_out("wikitext2", "--run", run, "--data", "nowhere.raw", "--nproc", 2)
+    done = run_command("wikitext2", "--run", run, "--data", "nowhere.raw", "--nproc", 2)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
@@ -227,17 +233,8 @@ def test_help_is_instant(module: str) -> None:
 
 
 def test_the_hub_out_of_reach_is_one_line_and_no_wait(run: Path) -> None:
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
-    environment.pop("HF_HUB_OFFLINE", None)
-    arguments = ["wikitext2", "--run", str(run), "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.evaluate", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        timeout=60,
-    )
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = run_command("wikitext2", "--run", run, **hub)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "cannot be reached" in done.stderr and "--data FILE" in done.stderr
@@ -259,16 +256,8 @@ def test_wikitext_comes_from_the_hub(run: Path, tmp_path: Path) -> None:
     rows = pa.table({"text": [line + "\n" if line.strip() else "" for line in lines]})
     pq.write_table(rows, tmp_path / "test.parquet")
     files = {"wikitext-2-raw-v1/test-00000.parquet": (tmp_path / "test.parquet").read_bytes()}
-    arguments = ["wikitext2", "--run", str(run), "--device", "cpu", "--json"]
     with HubServer({"Salesforce/wikitext": Repo(files, card=CARD)}) as hub:
-        done = subprocess.run(
-            [sys.executable, "-m", "tools.evaluate", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, **hub.environment(tmp_path)},
-            timeout=120,
-        )
+        done = run_command("wikitext2", "--run", run, "--json", **hub.environment(tmp_path))
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     raw = "".join(line + "\n" if line.strip() else " \n" for line in lines)

@@ -20,8 +20,7 @@ from pipeline.text.chat import SCHEMAS, ChatTemplate, render
 from pipeline.text.tokenizer import Tokenizer
 from tools.conversion.model_card import model_card
 from tools.convert import main
-from tools.generation.generation import Generation, generate
-from tools.generation.sampling import Sampling
+from tools.generation.generation import Generation, Sampling, generate
 from tools.models.hf_folder import MODELING, model_code, write_folder
 from tools.models.loading import ModelSpec, load
 from tools_samples import sample_model, sample_tokenizer, trained_run

@@ -1,25 +1,23 @@
-"""Beside training, and the evaluator's test of itself."""
+"""Evaluation during training: each checkpoint once, into the run's folder."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from tools.evaluate import main
 from tools.evaluation.follow import card_of, follow
-from tools.evaluation.scoring import Scorer
-from tools.evaluation.selftest import run_checks
-from tools.evaluation.suite import Outcome
+from tools.evaluation.results import Result
 from tools_samples import sample_text, write_run
 from trainer.config.config import RunConfig, load_config, save_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+
+def scored(task: str) -> list[Result]:
+    return [Result(task=task, metrics={}, settings={}, model={})]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +39,9 @@ def test_each_checkpoint_is_scored_once_as_it_appears(run: Path, tmp_path: Path)
     later, asked, waits = tmp_path / "later", [], []
     (run / "checkpoints/step-4").rename(later)
 
-    def evaluate(checkpoint: Path, tasks: list[str]) -> list[Outcome]:
+    def evaluate(checkpoint: Path, tasks: list[str]) -> list[list[Result]]:
         asked.append((checkpoint.name, list(tasks)))
-        return [Outcome(task, [{"task": task}], [task]) for task in tasks]
+        return list(map(scored, tasks))
 
     def wait(_: float) -> None:
         waits.append(1)
@@ -51,12 +49,7 @@ def test_each_checkpoint_is_scored_once_as_it_appears(run: Path, tmp_path: Path)
             later.rename(run / "checkpoints/step-4")
 
     done = list(follow(run, ["a", "b"], evaluate, wait))  # type: ignore[arg-type]
-    assert [(step, outcome.task) for step, outcome in done] == [
-        (2, "a"),
-        (2, "b"),
-        (4, "a"),
-        (4, "b"),
-    ]
+    assert [result.task for (result,) in done] == ["a", "b", "a", "b"]
     assert asked == [("step-2", ["a", "b"]), ("step-4", ["a", "b"])]
     assert len(waits) == 3
     assert card_of(run / "checkpoints/step-4", "b").parent == run / "evaluations" / "step-4"
@@ -66,16 +59,17 @@ def test_each_checkpoint_is_scored_once_as_it_appears(run: Path, tmp_path: Path)
     assert asked == [("step-4", ["b"])]
 
 
-def test_a_purged_checkpoint_is_passed_over_and_other_failures_are_not(run: Path) -> None:
-    def purge(checkpoint: Path, tasks: list[str]) -> list[Outcome]:
+def test_a_deleted_checkpoint_is_skipped_and_other_failures_are_raised(run: Path) -> None:
+    def purge(checkpoint: Path, tasks: list[str]) -> list[list[Result]]:
         if checkpoint.name == "step-2":
             shutil.rmtree(checkpoint)
             raise FileNotFoundError(checkpoint)
-        return [Outcome(task, [{}], []) for task in tasks]
+        return list(map(scored, tasks))
 
-    assert [step for step, _ in follow(run, ["a"], purge)] == [4]  # type: ignore[arg-type]
+    assert len(list(follow(run, ["a"], purge))) == 1  # type: ignore[arg-type]
+    assert card_of(run / "checkpoints/step-4", "a").is_file()
 
-    def fail(checkpoint: Path, tasks: list[str]) -> list[Outcome]:
+    def fail(checkpoint: Path, tasks: list[str]) -> list[list[Result]]:
         raise OSError("no such text")
 
     with pytest.raises(OSError, match="no such text"):
@@ -91,37 +85,6 @@ def test_the_command_writes_cards_into_the_run(run: Path, tmp_path: Path) -> Non
     for step in (2, 4):
         figures = json.loads((run / f"evaluations/step-{step}/wikitext2.json").read_text())
         assert figures[0]["model"]["model"].endswith(f"step {step}")
-        assert "bits per byte" in (run / f"evaluations/step-{step}/wikitext2.md").read_text()
+        assert "bits_per_byte" in (run / f"evaluations/step-{step}/wikitext2.md").read_text()
     result = CliRunner().invoke(main, [*arguments, "--run", str(run)])
     assert result.exit_code == 2 and "--follow names the run" in result.stderr
-
-
-def test_the_evaluator_passes_its_own_test() -> None:
-    checks = list(run_checks())
-    assert [check.failure for check in checks] == [""] * 8
-    result = CliRunner().invoke(main, ["selftest", "lambada"])
-    assert result.exit_code == 2 and "stand alone" in result.stderr
-
-
-def test_the_own_test_notices_a_wrong_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Scorer.judge
-
-    def one_too_late(
-        self: Scorer, inputs: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return right(self, inputs.roll(-1, dims=1), targets)
-
-    monkeypatch.setattr(Scorer, "judge", one_too_late)
-    monkeypatch.setattr(
-        "tools.evaluation.selftest._CHECKS",
-        {name: check for name, check in _checks().items() if "bigrams" in name or "later" in name},
-    )
-    result = CliRunner().invoke(main, ["selftest"])
-    assert result.exit_code == 1
-    assert result.stdout.count("FAIL") == 2
-
-
-def _checks() -> dict[str, object]:
-    from tools.evaluation import selftest
-
-    return dict(selftest._CHECKS)

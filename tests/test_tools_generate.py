@@ -1,4 +1,4 @@
-"""Drawing ids, and writing with a small real model: seeded, stopped, cut at characters, cached."""
+"""Drawing tokens, and writing with a small model: seeded, stopped, cut at characters, cached."""
 
 import dataclasses
 from pathlib import Path
@@ -12,19 +12,22 @@ from hypothesis import strategies as st
 
 from tools.errors import GenerationError
 from tools.generate import main
-from tools.generation.generation import Conversation, Generation, TextStream, complete, generate
-from tools.generation.sampling import Sampling, draw
+from tools.generation.generation import (
+    Conversation,
+    Generation,
+    Sampling,
+    TextStream,
+    complete,
+    draw,
+    generate,
+)
 from tools.models.loading import LoadedModel
 from tools.models.vocabulary import Vocabulary
 from tools_samples import SEQ_LEN, sample_loaded, sample_tokenizer, write_run
 
 VOCABULARY = Vocabulary.of_sentencepiece(sample_tokenizer())
 EVERYTHING = Sampling(temperature=1.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def drawn(sampling: Sampling, n: int = 4000) -> torch.Tensor:
     return torch.bincount(ids, minlength=len(LOGITS)) / n
 
 
-def test_temperature_zero_takes_the_likeliest() -> None:
+def test_temperature_zero_is_greedy() -> None:
     assert drawn(Sampling(temperature=0.0), 20)[1] == 1
 
 
@@ -65,7 +68,7 @@ def test_ids_come_as_often_as_their_probability(temperature: float) -> None:
     assert torch.allclose(drawn(Sampling(temperature=temperature)), expected, atol=0.03)
 
 
-def test_top_k_leaves_the_k_likeliest() -> None:
+def test_top_k_leaves_the_k_most_probable() -> None:
     expected = torch.full_like(LOGITS, -torch.inf)
     expected[[1, 3, 4]] = LOGITS[[1, 3, 4]]
     shares = drawn(Sampling(temperature=1.0, top_k=3))
@@ -74,7 +77,7 @@ def test_top_k_leaves_the_k_likeliest() -> None:
     assert drawn(Sampling(temperature=1.0, top_k=99), 200).count_nonzero() >= 5
 
 
-def test_top_p_leaves_the_likeliest_that_reach_p() -> None:
+def test_top_p_leaves_the_most_probable_that_add_up_to_p() -> None:
     probabilities = LOGITS.softmax(dim=0)  # ranked: 1, 3, 4, 0, 2, 5
     just_two = float(probabilities[[1, 3]].sum())
     for top_p, left in ((just_two - 1e-4, [1, 3]), (just_two + 1e-4, [1, 3, 4]), (1e-9, [1])):
@@ -107,7 +110,7 @@ def test_damaged_logits_are_named() -> None:
         *({"top_p": value} for value in (-0.1, 0.0, 1.01)),
     ],
 )
-def test_a_sampling_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_sampling_is_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(GenerationError, match=next(iter(wrong))):
         Sampling(**wrong)
 
@@ -168,7 +171,7 @@ def test_eos_ends_the_text(loaded: LoadedModel) -> None:
     assert generate(ends, prompt, greedy) == []
 
 
-def test_the_exact_limit_ends_the_text_or_refuses(
+def test_the_context_limit_ends_the_text_or_rejects_the_prompt(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tools.generation.generation.max_context", lambda _: 40)
@@ -266,7 +269,7 @@ def test_the_command_goes_on_from_the_prompt(run: Path) -> None:
     assert command(*arguments, "--seed", 1).stdout != result.stdout
 
 
-def test_an_older_checkpoint_can_be_asked(run: Path) -> None:
+def test_an_older_checkpoint_can_be_named(run: Path) -> None:
     older = run / "checkpoints" / "step-2"
     result = command("--checkpoint", older, "--prompt", "a", "--max-tokens", 4)
     assert result.exit_code == 0 and "step 2" in result.stderr

@@ -1,4 +1,4 @@
-"""Ours and lm-evaluation-harness on the same weights and items: the same figures.
+"""Ours and lm-evaluation-harness on the same weights and items: the same log-likelihoods.
 
 The harness computes with transformers' Llama, or with our model registered in it; its own task
 files are used, with local rows in place of the Hub's. Needs lm_eval and transformers.
@@ -6,6 +6,9 @@ files are used, with local rows in place of the Hub's. Needs lm_eval and transfo
 
 import importlib
 import json
+import subprocess
+import sys
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,17 +17,20 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import REPOSITORY
 from tools.evaluation.datasets import read_records
-from tools.evaluation.multiple_choice import Answer, Setting, TaskScore, evaluate_task
+from tools.evaluation.multiple_choice import evaluate_task
 from tools.evaluation.perplexity import measure
 from tools.evaluation.protocols import Protocol
-from tools.evaluation.tasks import TASKS
+from tools.evaluation.results import Metric, Result
+from tools.evaluation.tasks import TASKS, TaskOptions
 from tools.evaluation.wikitext import detokenized, from_raw, pages_of
 from tools.models.hf_folder import write_folder
 from tools.models.loading import LoadedModel, ModelSpec, load
-from tools_samples import sample_model, sample_tokenizer
+from tools_samples import sample_model, sample_tokenizer, write_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 N_ITEMS = 12
 FP32_STEPS = 2**-22  # two roundings: the harness gives fp32, which at 280 nats is 3e-5 apart
 
@@ -75,7 +81,7 @@ Ask = Callable[[list[dict[str, Any]], int], Any]
 
 @pytest.fixture(scope="module", params=["transformers", "summerlm"])
 def ask(request: pytest.FixtureRequest, harness: Any, folder: Path) -> Ask:
-    """What the harness says to a task: with transformers' model, and with ours inside it."""
+    """The harness' results of a task: with transformers' model, and with ours inside it."""
     if request.param == "summerlm":
         model = harness.api.registry.get_model("summerlm")(hf=str(folder), device="cpu")
     else:
@@ -176,10 +182,10 @@ def local_rows(shared: Path, name: str) -> list[dict[str, Any]]:
 
 def our_score(
     ours: LoadedModel, name: str, rows: list[dict[str, Any]], folder: Path, num_fewshot: int
-) -> tuple[TaskScore, list[Answer]]:
+) -> Result:
     path = folder / f"{name}-ours.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return evaluate_task(ours, TASKS[name], Setting(data=path, num_fewshot=num_fewshot))
+    return evaluate_task(ours, TASKS[name], TaskOptions(data=path, num_fewshot=num_fewshot))
 
 
 @pytest.mark.parametrize("num_fewshot", [0, 2])
@@ -193,25 +199,24 @@ def test_tasks_have_the_harness_log_likelihoods_and_metrics(
     ]
     results, samples = ask(configs, num_fewshot)
     for name in YAML:
-        score, answers = our_score(ours, name, rows[name], tmp_path, num_fewshot)
-        compare(score, answers, results[f"{name}_local"], samples[f"{name}_local"])
+        result = our_score(ours, name, rows[name], tmp_path, num_fewshot)
+        compare(result, results[f"{name}_local"], samples[f"{name}_local"])
 
 
-def compare(
-    score: TaskScore, answers: list[Answer], results: dict[str, Any], samples: list[dict[str, Any]]
-) -> None:
-    assert len(samples) == len(answers) == N_ITEMS
+def compare(result: Result, results: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    assert len(samples) == len(result.items) == N_ITEMS
     for sample in samples:
         theirs = sample["filtered_resps"]
-        answer = answers[sample["doc_id"]]
+        item = result.items[sample["doc_id"]]
         likelihoods = [float(each[0]) for each in theirs]
         nearly = pytest.approx(likelihoods, rel=FP32_STEPS, abs=1e-5)
-        assert answer.log_likelihoods.tolist() == nearly
-        assert answer.greedy.tolist() == [str(each[1]) == "True" for each in theirs]
-    for metric, figure in score.metrics.items():
-        assert figure.value == pytest.approx(results[f"{metric},none"], rel=1e-6)
-        if metric != "perplexity":
-            assert figure.error == pytest.approx(results[f"{metric}_stderr,none"], rel=1e-9)
+        assert item["log_likelihoods"] == nearly
+        assert item["greedy"] == [str(each[1]) == "True" for each in theirs]
+    for name, metric in result.metrics.items():
+        assert isinstance(metric, Metric)
+        assert metric.value == pytest.approx(results[f"{name},none"], rel=1e-6)
+        if name != "perplexity":
+            assert metric.stderr == pytest.approx(results[f"{name}_stderr,none"], rel=1e-9)
 
 
 def test_wikitext_has_the_harness_perplexities(
@@ -237,16 +242,70 @@ def test_wikitext_has_the_harness_perplexities(
     theirs = {
         name.removesuffix(",none"): value for name, value in results["wikitext_local"].items()
     }
-    assert result.windows > 3 * len(pages)
-    assert result.word_perplexity == pytest.approx(theirs["word_perplexity"], rel=1e-5)
-    assert result.byte_perplexity == pytest.approx(theirs["byte_perplexity"], rel=1e-6)
-    assert result.bits_per_byte == pytest.approx(theirs["bits_per_byte"], rel=1e-6)
+    assert result["windows"] > 3 * len(pages)
+    assert result["word_perplexity"] == pytest.approx(theirs["word_perplexity"], rel=1e-5)
+    assert result["byte_perplexity"] == pytest.approx(theirs["byte_perplexity"], rel=1e-6)
+    assert result["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=1e-6)
 
 
 def test_our_model_in_the_harness_goes_on_with_a_text(harness: Any, folder: Path) -> None:
     model = harness.api.registry.get_model("summerlm")(hf=str(folder), device="cpu")
     settings = {"until": ["\n"], "max_gen_toks": 5}
-    once, again = (model._complete("def parse", settings) for _ in range(2))
-    assert once == again and "\n" not in once
-    with pytest.raises(Exception, match="summerlm has none such"):
+    first, second = (model._complete("def parse", settings) for _ in range(2))
+    assert first == second and "\n" not in first
+    with pytest.raises(Exception, match="summerlm has no such argument"):
         harness.api.registry.get_model("summerlm")(hf=str(folder), device="cpu", colour="red")
+
+
+TASK = """
+task: here_or_not
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{query}}}}\\nAnswer:"
+doc_to_choice: choices
+doc_to_target: gold
+"""
+
+
+def command_line(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("lm_eval")
+    command = [sys.executable, "-m", "tools.evaluation.lm_eval_model", "--model", "summerlm"]
+    command += map(str, arguments)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder)
+
+
+def test_wrong_input_is_one_clear_line_in_the_harness_too(tmp_path: Path) -> None:
+    done = command_line(tmp_path, "--model_args", "run=nowhere", "--tasks", "arc_easy")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: nowhere: no config.json there")
+
+
+@pytest.mark.slow
+def test_the_harness_command_line_scores_our_model(tmp_path: Path) -> None:
+    run, data = tmp_path / "run", tmp_path / "rows.jsonl"
+    write_run(run)
+    rows = [
+        {"query": f"Question: The {name} is", "choices": ["here.", "not here."], "gold": n % 2}
+        for n, name in enumerate(("cat", "river", "number 7", "end"))
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(TASK.format(data=data))
+    arguments = ["--model_args", f"run={run},dtype=fp32", "--include_path", tmp_path]
+    output = ["--tasks", "here_or_not", "--output_path", tmp_path / "out", "--log_samples"]
+    done = command_line(tmp_path, *arguments, *output)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = next((tmp_path / "out").rglob("samples_*.jsonl")).read_text().splitlines()
+    ours = load(ModelSpec(run=run, device="cpu", dtype="fp32"))
+    items = evaluate_task(ours, TASKS["arc_easy"], TaskOptions(data=data)).items
+    assert len(lines) == len(items) == len(rows)
+    for sample in map(json.loads, lines):
+        likelihoods = [float(each[0]) for each in sample["filtered_resps"]]
+        assert items[sample["doc_id"]]["log_likelihoods"] == pytest.approx(likelihoods)
+
+
+def test_the_entry_point_names_our_model() -> None:
+    """Releases of the harness after 0.4.13 find the class through it."""
+    (point,) = PROJECT["project"]["entry-points"]["lm_eval.models"].items()
+    assert point == ("summerlm", "tools.evaluation.lm_eval_model:SummerLM")

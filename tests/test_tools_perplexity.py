@@ -6,20 +6,20 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from model.kv_cache import KVCache
-from model.transformer import Transformer
 from pipeline.errors import SourceError
 from pipeline.inputs.sources import Source
 from shards.errors import SummerError
 from tools.errors import EvaluationError
-from tools.evaluation.perplexity import measure, perplexity, refuse_context
-from tools.evaluation.protocols import PLANS, Protocol, make_plan
-from tools.evaluation.scoring import Scorer, score
+from tools.evaluation.perplexity import evaluate_corpus, measure, perplexity
+from tools.evaluation.protocols import IGNORED, PLANS, Protocol, plan_windows
+from tools.evaluation.scoring import Scorer, check_context, score
+from tools.evaluation.tasks import TaskOptions
 from tools.evaluation.wikitext import (
-    CONFIGS,
     EvaluationText,
     detokenized,
     from_raw,
@@ -38,12 +38,8 @@ from tools_samples import (
 
 WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 RAW = " \n = A title = \n \n Some words , and more . \n Naïve 日本語 🙂 words \n"
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = ["", " = A title = \n", "", " Some words , and more . \n", " Naïve 日本語 🙂 words \n"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def uniform_loaded() -> Any:
@@ -114,20 +110,20 @@ def test_a_uniform_model_has_perplexity_v(name: Any) -> None:
     loaded = uniform_loaded()
     text = from_raw(sample_text()[:3000])
     result = measure(loaded, text, Protocol(name=name, context=SEQ_LEN, bos_id=1))
-    assert result.token_perplexity == pytest.approx(512, rel=1e-6)
-    bits = math.log2(512) * result.scored_tokens
-    n_bytes = len(text.raw.encode()) * result.scored_share
-    assert result.bits_per_byte == pytest.approx(bits / n_bytes, rel=1e-6)
-    assert result.byte_perplexity == pytest.approx(2**result.bits_per_byte, rel=1e-6)
-    n_words = sum(piece.n_words for piece in text.pieces(name)) * result.scored_share
-    assert result.word_perplexity == pytest.approx(2 ** (bits / n_words), rel=1e-5)
+    assert result["token_perplexity"] == pytest.approx(512, rel=1e-6)
+    bits = math.log2(512) * result["scored_tokens"]
+    n_bytes = len(text.raw.encode()) * result["scored_share"]
+    assert result["bits_per_byte"] == pytest.approx(bits / n_bytes, rel=1e-6)
+    assert result["byte_perplexity"] == pytest.approx(2 ** result["bits_per_byte"], rel=1e-6)
+    n_words = sum(piece.n_words for piece in text.pieces(name)) * result["scored_share"]
+    assert result["word_perplexity"] == pytest.approx(2 ** (bits / n_words), rel=1e-5)
 
 
 def test_a_freshly_initialised_transformer_is_near_perplexity_v() -> None:
     loaded = sample_loaded()
     loaded.model.init_weights(seed=3)
     result = measure(loaded, from_raw(sample_text()[:6000]), Protocol(context=SEQ_LEN))
-    assert result.token_perplexity is not None and 400 < result.token_perplexity < 650
+    assert result["token_perplexity"] is not None and 400 < result["token_perplexity"] < 650
 
 
 @pytest.mark.parametrize("bos", ["never", "start", "window"])
@@ -150,28 +146,26 @@ def test_the_scored_share_is_that_of_the_scored_ids_bytes(name: Any, bos: Any) -
     else:
         last = min(len(ids), 2 * (SEQ_LEN // 2) + room - shift)
         scored = list(range(0 if bos == "start" else 1, last))
-    assert result.scored_tokens == len(scored)
-    assert result.scored_share == sum(sizes[place] for place in scored) / sum(sizes)
-    assert result.scored_bytes == result.scored_share * text.n_bytes
+    assert result["scored_tokens"] == len(scored)
+    assert result["scored_share"] == sum(sizes[place] for place in scored) / sum(sizes)
+    assert result["scored_bytes"] == result["scored_share"] * text.n_bytes
 
 
-def direct_nats(model: Transformer, ids: list[int], context: int) -> float:
-    """The nats of disjoint windows by the model's own loss, one window at a time."""
-    total = 0.0
-    with torch.no_grad():
-        for begin in range(0, len(ids) - context + 1, context):
-            window = torch.tensor([ids[begin : begin + context]])
-            total += float(model(window[:, :-1], window[:, 1:]))
-    return total
-
-
-def test_the_score_is_the_models_own_loss() -> None:
+@pytest.mark.parametrize("name", list(PLANS))
+def test_the_score_is_the_models_own_loss(name: Any) -> None:
     loaded = sample_loaded()
-    text = from_raw(sample_text()[:4000])
-    result = measure(loaded, text, Protocol(context=SEQ_LEN))
-    expected = direct_nats(loaded.model, list(loaded.vocabulary.encode(text.joined)), SEQ_LEN)
-    assert result.nats == pytest.approx(expected, rel=1e-6)
-    assert result.token_perplexity == pytest.approx(math.exp(expected / result.scored_tokens))
+    text = from_raw(RAW + sample_text()[:2000])
+    protocol = Protocol(name=name, context=SEQ_LEN, bos_id=1)
+    pieces = [np.array(loaded.vocabulary.encode(p.text)) for p in text.pieces(name)]
+    expected, n_scored = 0.0, 0
+    with torch.no_grad():
+        for window in plan_windows(pieces, protocol):
+            inputs, targets = map(torch.from_numpy, window)
+            expected += float(loaded.model(inputs[None], targets[None]))
+            n_scored += int((targets != IGNORED).sum())
+    result = measure(loaded, text, protocol)
+    assert result["nats"] == pytest.approx(expected, rel=1e-6)
+    assert result["token_perplexity"] == pytest.approx(math.exp(expected / n_scored))
 
 
 def test_the_score_does_not_depend_on_the_batch() -> None:
@@ -179,7 +173,7 @@ def test_the_score_does_not_depend_on_the_batch() -> None:
     text = from_raw(sample_text()[:4000])
     protocol = Protocol(name="stride", context=48, stride=7)
     alone, together = (
-        measure(loaded, text, protocol, batch_tokens=size).nats for size in (1, 48 * 50)
+        measure(loaded, text, protocol, batch_tokens=size)["nats"] for size in (1, 48 * 50)
     )
     assert together == pytest.approx(alone, rel=1e-6)
 
@@ -190,18 +184,18 @@ def test_bf16_is_autocast_and_close() -> None:
     protocol = Protocol(context=SEQ_LEN)
     narrow = measure(dataclasses.replace(loaded, dtype="bf16"), text, protocol)
     exact = measure(loaded, text, protocol)
-    assert narrow.nats != exact.nats
-    assert narrow.nats == pytest.approx(exact.nats, rel=0.02)
+    assert narrow["nats"] != exact["nats"]
+    assert narrow["nats"] == pytest.approx(exact["nats"], rel=0.02)
     assert narrow.model["dtype"] == "bf16"
 
 
 def test_a_context_beyond_training_is_allowed_and_said_up_to_the_exact_limit() -> None:
     loaded = sample_loaded()
     text = from_raw(sample_text()[:6000])
-    assert not measure(loaded, text, Protocol(context=SEQ_LEN)).beyond_training
-    assert measure(loaded, text, Protocol(context=5 * SEQ_LEN)).beyond_training
+    assert not measure(loaded, text, Protocol(context=SEQ_LEN))["beyond_training"]
+    assert measure(loaded, text, Protocol(context=5 * SEQ_LEN))["beyond_training"]
     assert max_context(loaded.model.config) == 16_448
-    refuse_context(loaded, 16_448)
+    check_context(loaded, 16_448)
     with pytest.raises(EvaluationError, match=r"context 16,449: .* up to 16,448"):
         measure(loaded, text, Protocol(context=16_449))
     without_alibi = sample_loaded(alibi=False)
@@ -213,16 +207,17 @@ def test_limit_and_tail_are_reported() -> None:
     text = from_raw(sample_text()[:4000])
     n_ids = len(loaded.vocabulary.encode(text.joined))
     result = measure(loaded, text, Protocol(context=SEQ_LEN), limit=2)
-    assert (result.windows, result.limit) == (2, 2)
-    assert result.tail_dropped == n_ids % SEQ_LEN
-    assert result.text_tokens == n_ids
+    assert (result["windows"], result["limit"]) == (2, 2)
+    assert result["tail_dropped"] == n_ids % SEQ_LEN
+    assert result["text_tokens"] == n_ids
     with pytest.raises(EvaluationError, match="the text is empty"):
         measure(loaded, EvaluationText("", ""), Protocol(context=SEQ_LEN))
 
 
 def test_logits_and_transformer_scorers_agree() -> None:
     loaded = sample_loaded(tie_embeddings=False)
-    plan = make_plan(sample_tokenizer().encode(sample_text()[:1500]), Protocol(context=SEQ_LEN))
+    ids = np.array(sample_tokenizer().encode(sample_text()[:1500]))
+    plan = plan_windows([ids], Protocol(context=SEQ_LEN))
     by_logits = score(Scorer.of_logits(loaded.model.logits), plan)
     assert score(Scorer.of(loaded), plan).nats == pytest.approx(by_logits.nats, rel=1e-6)
 
@@ -230,8 +225,8 @@ def test_logits_and_transformer_scorers_agree() -> None:
 def test_the_score_does_not_depend_on_the_cache() -> None:
     """Ids fed one by one into a cache, or three at a time, score as the whole does."""
     loaded = sample_loaded()
-    ids = sample_tokenizer().encode(sample_text()[:900])
-    plan = make_plan(ids, Protocol(name="lm-eval", context=SEQ_LEN, bos_id=1))
+    ids = np.array(sample_tokenizer().encode(sample_text()[:900]))
+    plan = plan_windows([ids], Protocol(name="lm-eval", context=SEQ_LEN, bos_id=1))
 
     def cached(tokens: torch.Tensor, at_once: int) -> torch.Tensor:
         config = loaded.model.config
@@ -263,12 +258,15 @@ def test_each_corpus_is_asked_of_the_hub_under_its_own_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def unreachable(source: Source) -> Any:
-        raise SourceError(f"{source.config}: name a file with --data-files")
+        asked = f"{source.dataset} ({source.config}), {source.split}"
+        raise SourceError(f"{asked}: name a file with --data-files")
 
-    monkeypatch.setattr("tools.evaluation.wikitext.hub_inputs", unreachable)
-    for corpus, config in CONFIGS.items():
-        with pytest.raises(EvaluationError, match=f"^{config}: name a file with --data FILE$"):
+    monkeypatch.setattr("tools.evaluation.datasets.hub_inputs", unreachable)
+    for corpus, number in (("wikitext2", 2), ("wikitext103", 103)):
+        asked = f"Salesforce/wikitext (wikitext-{number}-raw-v1), test"
+        with pytest.raises(EvaluationError) as error:
             read_text(corpus=corpus)
+        assert str(error.value) == f"{asked}: name a file with --data FILE"
 
 
 def test_the_harness_counts_of_wikitext(shared: Path) -> None:
@@ -290,20 +288,37 @@ def test_what_has_no_figure_has_no_error_either() -> None:
     loaded = sample_loaded()
     text = from_raw(sample_text()[:400])
     one = measure(loaded, text, Protocol(context=SEQ_LEN), limit=1)
-    assert one.token_perplexity is not None
-    assert one.token_perplexity_error is one.bits_per_byte_error is None  # a single window
+    assert one["token_perplexity"] is not None
+    for name in ("token_perplexity", "bits_per_byte"):
+        assert one.to_json()[f"{name}_error"] is None  # a single window
     with torch.no_grad():
         loaded.model.embedding.weight.mul_(1e5)
-    endless = measure(loaded, text, Protocol(context=SEQ_LEN))
-    assert endless.token_perplexity is endless.token_perplexity_error is None
-    assert endless.bits_per_byte > 1000 and endless.bits_per_byte_error is not None
+    endless = measure(loaded, text, Protocol(context=SEQ_LEN)).to_json()
+    assert endless["token_perplexity"] is endless["token_perplexity_error"] is None
+    assert endless["bits_per_byte"] > 1000 and endless["bits_per_byte_error"] is not None
 
 
-def test_batches_are_as_large_as_asked_for_and_progress_is_told() -> None:
+def test_batches_are_as_large_as_asked_for_and_progress_is_reported(tmp_path: Path) -> None:
     loaded, seen = sample_loaded(), []
-    text = from_raw(sample_text()[:1000])
-    result = measure(loaded, text, Protocol(context=SEQ_LEN), batch_tokens=2 * SEQ_LEN,
-                     progress=lambda *step: seen.append(step))  # fmt: skip
-    n = result.windows
-    assert seen == [(min(done, n), n) for done in range(2, n + 2, 2)]
-    assert 0 <= result.time_s < 600
+    path = tmp_path / "text.raw"
+    path.write_text(sample_text()[:1000])
+    options = TaskOptions(data=path, batch_tokens=2 * SEQ_LEN, limit=7)
+    [result] = evaluate_corpus(loaded, "wikitext103", options, lambda *step: seen.append(step))
+    assert (result.task, result["windows"]) == ("wikitext103", 7)
+    assert seen == [(2, 7), (4, 7), (6, 7), (7, 7)]
+    assert 0 <= result["time_s"] < 600
+
+
+def test_without_a_bos_lm_eval_alone_starts_with_eos(tmp_path: Path) -> None:
+    loaded, path = sample_loaded(), tmp_path / "text.raw"
+    path.write_text(RAW * 4)
+    bare = dataclasses.replace(
+        loaded, vocabulary=dataclasses.replace(loaded.vocabulary, bos_id=None)
+    )
+    results = evaluate_corpus(bare, "wikitext2", TaskOptions(data=path, all_protocols=True))
+    found = {result["protocol"]: result["bos"] for result in results}
+    assert found == {
+        "disjoint": "never", "stride": "never", "lm-eval": "start", "llama.cpp": "never",
+    }  # fmt: skip
+    with_eos = Protocol(name="lm-eval", context=SEQ_LEN, bos_id=loaded.vocabulary.eos_id)
+    assert results[2]["nats"] == measure(loaded, from_raw(RAW * 4), with_eos)["nats"]

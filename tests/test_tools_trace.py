@@ -1,4 +1,4 @@
-"""What a step saw, and when a document is seen: both against a walk over the shards."""
+"""What a step saw, and when a document is seen: both compared with a walk over the shards."""
 
 import json
 import math
@@ -85,25 +85,25 @@ def test_a_step_shows_the_rows_that_were_trained_on(folder: Path) -> None:
         for micro_step in range(4)
         for index in micro_batch_indices(0, 4 * 16, BatchShape(16, 4, 1), micro_step, 0)
     ]
-    assert [sighting.index for sighting in seen] == expected
+    assert [row_seen.index for row_seen in seen] == expected
     tokenizer = pipeline_samples.tokenizer()
-    for sighting in seen:
-        reader = ShardReader(folder / "shards" / sighting.source)
-        tokens, _ = reader.rows(np.array([sighting.row]))
-        letters = re.sub(r"<s>|\s", "", sighting.text)
+    for row_seen in seen:
+        reader = ShardReader(folder / "shards" / row_seen.source)
+        tokens, _ = reader.rows(np.array([row_seen.row]))
+        letters = re.sub(r"<s>|\s", "", row_seen.text)
         assert letters == re.sub(r"\s", "", tokenizer.decode(tokens[0]))
-        file, _, record = reader.origin(sighting.row)
-        assert sighting.origin.startswith(Path(file).name)
-        assert sighting.origin.endswith(f":{record}")
+        file, _, record = reader.origin(row_seen.row)
+        assert row_seen.origin.startswith(Path(file).name)
+        assert row_seen.origin.endswith(f":{record}")
 
 
 def test_there_and_back(folder: Path) -> None:
     trace = RunTrace(folder / "run")
-    for sighting in list(trace.at_step(7))[::5]:
-        again = list(trace.of_document(sighting.origin))
-        assert sighting in again
-        assert [each.index for each in again] == sorted(each.index for each in again)
-        assert all(each.step <= 40 for each in again)
+    for row_seen in list(trace.at_step(7))[::5]:
+        found = list(trace.of_document(row_seen.origin))
+        assert row_seen in found
+        assert [each.index for each in found] == sorted(each.index for each in found)
+        assert all(each.step <= 40 for each in found)
 
 
 class Seen:
@@ -136,8 +136,8 @@ class Seen:
 def traced(run: Path, step: int) -> list[list[int]]:
     trace = RunTrace(run)
     found = []
-    for sighting in trace.at_step(step):
-        rows, _ = trace.readers[sighting.source].rows(np.array([sighting.row]))
+    for row_seen in trace.at_step(step):
+        rows, _ = trace.readers[row_seen.source].rows(np.array([row_seen.row]))
         found.append(rows[0].tolist())
     return found
 
@@ -169,8 +169,8 @@ def test_what_is_traced_is_what_the_model_saw_whatever_happened(
         (each.step, each.index): each for step in range(1, 13) for each in trace.at_step(step)
     }
     for origin in {each.origin for each in everything.values() if each.step in (3, 6, 7, 12)}:
-        for sighting in trace.of_document(origin):
-            assert everything[sighting.step, sighting.index] == sighting
+        for row_seen in trace.of_document(origin):
+            assert everything[row_seen.step, row_seen.index] == row_seen
 
 
 def test_steps_of_another_run_are_not_guessed(folder: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def invoke(folder: Path, *arguments: str) -> Result:
     return CliRunner().invoke(main, [str(folder / "run"), *arguments])
 
 
-def test_the_command_shows_and_refuses(folder: Path) -> None:
+def test_the_command_shows_rows_and_names_errors(folder: Path) -> None:
     result = invoke(folder, "--step", "3", "--chars", "30")
     assert result.exit_code == 0, result.stderr
     assert len(re.findall(r"^step 3 rank 0 micro-step \d: sample \d+, ", result.stdout, re.M)) == 16
@@ -224,7 +224,7 @@ def test_a_document_that_no_step_sees_is_named(folder: Path, tmp_path: Path) -> 
     assert result.stderr == "no step of this run sees it\n"
 
 
-def test_other_shards_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_other_shards_are_rejected(folder: Path, tmp_path: Path) -> None:
     record = folder / "run" / "config.json"
     config = json.loads(record.read_text())
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

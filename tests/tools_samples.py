@@ -1,4 +1,4 @@
-"""A small vocabulary, a small model and a small run, made by the real parts of the house."""
+"""A small vocabulary, a small model and a small run, made by the project's own code."""
 
 import functools
 import sysconfig
@@ -121,3 +121,11 @@ def write_shards(
     manifest = write_manifest(folder, facts, [Part(file="t", first=0, last=1)], 1)
     assert manifest is not None
     return manifest
+
+
+def write_two_sources(root: Path) -> Path:
+    """Sources `code` and `more`, of which some documents are held out."""
+    pieces = [sample_text()[begin : begin + 300] for begin in range(0, 24_000, 300)]
+    write_shards(root / "code", train_texts=pieces[:40], val_texts=[*pieces[40:46], "ü" * 9, "x"])
+    write_shards(root / "more", train_texts=pieces[50:70], val_texts=pieces[70:73])
+    return root

@@ -3,11 +3,10 @@
 Commands       evaluate generate trace convert plan doctor report rehearse; demo (`make demo`)
 loading        a run, a checkpoint or a Llama folder -> the model with its tokenizer
 vocabulary     what a tokenizer must offer to be scored or to write
-protocols      text -> windows: which ids are read, which are scored
-scoring        windows -> nats                        perplexity  nats -> figures
-heldout        the held-out documents of shards       baselines   unigram, gzip, xz on the same text
-wikitext       the text of WikiText                   cards       figures as lines to read
-generation     a prompt -> text                       sampling    logits -> the next id
+evaluation/    tasks (the table), multiple_choice, perplexity (protocols, wikitext), heldout,
+               contamination (ngrams): each gives a Result; scoring has the NLL
+generation/    a prompt -> text
+tracing/       a step -> what it saw, a document -> when it is seen
 planning       memory, time and money on paper
 checks         the doctor's examinations: with host, speed, collective, shard_checks, variables
 conversion     to and from llama.py's folders of Llama-family models

@@ -34,7 +34,7 @@ from tools.rehearsal.runs import (
 )
 
 if TYPE_CHECKING:
-    from tools.evaluation.heldout import HeldOut
+    from tools.evaluation.results import Result
 
 DEMO: Final = Path("demo")
 SHARDS: Final = DEMO / "shards"
@@ -170,21 +170,20 @@ def compare_with_twin(killed_at: int | None) -> Comparison:
     return comparison
 
 
-def evaluate() -> HeldOut:
+def evaluate() -> Result:
     """The held-out score of the finished run, as a table."""
-    from tools.evaluation.cards import heldout_card
     from tools.evaluation.heldout import evaluate_heldout
+    from tools.evaluation.results import to_text
     from tools.models.loading import ModelSpec, load
 
     score = evaluate_heldout(load(ModelSpec(run=RUN)), SHARDS)
-    print("\n".join(heldout_card(score)))
+    print("\n".join(to_text([score])))
     return score
 
 
 def show_samples() -> None:
     """Continuations of one prompt by the first, a middle and the last checkpoint."""
-    from tools.generation.generation import Generation, complete
-    from tools.generation.sampling import Sampling
+    from tools.generation.generation import Generation, Sampling, complete
     from tools.models.loading import ModelSpec, load
 
     for step in (CHECKPOINT_EVERY, STEPS // 2, STEPS):
@@ -195,13 +194,13 @@ def show_samples() -> None:
         print("\n".join(f"    | {line}" for line in (PROMPT + text).splitlines()[:8]))
 
 
-def close(comparison: Comparison, score: HeldOut, time_s: float) -> None:
+def close(comparison: Comparison, score: Result, time_s: float) -> None:
     """The loss chart, the paths, and what comes next; exit code 1 if a check failed."""
     from shards.files import publish_json
     from tools.reporting.page import write_loss_chart
 
     chart = write_loss_chart([RUN], DEMO / "loss.svg")
-    passed = comparison.identical and score.below_unigram >= 0.25
+    passed = comparison.identical and score["below_unigram"] >= 0.25
     publish_json(RESULT, {"identical": comparison.identical, "heldout": score.to_json()})
     heading(f"Done in {time_s:.0f} s. What was made:")
     for path, what in (

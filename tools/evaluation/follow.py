@@ -1,8 +1,8 @@
-"""Beside training: each checkpoint of a run is scored as it appears, and its cards go into the run.
+"""Evaluation during training: each checkpoint is scored as it appears, the results kept in the run.
 
     runs/NAME/evaluations/step-200/lambada.json, lambada.md, ...
 
-A task whose card is there is not scored again, so the same command goes on after an interruption.
+A task whose card exists is not scored twice, so the same command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Final
 
 from shards.errors import SummerError
-from tools.evaluation.suite import Outcome, write_card
+from tools.evaluation.results import Result, write_results
 from trainer.checkpoint.runs import EVALUATIONS, checkpoints, step_of
 from trainer.config.config import load_config
 
 POLL_S: Final = 10.0
 
-Evaluate = Callable[[Path, Sequence[str]], Iterator[Outcome]]
+Evaluate = Callable[[Path, Sequence[str]], Iterator[Sequence[Result]]]
 """Scores a checkpoint on the named tasks."""
 
 
@@ -28,11 +28,11 @@ def follow(
     tasks: Sequence[str],
     evaluate: Evaluate,
     wait: Callable[[float], None] = time.sleep,
-) -> Iterator[tuple[int, Outcome]]:
-    """Each new score with its step, until the checkpoint of the run's last step has been scored.
+) -> Iterator[Sequence[Result]]:
+    """The results of each task at each checkpoint, until the run's last step has been scored.
 
-    Checkpoints that are there at first are taken oldest first. One that training purges before it
-    could be read is passed over.
+    Checkpoints that exist already are taken oldest first. One that training deletes before it
+    could be read is skipped.
     """
     last_step = load_config(run).max_steps
     passed: set[Path] = set()
@@ -47,17 +47,17 @@ def follow(
         passed.add(checkpoint)
         missing = [task for task in tasks if not card_of(checkpoint, task).is_file()]
         try:
-            for outcome in evaluate(checkpoint, missing) if missing else ():
-                card = card_of(checkpoint, outcome.task)
+            for results in evaluate(checkpoint, missing) if missing else ():
+                card = card_of(checkpoint, results[0].task)
                 card.parent.mkdir(parents=True, exist_ok=True)
-                write_card(card.with_suffix(".md"), [outcome])
-                write_card(card, [outcome])  # last: it says that the task is done
-                yield step_of(checkpoint), outcome
+                write_results(card.with_suffix(".md"), [results])
+                write_results(card, [results])  # last: it says that the task is done
+                yield results
         except (SummerError, OSError):
             if checkpoint in checkpoints(run):
                 raise
 
 
 def card_of(checkpoint: Path, task: str) -> Path:
-    """Where the figures of a checkpoint on a task are kept in its run."""
+    """Where the results of a checkpoint on a task are kept in its run."""
     return checkpoint.parents[1] / EVALUATIONS / checkpoint.name / f"{task}.json"

@@ -1,23 +1,25 @@
-"""Held-out documents of prepared sources: the model's bits per byte beside simpler coders'.
+"""Bits per byte on the held-out documents of prepared sources, with simpler coders to compare.
 
-Every document is taken whole out of the held-out rows, from its BOS to the next, and scored alone
-from its BOS: windows of the model's context, each id once, the EOS that ends it included. Beside
-the model stand a unigram of tokens, counted in the training rows and charged for the same ids, and
-gzip and xz on the same text, a source's documents run together (their best case). All are divided
-by the UTF-8 bytes of the documents' text.
+Every document is taken complete from the held-out sequences, from its BOS to the next, and scored
+alone from its BOS: windows of the model's context, each token once, the EOS that ends it included.
+The baselines on the same text are a unigram of tokens, counted in the training sequences and
+scored on the same tokens, and gzip and xz, which read a source's documents as one piece (their
+best case). All are divided by the UTF-8 bytes of the documents' text.
 """
 
 from __future__ import annotations
 
 import functools
+import lzma
 import math
 import operator
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,79 +27,88 @@ import numpy.typing as npt
 from shards.format import Manifest
 from shards.reader import ShardReader, find_sources
 from tools.errors import EvaluationError
-from tools.evaluation.baselines import (
-    CompressedSizes,
-    Unigram,
-    compressed_sizes,
-    count_training_ids,
-)
-from tools.evaluation.perplexity import perplexity, refuse_context
+from tools.evaluation.perplexity import perplexity
 from tools.evaluation.protocols import Ids, Window, document_windows
-from tools.evaluation.scoring import Progress, Scorer, score
+from tools.evaluation.results import Result
+from tools.evaluation.scoring import Progress, Scorer, check_context, score
 from tools.models.loading import LoadedModel
 from tools.models.vocabulary import Vocabulary
 
 _ROWS_AT_ONCE: Final = 256
+_GZIP_WINDOW: Final = 16 + zlib.MAX_WBITS
+"""zlib's code for a gzip header and trailer around its largest window."""
+_COMPRESSORS_SEE: Final = "the documents of a source run together"
+_COLUMNS: Final = ("documents", "tokens", "bytes", "model", "unigram", "gzip", "xz")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceScore:
-    """One source's held-out documents. Bits per byte of each coder; tokens are those scored."""
+@dataclass(frozen=True)
+class Unigram:
+    """A model of single tokens: the nats of each, whatever is before it. [V]"""
 
-    source: str
-    documents: int
-    tokens: int
-    bytes: int
-    model: float
-    unigram: float
-    gzip: float
-    xz: float
-    token_perplexity: float | None
+    nats: npt.NDArray[np.float64]
+
+    @classmethod
+    def from_counts(cls, counts: npt.ArrayLike) -> Unigram:
+        """The counted frequencies, smoothed so that no token is impossible.
+
+        Witten and Bell's estimate (1991, method C of Bell, Cleary and Witten's book): as many
+        counts as there are different tokens are set aside for the unseen, which share them. On
+        small sources it is a harder baseline than adding one to every count (by 1.5 % for pydoc's
+        topics).
+        """
+        found = np.array(counts, dtype=np.float64)
+        n_seen = int(np.count_nonzero(found))
+        n_unseen = len(found) - n_seen
+        if not n_seen:
+            return cls(np.full(len(found), math.log(len(found))))
+        set_aside = n_seen if n_unseen else 0
+        found[found == 0] = set_aside / max(1, n_unseen)
+        return cls(math.log(found.sum()) - np.log(found))
+
+    def total_nats(self, ids: npt.ArrayLike) -> float:
+        """Nats of a sequence of tokens."""
+        return float(self.nats[np.asarray(ids, dtype=np.int64)].sum())
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """The held-out score of a model: `sources` in order of name, and `total` over all of them.
+@dataclass(frozen=True)
+class _HeldOut:
+    """What one source, or several together, give to the evaluation.
 
-    `without` names prepared sources of which nothing is held out.
+    Its documents' windows, their UTF-8 bytes as they are and as `gzip -9` and `xz -9e` make them,
+    and the unigram's nats.
     """
-
-    sources: tuple[SourceScore, ...]
-    total: SourceScore
-    without: tuple[str, ...]
-    context: int
-    compressors_see: str
-    model: dict[str, object]
-    time_s: float
-
-    @property
-    def below_unigram(self) -> float:
-        """How far the model's bits per byte are below the unigram's, as a share of those."""
-        return 1 - self.total.model / self.total.unigram
-
-    def to_json(self) -> dict[str, object]:
-        """All figures under their names."""
-        return {"task": "heldout", **asdict(self), "below_unigram": self.below_unigram}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Collected:
-    """What one source, or several together, give to the evaluation; nats are the unigram's."""
 
     source: str
     n_documents: int
     windows: list[Window]
-    sizes: CompressedSizes
+    sizes: npt.NDArray[np.int64]
     unigram_nats: float
 
-    def __add__(self, other: _Collected) -> _Collected:
-        return _Collected(
-            source="all",
-            n_documents=self.n_documents + other.n_documents,
-            windows=self.windows + other.windows,
-            sizes=self.sizes + other.sizes,
-            unigram_nats=self.unigram_nats + other.unigram_nats,
+    def __add__(self, other: _HeldOut) -> _HeldOut:
+        return _HeldOut(
+            "all",
+            self.n_documents + other.n_documents,
+            self.windows + other.windows,
+            self.sizes + other.sizes,
+            self.unigram_nats + other.unigram_nats,
         )
+
+    def figures(self, nats: npt.NDArray[np.float64]) -> dict[str, Any]:
+        """Counts, and bits per byte of each coder, given the model's nats of each window."""
+        n_bytes, gzip, xz = self.sizes.tolist()
+        tokens = sum(len(window.targets) for window in self.windows)
+        total = float(nats.sum())
+        return {
+            "source": self.source,
+            "documents": self.n_documents,
+            "tokens": tokens,
+            "bytes": n_bytes,
+            "model": total / math.log(2) / n_bytes,
+            "unigram": self.unigram_nats / math.log(2) / n_bytes,
+            "gzip": 8 * gzip / n_bytes,
+            "xz": 8 * xz / n_bytes,
+            "token_perplexity": perplexity(total, tokens),
+        }
 
 
 def evaluate_heldout(
@@ -106,16 +117,16 @@ def evaluate_heldout(
     *,
     context: int | None = None,
     limit: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     progress: Progress | None = None,
-) -> HeldOut:
+) -> Result:
     """The model's score on the held-out documents of every source in a folder of shards.
 
     `limit` takes the first documents of each source; `context` is the training length by default.
-    EvaluationError where nothing is held out or the shards' tokenizer is another than the model's.
+    EvaluationError where nothing is held out or the shards' tokenizer is not the model's.
     """
     context = loaded.trained_context if context is None else context
-    refuse_context(loaded, context)
+    check_context(loaded, context)
     started = time.monotonic()
     manifests = find_sources(shards)
     held_out = [
@@ -129,20 +140,29 @@ def evaluate_heldout(
             "with a larger --val-fraction"
         )
     together = functools.reduce(operator.add, held_out)
-    scored = score(
-        Scorer.of(loaded), together.windows, batch_tokens=batch_tokens, progress=progress
-    )
-    nats = scored.nats
-    ends = np.cumsum([len(source.windows) for source in held_out])
-    nats_a_source = np.split(nats, ends[:-1])
-    return HeldOut(
-        sources=tuple(map(_source_score, held_out, nats_a_source)),
-        total=_source_score(together, nats),
-        without=tuple(name for name, manifest in manifests.items() if not manifest.n_val_rows),
-        context=context,
-        compressors_see="the documents of a source run together",
+    scorer = Scorer.of(loaded)
+    nats = score(scorer, together.windows, batch_tokens=batch_tokens, progress=progress).nats
+    ends = np.cumsum([len(source.windows) for source in held_out])[:-1]
+    nats_a_source = np.split(nats, ends)
+    sources = [each.figures(part) for each, part in zip(held_out, nats_a_source, strict=True)]
+    total = together.figures(nats)
+    settings = {
+        "sources": sources,
+        "total": total,
+        "without": [name for name, manifest in manifests.items() if not manifest.n_val_rows],
+        "context": context,
+        "compressors_see": _COMPRESSORS_SEE,
+        "time_s": time.monotonic() - started,
+    }
+    below = 1 - total["model"] / total["unigram"]
+    return Result(
+        task="heldout",
+        metrics={"below_unigram": below},
+        settings=settings,
         model=loaded.describe(),
-        time_s=time.monotonic() - started,
+        about="bits per byte, smaller is better",
+        table=_table(sources if len(sources) == 1 else [*sources, total]),
+        notes=_notes(below, settings),
     )
 
 
@@ -165,10 +185,40 @@ def held_out_documents(folder: Path, manifest: Manifest) -> Iterator[Ids]:
         yield np.concatenate(document)
 
 
+def count_training_ids(
+    folder: Path, manifest: Manifest, vocab_size: int, max_rows: int = 1 << 16
+) -> npt.NDArray[np.int64]:
+    """How often each token that is a target occurs in a source's training rows. [vocab_size]
+
+    BOS and padding are left out, for neither is ever scored in a document. Of a source with more
+    than `max_rows` rows, that many are counted, evenly spaced (65,536 of 4,096 are 268 M tokens).
+    """
+    reader = ShardReader(folder, "train", manifest)
+    chosen = np.linspace(0, reader.n_rows, min(max_rows, reader.n_rows), endpoint=False)
+    indices = chosen.astype(np.int64)
+    counts = np.zeros(vocab_size, np.int64)
+    for begin in range(0, len(indices), _ROWS_AT_ONCE):
+        rows, _ = reader.rows(indices[begin : begin + _ROWS_AT_ONCE])
+        counts += np.bincount(rows.ravel(), minlength=vocab_size)
+    counts[[manifest.facts.tokenizer.bos_id, manifest.facts.tokenizer.pad_id]] = 0
+    return counts
+
+
+def compressed_sizes(texts: Iterable[bytes]) -> npt.NDArray[np.int64]:
+    """Bytes of all texts run together: as they are, by `gzip -9` and by `xz -9e`. [3]"""
+    gzip = zlib.compressobj(9, zlib.DEFLATED, _GZIP_WINDOW)
+    xz = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
+    sizes = np.zeros(3, np.int64)
+    for text in texts:
+        sizes += (len(text), len(gzip.compress(text)), len(xz.compress(text)))
+    sizes += (0, len(gzip.flush()), len(xz.flush()))
+    return sizes
+
+
 def _collect(
     vocabulary: Vocabulary, folder: Path, manifest: Manifest, context: int, limit: int | None
-) -> _Collected:
-    """A source's held-out documents in windows, and what simpler coders make of them."""
+) -> _HeldOut:
+    """A source's held-out documents in windows, and what the baselines need of them."""
     info = manifest.facts.tokenizer
     if info.sha256 != vocabulary.sha256:
         raise EvaluationError(
@@ -177,7 +227,7 @@ def _collect(
         )
     documents = list(islice(held_out_documents(folder, manifest), limit))
     unigram = Unigram.from_counts(count_training_ids(folder, manifest, len(vocabulary)))
-    return _Collected(
+    return _HeldOut(
         source=manifest.facts.source,
         n_documents=len(documents),
         windows=[window for ids in documents for window in document_windows(ids, context)],
@@ -186,19 +236,21 @@ def _collect(
     )
 
 
-def _source_score(held_out: _Collected, nats: npt.NDArray[np.float64]) -> SourceScore:
-    """The figures of one source, or of all together, given the model's nats of each window."""
-    sizes = held_out.sizes
-    tokens = sum(len(window.targets) for window in held_out.windows)
-    total = float(nats.sum())
-    return SourceScore(
-        source=held_out.source,
-        documents=held_out.n_documents,
-        tokens=tokens,
-        bytes=sizes.raw,
-        model=total / math.log(2) / sizes.raw,
-        unigram=held_out.unigram_nats / math.log(2) / sizes.raw,
-        gzip=8 * sizes.gzip / sizes.raw,
-        xz=8 * sizes.xz / sizes.raw,
-        token_perplexity=perplexity(total, tokens),
-    )
+def _table(scores: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [
+        [f"{each[name]:,}" if isinstance(each[name], int) else f"{each[name]:.3f}"
+         for name in _COLUMNS]
+        for each in scores
+    ]  # fmt: skip
+    names = [each["source"] for each in scores]
+    return [["held out", *_COLUMNS], *([name, *row] for name, row in zip(names, rows, strict=True))]
+
+
+def _notes(below_unigram: float, found: dict[str, Any]) -> list[str]:
+    side = "below" if below_unigram >= 0 else "ABOVE"
+    without = [f"Nothing is held out of {', '.join(found['without'])}."] if found["without"] else []
+    return [
+        f"The model is {abs(below_unigram):.1%} {side} the unigram. It scores each document from "
+        f"its BOS, context {found['context']:,}; gzip -9 and xz -9e see {_COMPRESSORS_SEE}.",
+        *without,
+    ]

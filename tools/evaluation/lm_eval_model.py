@@ -1,12 +1,12 @@
-"""Our models inside lm-evaluation-harness, under the name `summerlm` (needs the extra `eval`).
+"""lm-evaluation-harness with our models under the name `summerlm` (needs the extra `eval`).
 
-pip install tools/lm_eval_plugin
-lm_eval --model summerlm --model_args run=runs/tiny --tasks lambada_openai
-lm_eval --model summerlm --model_args hf=SmolLM2-135M,add_bos_token=False ...
+python -m tools.evaluation.lm_eval_model --model summerlm --model_args run=runs/tiny --tasks piqa
+python -m tools.evaluation.lm_eval_model --model summerlm --model_args hf=SmolLM2-135M ...
 
-The small package lets the harness find the name; summerlm_lm_eval.py there says how, and why it has
-to. Without it, and from Python, `import tools.evaluation.lm_eval_model` registers the model for
-`lm_eval.simple_evaluate(model="summerlm", ...)`. An exported folder (summer-convert) needs neither:
+This is the harness' own command line, with our model registered. Releases of the harness after
+0.4.13 read the entry point `lm_eval.models`, and find it from `lm_eval --model summerlm` too. From
+Python, `import tools.evaluation.lm_eval_model` registers it for `lm_eval.simple_evaluate(...)`. An
+exported folder (summer-convert) needs none of this:
 
 lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True,add_bos_token=False ...
 
@@ -19,34 +19,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lm_eval.models  # noqa: F401 - a registry that holds ours alone would not fetch the others
+import lm_eval.models  # noqa: F401 - fills the registry before ours is added
 import numpy as np
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from model.config import ModelError
-from shards.errors import one_line_uncaught
+from shards.errors import one_line_failures
 from tools.errors import EvaluationError
 from tools.evaluation.multiple_choice import pair_window
-from tools.evaluation.perplexity import refuse_context
-from tools.evaluation.protocols import Protocol, plan_texts
-from tools.evaluation.scoring import Scorer, score
-from tools.generation.generation import Generation, write
-from tools.generation.sampling import Sampling
+from tools.evaluation.protocols import Protocol, plan_windows
+from tools.evaluation.scoring import Scorer, check_context, score
+from tools.generation.generation import Generation, Sampling, write
 from tools.models.loading import ModelSpec, Precision, load
 
 Pair = tuple[tuple[str, str], list[int], list[int]]
 """Texts of context and continuation, and the ids of each."""
 
-UNSAID = "cuda:0"  # the device that the harness names where its user names none
-
-one_line_uncaught(ModelError)  # the harness' own command line catches nothing
+DEFAULT_DEVICE = "cuda:0"
+"""What the harness passes where its user names no device."""
 
 
 @register_model("summerlm")
 class SummerLM(TemplateLM):  # type: ignore[misc]
-    """A model of ours as the harness asks it: our scorer, its requests."""
+    """A model of ours behind the harness' interface: its requests, our scorer."""
 
     def __init__(
         self,
@@ -61,15 +58,17 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         named = (None if path is None else Path(path) for path in (run, checkpoint, hf))
         where = dict(zip(("run", "checkpoint", "hf"), named, strict=True))
-        if device == UNSAID and not torch.cuda.is_available():
+        if device == DEFAULT_DEVICE and not torch.cuda.is_available():
             device = None
         self.loaded = load(ModelSpec(**where, device=device or "auto", dtype=dtype))
         self.max_length = int(options.pop("context", None) or self.loaded.trained_context)
-        refuse_context(self.loaded, self.max_length)
+        check_context(self.loaded, self.max_length)
         self.batch_tokens = int(options.pop("batch_tokens", 8192))
         self.add_bos_token = str(options.pop("add_bos_token", False)).lower() == "true"
         if left := options.keys() - {"batch_size", "max_batch_size"}:
-            raise EvaluationError(f"model_args {', '.join(sorted(left))}: summerlm has none such")
+            raise EvaluationError(
+                f"model_args {', '.join(sorted(left))}: summerlm has no such argument"
+            )
 
     @property
     def tokenizer_name(self) -> str:
@@ -107,10 +106,10 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """The log-likelihood of each whole text, from its BOS, in windows side by side."""
+        """The log-likelihood of each text from its BOS, under the protocol `lm-eval`."""
         protocol = Protocol(name="lm-eval", context=self.max_length, bos_id=self.prefix_token_id)
         texts = [np.asarray(self.tok_encode(r.args[0], False), np.int64) for r in requests]
-        plans = [plan_texts([ids], protocol) for ids in texts]
+        plans = [plan_windows([ids], protocol) for ids in texts]
         windows = [window for plan in plans for window in plan]
         nats = score(Scorer.of(self.loaded), windows, batch_tokens=self.batch_tokens).nats
         ends = np.cumsum([len(plan) for plan in plans])[:-1]
@@ -121,11 +120,12 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         return [self._complete(*request.args) for request in requests]
 
     def _complete(self, context: str, settings: Mapping[str, Any]) -> str:
-        warm = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
+        sampled = settings.get("do_sample")
+        temperature = float(settings.get("temperature", 0.0)) if sampled else 0.0
         room = min(int(settings.get("max_gen_toks", 256)), self.max_length - 1)
         ids = self.tok_encode(context)[room - self.max_length :] or [self._first_id()]
-        how = Generation(max_tokens=room, sampling=Sampling(temperature=warm))
-        text = write(self.loaded, ids, how, opens_text=False).text
+        options = Generation(max_tokens=room, sampling=Sampling(temperature=temperature))
+        text = write(self.loaded, ids, options, opens_text=False).text
         stops = settings.get("until") or ()
         for stop in [stops] if isinstance(stops, str) else stops:
             text = text.partition(stop)[0] if stop else text
@@ -135,3 +135,15 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         if self.prefix_token_id is None:
             raise EvaluationError("this tokenizer has no BOS to start an empty context with")
         return self.prefix_token_id
+
+
+@one_line_failures(ModelError)
+def main() -> None:
+    """Run the harness' own command line."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,13 @@
-"""Questions -> plans over ids -> the scorer -> accuracies. One way for every task.
+"""Questions -> windows of tokens -> the scorer -> accuracies. One way for every task.
 
 A pair of texts is encoded as the harness does it: context and continuation as one text, of which
-the ids beyond those of the context alone are scored; spaces that end the context go over to the
-continuation. Too long a pair loses ids on the left. Then, over the choices of a question,
+the tokens beyond those of the context alone are scored; spaces that end the context go over to the
+continuation. Too long a pair loses tokens on the left. Then, over the choices of a question,
 
     acc        the continuation with the highest log-likelihood is the right one
     acc_norm   the same after division by the continuation's length in characters
     perplexity exp of the mean negative log-likelihood (tasks with a single continuation, whose
-               acc is the share that the model would have written itself)
+               acc is the share that greedy decoding would have written)
 """
 
 from __future__ import annotations
@@ -17,74 +17,25 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tools.errors import EvaluationError
-from tools.evaluation.datasets import read_records, sha256_of_rows
-from tools.evaluation.perplexity import refuse_context
+from tools.evaluation.datasets import read_questions, read_records, sha256_of_rows
 from tools.evaluation.protocols import IGNORED, Window
-from tools.evaluation.scoring import Progress, Scored, Scorer, score
-from tools.evaluation.tasks import Question, Task, read_questions
+from tools.evaluation.results import Metric, Result
+from tools.evaluation.scoring import Progress, Scored, Scorer, check_context, score
+from tools.evaluation.tasks import Question, Task, TaskOptions
 from tools.models.loading import LoadedModel
 from tools.models.vocabulary import Vocabulary
 
 Encode = Callable[[str], Sequence[int]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How a task is put: examples before each question, where they and the questions are from.
-
-    Without `examples` they are the Hub's, or for a local `data` its own first other questions.
-    """
-
-    data: Path | None = None
-    examples: Path | None = None
-    num_fewshot: int = 0
-    limit: int | None = None
-    context: int | None = None
-    with_bos: bool = False
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured value and its standard error, None where there is none."""
-
-    value: float | None
-    error: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskScore:
-    """A model's score on a task. `truncated` counts pairs that lost ids on the left."""
-
-    task: str
-    metrics: dict[str, Figure]
-    subjects: dict[str, float]
-    items: int
-    num_fewshot: int
-    examples_from: str
-    context: int
-    bos: str
-    truncated: int
-    data: str
-    items_sha256: str
-    limit: int | None
-    model: dict[str, object]
-    time_s: float
-
-    def to_json(self) -> dict[str, object]:
-        """All figures under their names."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model made of one question: log-likelihood and greediness of each choice."""
+class Answer(NamedTuple):
+    """What the model made of one question: log-likelihood of each choice, and whether greedy."""
 
     question: Question
     log_likelihoods: npt.NDArray[np.float64]
@@ -92,7 +43,7 @@ class Answer:
 
     @property
     def chosen(self) -> int:
-        """The likeliest choice."""
+        """The choice with the highest log-likelihood."""
         return int(np.argmax(self.log_likelihoods))
 
     @property
@@ -103,12 +54,12 @@ class Answer:
 
     @property
     def is_right(self) -> bool:
-        """Whether the right one was chosen, or where there is but one, written greedily."""
+        """Whether the right one was chosen, or where there is but one, is greedy."""
         if len(self.question.choices) == 1:
             return bool(self.greedy[0])
         return self.chosen == self.question.gold
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """The item for a log."""
         return {
             "contexts": self.question.contexts,
@@ -122,65 +73,66 @@ class Answer:
 
 
 def evaluate_task(
-    loaded: LoadedModel,
-    task: Task,
-    setting: Setting,
-    *,
-    batch_tokens: int = 8192,
-    progress: Progress | None = None,
-) -> tuple[TaskScore, list[Answer]]:
-    """The model's score on a task, and its answer to each question (the first `limit`)."""
-    context = setting.context or loaded.trained_context
-    refuse_context(loaded, context)
+    loaded: LoadedModel, task: Task, options: TaskOptions, progress: Progress | None = None
+) -> Result:
+    """The model's score on a task; the items are its answers to the questions, in order."""
+    context = options.context or loaded.trained_context
+    check_context(loaded, context)
     started = time.monotonic()
-    records = read_records(setting.data, task.table)
+    records = read_records(options.data, task.table)
     every = read_questions(task, records)
-    questions = every[: setting.limit]
-    examples, examples_from = _examples(task, setting, every)
+    questions = every[: options.limit]
+    examples, examples_from = _examples(task, options, every)
     pairs = [pair for q in questions for pair in pairs_of(task, q, examples(q))]
-    bos_id = _bos(loaded, setting)
-    windows, truncated = compile_pairs(loaded.vocabulary, pairs, context, bos_id)
-    scored = score(Scorer.of(loaded), windows, batch_tokens=batch_tokens, progress=progress)
+    bos_id = _bos(loaded, options)
+    windows, truncated = windows_of(loaded.vocabulary, pairs, context, bos_id)
+    scorer = Scorer.of(loaded)
+    scored = score(scorer, windows, batch_tokens=options.batch_tokens, progress=progress)
     answers = _answers(questions, scored)
-    result = TaskScore(
+    settings = {
+        "subjects": _by_subject(answers),
+        "items": len(questions),
+        "num_fewshot": options.num_fewshot,
+        "examples_from": examples_from,
+        "context": context,
+        "bos": "never" if bos_id is None else "start",
+        "truncated": truncated,
+        "data": records.where,
+        "items_sha256": sha256_of_rows(records.rows[: options.limit]),
+        "limit": options.limit,
+        "time_s": time.monotonic() - started,
+    }
+    return Result(
         task=task.name,
         metrics={name: METRICS[name](answers) for name in task.metrics},
-        subjects=_by_subject(answers),
-        items=len(questions),
-        num_fewshot=setting.num_fewshot,
-        examples_from=examples_from,
-        context=context,
-        bos="never" if bos_id is None else "start",
-        truncated=truncated,
-        data=records.where,
-        items_sha256=sha256_of_rows(records.rows[: setting.limit]),
-        limit=setting.limit,
+        settings=settings,
         model=loaded.describe(),
-        time_s=time.monotonic() - started,
+        grouped=True,
+        notes=_notes(settings),
+        items=[{"item": number, **answer.to_json()} for number, answer in enumerate(answers)],
     )
-    return result, answers
 
 
 def pairs_of(task: Task, question: Question, examples: Sequence[Question]) -> list[tuple[str, str]]:
-    """Context and continuation of each choice of a question, behind solved examples."""
-    shown = "".join(f"{example.solved()}\n\n" for example in examples)
-    before = task.introduce(question.subject) + shown
+    """Context and continuation of each choice of a question, behind the examples."""
+    shown = "".join(f"{example.with_answer()}\n\n" for example in examples)
+    before = task.description(question.subject) + shown
     return [
-        (before + question.context(place), task.delimiter + choice)
-        for place, choice in enumerate(question.choices)
+        (before + question.context(number), task.delimiter + choice)
+        for number, choice in enumerate(question.choices)
     ]
 
 
-def compile_pairs(
+def windows_of(
     vocabulary: Vocabulary,
     pairs: Sequence[tuple[str, str]],
     context: int,
     bos_id: int | None = None,
 ) -> tuple[list[Window], int]:
-    """A window for each pair, and how many of them lost ids on the left.
+    """A window for each pair, and how many of them lost tokens on the left.
 
     `bos_id` goes in front of every pair. An empty context becomes BOS in any case (EOS where the
-    vocabulary has none), for something must stand before the first scored id.
+    vocabulary has none), for the first scored token needs an input.
     """
     encode: Encode = functools.lru_cache(maxsize=64)(vocabulary.encode)  # contexts come back
     windows, truncated = [], 0
@@ -196,7 +148,7 @@ def compile_pairs(
 
 
 def pair_window(ids: Sequence[int], n_scored: int, context: int) -> Window:
-    """The window of a pair's ids, the last `n_scored` as targets, `context` fed at most."""
+    """The window of a pair's tokens: the last `n_scored` are targets, at most `context` inputs."""
     kept = np.array(ids[-(context + 1) :], np.int64)
     targets = kept[1:].copy()
     targets[: max(0, len(targets) - n_scored)] = IGNORED
@@ -204,17 +156,17 @@ def pair_window(ids: Sequence[int], n_scored: int, context: int) -> Window:
 
 
 def encode_pair(encode: Encode, before: str, after: str) -> tuple[list[int], int]:
-    """The ids of both texts as one, and how many of them, at the end, belong to the second."""
+    """The tokens of both texts as one, and how many, at the end, belong to the second."""
     if not before:
         ids = list(encode(after))
         return ids, len(ids)
     kept = before.rstrip()
-    whole = list(encode(before + after))
-    return whole, max(0, len(whole) - len(encode(kept)))
+    ids = list(encode(before + after))
+    return ids, max(0, len(ids) - len(encode(kept)))
 
 
 def _first_id(vocabulary: Vocabulary) -> int:
-    """What stands before a text: BOS, or EOS where there is none."""
+    """What is put before a text: BOS, or EOS where there is none."""
     for number in (vocabulary.bos_id, vocabulary.eos_id):
         if number is not None:
             return number
@@ -228,19 +180,19 @@ def _answers(questions: Sequence[Question], scored: Scored) -> list[Answer]:
 
 
 def _examples(
-    task: Task, setting: Setting, questions: Sequence[Question]
+    task: Task, options: TaskOptions, questions: Sequence[Question]
 ) -> tuple[Callable[[Question], Sequence[Question]], str]:
-    """The solved examples for a question, and where they are from: the first of its subject."""
-    n = setting.num_fewshot
+    """The examples for a question, the first of its subject, and where they are from."""
+    n = options.num_fewshot
     if not n:
         return (lambda _: ()), ""
-    own = setting.examples is None and (
-        setting.data is not None or task.examples == task.table.split
+    own = options.fewshot_data is None and (
+        options.data is not None or task.examples == task.table.split
     )
     if own:
         pool, where = questions, "the first other questions of the same file"
     else:
-        records = read_records(setting.examples, task.example_table)
+        records = read_records(options.fewshot_data, task.example_table)
         pool, where = read_questions(task, records), records.where
     by_subject: dict[str, list[Question]] = defaultdict(list)
     for candidate in pool:
@@ -259,38 +211,53 @@ def _examples(
     return choose, where
 
 
-def _bos(loaded: LoadedModel, setting: Setting) -> int | None:
-    if setting.with_bos and loaded.vocabulary.bos_id is None:
+def _bos(loaded: LoadedModel, options: TaskOptions) -> int | None:
+    """The id that is put before every pair; None for none."""
+    if options.bos not in ("start", "window"):
+        return None
+    if loaded.vocabulary.bos_id is None:
         raise EvaluationError("bos 'start': this tokenizer has no BOS; choose never")
-    return loaded.vocabulary.bos_id if setting.with_bos else None
+    return loaded.vocabulary.bos_id
 
 
-def _mean(values: Sequence[float]) -> Figure:
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    """The settings of a task in lines for people."""
+    examples = f" (examples: {found['examples_from']})" if found["num_fewshot"] else ""
+    cut = f", {found['truncated']:,} pairs cut on the left" if found["truncated"] else ""
+    return [
+        f"asked     {found['num_fewshot']}-shot{examples}, context {found['context']:,}, "
+        f"BOS {found['bos']}{cut}",
+        f"items     {found['items']:,}{' (a limit)' if found['limit'] else ''} of "
+        f"{found['data']}; sha256 {found['items_sha256']}",
+    ]
+
+
+def _mean(values: Sequence[float]) -> Metric:
     """A mean with the standard error of a sample's."""
     if len(values) < 2:
-        return Figure(float(values[0]), None)
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Figure(float(np.mean(values)), error)
+        return Metric(float(values[0]), None)
+    stderr = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Metric(float(np.mean(values)), stderr)
 
 
-def _accuracy(answers: Sequence[Answer]) -> Figure:
+def _accuracy(answers: Sequence[Answer]) -> Metric:
     return _mean([float(answer.is_right) for answer in answers])
 
 
-def _accuracy_by_length(answers: Sequence[Answer]) -> Figure:
+def _accuracy_by_length(answers: Sequence[Answer]) -> Metric:
     return _mean([float(answer.chosen_by_length == answer.question.gold) for answer in answers])
 
 
-def _perplexity(answers: Sequence[Answer]) -> Figure:
+def _perplexity(answers: Sequence[Answer]) -> Metric:
     """exp of the mean; its standard error by the derivative."""
     mean = _mean([-float(answer.log_likelihoods[0]) for answer in answers])
     if mean.value is None or mean.value > 700:
-        return Figure(None, None)
+        return Metric(None, None)
     value = math.exp(mean.value)
-    return Figure(value, None if mean.error is None else value * mean.error)
+    return Metric(value, None if mean.stderr is None else value * mean.stderr)
 
 
-METRICS: Mapping[str, Callable[[Sequence[Answer]], Figure]] = {
+METRICS: Final[Mapping[str, Callable[[Sequence[Answer]], Metric]]] = {
     "acc": _accuracy,
     "acc_norm": _accuracy_by_length,
     "perplexity": _perplexity,

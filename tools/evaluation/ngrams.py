@@ -1,4 +1,4 @@
-"""Sequences of 13 words as 64-bit hashes, in numpy: how one text is found in gigabytes of others.
+"""Sequences of 13 words as 64-bit hashes, in numpy: finds a text in gigabytes of others.
 
 A word is a run of ASCII letters and digits, lower-cased, and of bytes beyond ASCII as they are:
 punctuation and spacing, which tokenizers and data sets treat differently, do not count. The hash
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,19 +25,12 @@ N_WORDS: Final = 13
 """The length that GPT-3's authors took (Brown et al. 2020, appendix C)."""
 
 BARRIER: Final = b" \xff "
-"""Stands between documents: a byte that no UTF-8 holds is a word that no text has."""
+"""Separates documents: a byte that no UTF-8 holds is a word that no text has."""
 
 _BASE: Final = 0x9E3779B97F4A7C15  # odd, so that its powers have inverses modulo 2^64
 _FILTER_BITS: Final = 24
-
-
 _TABLE: Final = bytes(
-    ord(chr(byte).lower())
-    if byte < 0x80 and chr(byte).isalnum()
-    else byte
-    if byte >= 0x80
-    else 0x20
-    for byte in range(256)
+    byte if byte >= 0x80 or chr(byte).isalnum() else 0x20 for byte in bytes(range(256)).lower()
 )
 
 
@@ -47,8 +39,7 @@ def normalised(text: bytes) -> bytes:
     return text.translate(_TABLE)
 
 
-@dataclass(frozen=True)
-class Grams:
+class Grams(NamedTuple):
     """The sequences of a normalised text: hashes [n], and the byte where each begins and ends."""
 
     hashes: Hashes

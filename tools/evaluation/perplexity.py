@@ -1,17 +1,18 @@
 """The perplexity of a model on a text under a named protocol, with everything it depends on.
 
-Four figures say one thing, the nats of all scored ids, divided by different counts:
+Four metrics say one thing, the nats (negative log-likelihood) of all scored tokens, divided by
+different counts:
 
-    token perplexity   exp(nats / scored ids)          compares models of one tokenizer only
+    token perplexity   exp(nats / scored tokens)       compares models of one tokenizer only
     word perplexity    exp(nats / words)
     byte perplexity    exp(nats / bytes)
     bits per byte      nats / ln 2 / bytes             compares any two models
 
 Words and bytes are those of the raw text (tools/evaluation/wikitext.py). Where a protocol leaves
-ids out (a dropped tail, the first id of a window, `--limit`), both are scaled by the scored ids'
-share of the text: the bytes that the scored ids stand for over the bytes that all ids stand for,
-exactly. The standard errors say how far the figures would move on other windows of the same kind of
-text.
+tokens out (a dropped tail, the first one of a window, `--limit`), both are scaled by the scored
+tokens' share of the text: the bytes that the scored tokens stand for over the bytes that all stand
+for, exactly. The standard errors say how far a metric would move on other windows of the same kind
+of text.
 """
 
 from __future__ import annotations
@@ -19,56 +20,50 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Final
+from typing import Any, Final, cast
 
 import numpy as np
 
 from tools.errors import EvaluationError
-from tools.evaluation.protocols import Ids, Plan, Protocol, plan_texts
-from tools.evaluation.scoring import Progress, Scorer, score
-from tools.evaluation.wikitext import READ_AS, EvaluationText, Piece
-from tools.models.loading import LoadedModel, max_context
+from tools.evaluation.protocols import (
+    PLANS,
+    BosPolicy,
+    Ids,
+    Protocol,
+    ProtocolName,
+    WindowPlan,
+    plan_windows,
+)
+from tools.evaluation.results import Metric, Result
+from tools.evaluation.scoring import Progress, Scorer, check_context, score
+from tools.evaluation.tasks import TaskOptions
+from tools.evaluation.wikitext import READ_AS, EvaluationText, Piece, read_text
+from tools.models.loading import LoadedModel
 from tools.models.vocabulary import Vocabulary
 
 _LARGEST_EXPONENT: Final = 709.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Perplexity:
-    """One model's score on one text. Counts of the text are whole; `scored_*` are what counted."""
-
-    task: str
-    token_perplexity: float | None
-    word_perplexity: float | None
-    byte_perplexity: float | None
-    bits_per_byte: float
-    nats: float
-    token_perplexity_error: float | None
-    bits_per_byte_error: float | None
-    protocol: str
-    context: int
-    stride: int
-    bos: str
-    read_as: str
-    text_sha256: str
-    text_bytes: int
-    text_words: int
-    text_tokens: int
-    limit: int | None
-    windows: int
-    scored_tokens: int
-    tail_dropped: int
-    scored_share: float
-    scored_bytes: float
-    scored_words: float
-    beyond_training: bool
-    model: dict[str, object]
-    time_s: float
-
-    def to_json(self) -> dict[str, object]:
-        """All figures under their names."""
-        return asdict(self)
+def evaluate_corpus(
+    loaded: LoadedModel, name: str, options: TaskOptions, progress: Progress | None = None
+) -> list[Result]:
+    """The perplexity of a model on a corpus under the chosen protocol, or under each of them."""
+    every = options.all_protocols
+    if every and (options.stride or options.bos or options.protocol != "disjoint"):
+        raise EvaluationError("--all-protocols takes each as it is: leave the others' options out")
+    text = read_text(options.data, name)
+    return [
+        measure(
+            loaded,
+            text,
+            _protocol(each, loaded, options),
+            task=name,
+            limit=options.limit,
+            batch_tokens=options.batch_tokens,
+            progress=progress,
+        )
+        for each in (PLANS if every else [options.protocol])
+    ]
 
 
 def measure(
@@ -78,76 +73,72 @@ def measure(
     *,
     task: str = "wikitext2",
     limit: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     progress: Progress | None = None,
-) -> Perplexity:
+) -> Result:
     """The model's perplexity on a text, over its first `limit` windows or pages (None: all)."""
-    refuse_context(loaded, protocol.context)
+    check_context(loaded, protocol.context)
     started = time.monotonic()
     pieces = text.pieces(protocol.name)
     by_page = protocol.name == "lm-eval"
     chosen = pieces[:limit] if by_page else pieces
-    whole = plan_texts(encode(loaded.vocabulary, chosen), protocol)
-    plan = whole if by_page else whole[:limit]
+    all_windows = plan_windows(encode(loaded.vocabulary, chosen), protocol)
+    plan = all_windows if by_page else all_windows[:limit]
     scored = score(Scorer.of(loaded), plan, batch_tokens=batch_tokens, progress=progress)
     share = scored_share(plan, loaded.vocabulary)
     n_bytes = share * sum(piece.n_bytes for piece in chosen)
     n_words = share * sum(piece.n_words for piece in chosen)
-    nats, error = scored.total_nats, scored.standard_error
-    token_perplexity = perplexity(nats, scored.total_targets)
-    return Perplexity(
+    nats, n_scored, stderr = scored.total_nats, scored.total_targets, scored.standard_error
+    by_token = perplexity(nats, n_scored)
+    settings = {
+        "nats": nats,
+        "protocol": protocol.name,
+        "context": protocol.context,
+        "stride": protocol.resolved_stride,
+        "bos": protocol.resolved_bos,
+        "read_as": READ_AS[protocol.name],
+        "text_sha256": text.sha256,
+        "text_bytes": text.n_bytes,
+        "text_words": text.n_words,
+        "text_tokens": len(plan.ids),
+        "limit": limit,
+        "windows": len(plan),
+        "scored_tokens": n_scored,
+        "tail_dropped": all_windows.tail_dropped,
+        "scored_share": share,
+        "scored_bytes": n_bytes,
+        "scored_words": n_words,
+        "beyond_training": protocol.context > loaded.trained_context,
+        "time_s": time.monotonic() - started,
+    }
+    return Result(
         task=task,
-        token_perplexity=token_perplexity,
-        word_perplexity=perplexity(nats, n_words),
-        byte_perplexity=perplexity(nats, n_bytes),
-        bits_per_byte=nats / math.log(2) / n_bytes,
-        nats=nats,
-        token_perplexity_error=_times(error, token_perplexity),
-        bits_per_byte_error=_times(error, scored.total_targets / math.log(2) / n_bytes),
-        protocol=protocol.name,
-        context=protocol.context,
-        stride=protocol.resolved_stride,
-        bos=protocol.resolved_bos,
-        read_as=READ_AS[protocol.name],
-        text_sha256=text.sha256,
-        text_bytes=text.n_bytes,
-        text_words=text.n_words,
-        text_tokens=len(plan.ids),
-        limit=limit,
-        windows=len(plan),
-        scored_tokens=scored.total_targets,
-        tail_dropped=whole.tail_dropped,
-        scored_share=share,
-        scored_bytes=n_bytes,
-        scored_words=n_words,
-        beyond_training=protocol.context > loaded.trained_context,
+        metrics={
+            "token_perplexity": Metric(by_token, _times(stderr, by_token)),
+            "word_perplexity": perplexity(nats, n_words),
+            "byte_perplexity": perplexity(nats, n_bytes),
+            "bits_per_byte": Metric(
+                nats / math.log(2) / n_bytes, _times(stderr, n_scored / math.log(2) / n_bytes)
+            ),
+        },
+        settings=settings,
         model=loaded.describe(),
-        time_s=time.monotonic() - started,
+        notes=_notes(settings, loaded.trained_context),
     )
 
 
 def encode(vocabulary: Vocabulary, pieces: Sequence[Piece]) -> list[Ids]:
-    """The ids of each text, without BOS."""
+    """The tokens of each text, without BOS."""
     ids = [np.asarray(vocabulary.encode(piece.text), dtype=np.int64) for piece in pieces]
     if not sum(map(len, ids)):
         raise EvaluationError("the text is empty: name another file with --data")
     return ids
 
 
-def scored_share(plan: Plan, vocabulary: Vocabulary) -> float:
-    """The scored ids' share of the text, in bytes that ids stand for."""
+def scored_share(plan: WindowPlan, vocabulary: Vocabulary) -> float:
+    """The scored tokens' share of the text, in bytes that tokens stand for."""
     sizes = vocabulary.n_bytes()[plan.ids]
     return float(sizes[plan.scored_places()].sum() / sizes.sum())
-
-
-def refuse_context(loaded: LoadedModel, context: int) -> None:
-    """EvaluationError beyond the context that the model computes exactly."""
-    limit = max_context(loaded.model.config)
-    if limit is not None and context > limit:
-        raise EvaluationError(
-            f"context {context:,}: with ALiBi this model is exact up to {limit:,} tokens; "
-            f"choose --context {limit} or less"
-        )
 
 
 def perplexity(nats: float, count: float) -> float | None:
@@ -158,5 +149,37 @@ def perplexity(nats: float, count: float) -> float | None:
 
 
 def _times(error: float | None, factor: float | None) -> float | None:
-    """A standard error carried on by a figure's derivative."""
+    """A standard error of x as one of f(x), given f's derivative."""
     return None if error is None or factor is None else error * factor
+
+
+def _protocol(name: str, loaded: LoadedModel, options: TaskOptions) -> Protocol:
+    """The protocol as asked for. Like its harness, `lm-eval` takes EOS where there is no BOS."""
+    vocabulary, bos_id = loaded.vocabulary, loaded.vocabulary.bos_id
+    return Protocol(
+        name=cast(ProtocolName, name),
+        context=options.context or loaded.trained_context,
+        stride=options.stride,
+        bos=cast("BosPolicy | None", options.bos),
+        bos_id=vocabulary.eos_id if bos_id is None and name == "lm-eval" else bos_id,
+    )
+
+
+def _notes(found: dict[str, Any], trained_context: int) -> list[str]:
+    """The settings of a perplexity in lines for people."""
+    notes = [
+        f"text      {found['text_bytes']:,} bytes, {found['text_words']:,} words; "
+        f"sha256 {found['text_sha256']}",
+        f"protocol  {found['protocol']}, context {found['context']:,}, stride "
+        f"{found['stride']:,}, BOS {found['bos']}, {found['read_as']}",
+        f"scored    {found['scored_tokens']:,} of {found['text_tokens']:,} tokens in "
+        f"{found['windows']:,} windows{' (a limit)' if found['limit'] else ''}, "
+        f"{found['scored_share']:.4%} of the text's bytes; "
+        f"tail of {found['tail_dropped']:,} tokens dropped",
+    ]
+    if found["beyond_training"]:
+        notes.append(
+            f"note      context {found['context']:,} is beyond training, where sequences had "
+            f"{trained_context:,} tokens"
+        )
+    return notes

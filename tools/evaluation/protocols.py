@@ -1,8 +1,7 @@
-"""Perplexity protocols: which ids are scored, each after which context. Pure plans over ids.
+"""Perplexity protocols: which tokens are scored, each after which context. No model is needed.
 
-A plan turns the ids of a text into **windows**. A window holds the ids that the model is fed and,
-beside each, the id it must foresee there, or -100 where nothing is scored. No model is needed to
-make a plan, or to check one:
+A plan turns the tokens (ids) of a text into **windows**. A window holds the tokens that the model
+is fed and, for each, the token to predict there, or -100 where nothing is scored:
 
     ids    a b c d e f g h i j        context 4, BOS `never`
 
@@ -29,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, get_args, overload
+from typing import Final, Literal, NamedTuple, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -49,14 +48,14 @@ BOS_POLICIES: Final[dict[str, tuple[BosPolicy, ...]]] = {
     "lm-eval": ("start",),
     "llama.cpp": ("window", "never"),
 }
-"""What each protocol allows, its own habit first."""
+"""What each protocol allows, its default first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """How a text is cut into windows. `context` bounds the ids of a window, BOS included.
 
-    `bos` None is the protocol's own habit: `llama.cpp` does without where there is no `bos_id`.
+    `bos` None is the protocol's default: `llama.cpp` does without where there is no `bos_id`.
     """
 
     name: ProtocolName = "disjoint"
@@ -75,10 +74,10 @@ class Protocol:
             )
         least = 3 if self.name == "llama.cpp" else 2
         if self.context < least:
-            raise EvaluationError(f"context {self.context}: a window needs at least {least} ids")
+            raise EvaluationError(f"context {self.context}: a window needs at least {least} tokens")
         if self.resolved_bos != "never" and self.bos_id is None:
-            mend = "choose never" if "never" in BOS_POLICIES[self.name] else "choose disjoint"
-            raise EvaluationError(f"bos {self.resolved_bos!r}: this tokenizer has no BOS; {mend}")
+            fix = "choose never" if "never" in BOS_POLICIES[self.name] else "choose disjoint"
+            raise EvaluationError(f"bos {self.resolved_bos!r}: this tokenizer has no BOS; {fix}")
         if self.name != "stride" and self.stride is not None:
             raise EvaluationError(
                 f"stride {self.stride}: {self.name} windows have none; leave it out or choose "
@@ -87,7 +86,7 @@ class Protocol:
         if self.name == "stride" and not 1 <= self.resolved_stride < self.context:
             raise EvaluationError(
                 f"stride {self.resolved_stride}: choose 1 to {self.context - 1} for a context of "
-                f"{self.context}; from there on ids would stand first in their window, unscored"
+                f"{self.context}; from there on the first token of a window would never be scored"
             )
 
     @property
@@ -115,7 +114,7 @@ class Protocol:
 
     @property
     def starts_with_bos(self) -> bool:
-        """Whether a BOS stands in front of each text's ids."""
+        """Whether a BOS is in front of each text's ids."""
         return self.resolved_bos == "start" or self.replaces_by_bos
 
     @property
@@ -124,17 +123,16 @@ class Protocol:
         return self.name == "llama.cpp" and self.resolved_bos == "window"
 
 
-@dataclass(frozen=True)
-class Window:
-    """Ids fed [n] and, at each place, the id to foresee there or -100 [n]."""
+class Window(NamedTuple):
+    """Tokens fed [n] and, at each place, the token to predict there or -100 [n]."""
 
     inputs: Ids
     targets: Ids
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Sequence[Window]):
-    """Windows over one text or several, each made when it is asked for.
+class WindowPlan(Sequence[Window]):
+    """Windows over one text or several, each made when it is indexed.
 
     `stream` [n] holds the texts' ids, a BOS in front of each where the protocol wants one; `own`
     [n] says which of them are the texts'. `spans` [w, 3] are places in the stream: a window's
@@ -152,8 +150,8 @@ class Plan(Sequence[Window]):
     @overload
     def __getitem__(self, place: int) -> Window: ...
     @overload
-    def __getitem__(self, place: slice) -> Plan: ...
-    def __getitem__(self, place: int | slice) -> Window | Plan:
+    def __getitem__(self, place: slice) -> WindowPlan: ...
+    def __getitem__(self, place: int | slice) -> Window | WindowPlan:
         """One window, or a plan of some of them."""
         if isinstance(place, slice):
             return replace(self, spans=self.spans[place])
@@ -173,11 +171,6 @@ class Plan(Sequence[Window]):
         return self.stream[self.own]
 
     @property
-    def n_scored(self) -> int:
-        """Targets that are scored."""
-        return int((self.spans[:, 1] - self.spans[:, 2]).sum())
-
-    @property
     def tail_dropped(self) -> int:
         """Ids behind the last window, which no window holds."""
         return len(self.stream) - int(self.spans[:, 1].max(initial=0))
@@ -189,12 +182,7 @@ class Plan(Sequence[Window]):
         return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
 
 
-def make_plan(ids: npt.ArrayLike, protocol: Protocol) -> Plan:
-    """The windows of a text under a protocol; EvaluationError where the text fills none."""
-    return plan_texts([np.asarray(ids, dtype=np.int64)], protocol)
-
-
-def plan_texts(texts: Sequence[Ids], protocol: Protocol) -> Plan:
+def plan_windows(texts: Sequence[Ids], protocol: Protocol) -> WindowPlan:
     """The windows of several texts, none of which reaches from one into the next."""
     bos = np.full(int(protocol.starts_with_bos), protocol.bos_id or 0, np.int64)
     streams, own, spans = [], [], []
@@ -209,7 +197,7 @@ def plan_texts(texts: Sequence[Ids], protocol: Protocol) -> Plan:
             f"the text has {sum(map(len, texts))} tokens, too few for one {protocol.name} window "
             f"of {protocol.context}: choose a smaller --context"
         )
-    return Plan(
+    return WindowPlan(
         protocol=protocol,
         stream=np.concatenate(streams),
         own=np.concatenate(own),
@@ -218,7 +206,7 @@ def plan_texts(texts: Sequence[Ids], protocol: Protocol) -> Plan:
 
 
 def disjoint_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
-    """Whole windows side by side; what is left over at the end belongs to none. [n, 3]"""
+    """Full windows side by side; what is left over at the end belongs to none. [n, 3]"""
     begins = np.arange(length // protocol.room, dtype=np.int64) * protocol.room
     first_scored = begins + (protocol.resolved_bos != "window")
     return np.stack([begins, begins + protocol.room, first_scored], axis=1)
@@ -249,7 +237,7 @@ def lm_eval_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
 
 
 def llama_cpp_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
-    """Whole windows side by side, of which the second half is scored. [n, 3]
+    """Full windows side by side, of which the second half is scored. [n, 3]
 
     The windows of llama.cpp's perplexity tool without its own stride.
     """

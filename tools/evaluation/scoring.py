@@ -1,7 +1,7 @@
-"""Windows -> negative log-likelihoods: fp32 log-softmax, summed in float64.
+"""Windows -> negative log-likelihoods (NLL) in nats: fp32 log-softmax, summed in float64.
 
-The scorer knows nothing of texts, tokenizers or protocols. Beside a Transformer it takes any
-function from ids to logits, so that models whose answer is known in closed form check it.
+The scorer knows nothing of texts, tokenizers or protocols. Instead of a Transformer it takes any
+function from tokens to logits, so that models whose NLL is known in closed form check it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear
 
-from model.transformer import Transformer
 from tools.errors import EvaluationError
 from tools.evaluation.protocols import IGNORED, Window
-from tools.models.loading import DTYPES, LoadedModel
+from tools.models.loading import DTYPES, LoadedModel, max_context
 
 Progress = Callable[[int, int], None]
 """Called with the windows done and all of them."""
@@ -33,9 +32,9 @@ _LOGITS_AT_ONCE: Final = 1 << 26
 
 @dataclass(frozen=True)
 class Scored:
-    """Of each window: its summed negative log-likelihood in nats, its targets, and how it chose.
+    """Of each window: its summed NLL in nats, its number of targets, and `greedy`. All [n].
 
-    All [n]. `greedy` says whether every target was the id that the model finds most likely.
+    `greedy` says whether every target is what greedy decoding would have written there.
     """
 
     nats: npt.NDArray[np.float64]
@@ -80,42 +79,41 @@ class Scorer:
 
     @classmethod
     def of_logits(cls, logits: Callable[[Tensor], Tensor]) -> Scorer:
-        """A scorer of any function on the CPU from ids [B, T] to logits [B, T, V]."""
+        """A scorer of any function on the CPU from tokens [B, T] to logits [B, T, V]."""
         return cls(logits, lambda rows: rows, torch.device("cpu"))
 
     @classmethod
-    def of_transformer(cls, model: Transformer, dtype: torch.dtype = torch.float32) -> Scorer:
-        """A scorer of a Transformer where it is; bf16 means autocast, as in training."""
-        weight = model.head_weight
-        return cls(model.hidden, lambda rows: linear(rows, weight), weight.device, dtype)
-
-    @classmethod
     def of(cls, loaded: LoadedModel) -> Scorer:
-        """A scorer of a loaded model, in its dtype."""
-        return cls.of_transformer(loaded.model, DTYPES[loaded.dtype])
+        """A scorer of a loaded model where it is; bf16 means autocast, as in training."""
+        weight = loaded.model.head_weight
+        return cls(
+            loaded.model.hidden,
+            lambda rows: linear(rows, weight),
+            weight.device,
+            DTYPES[loaded.dtype],
+        )
 
-    def judge(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def nll(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """-log softmax(logits)[target] in fp32, 0 where the target is -100: [B, T] -> [B, T].
 
-        Beside it, whether each target is the likeliest id (or -100): bool [B, T].
+        Second, whether each target is the argmax of its logits (or -100): bool [B, T].
         """
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         scored = targets != IGNORED
         wanted, features = targets[scored], self.features(inputs)[scored]  # [n], [n, D]
-        surprise = torch.zeros(len(wanted), device=self.device)
-        likeliest = torch.empty_like(wanted)
-        begin, end = 0, 1  # one row shows how wide the vocabulary is
+        nats = torch.zeros(targets.shape, device=self.device)
+        greedy = torch.ones(targets.shape, dtype=torch.bool, device=self.device)
+        parts = []
+        begin, end = 0, 1  # one place shows how wide the vocabulary is
         while begin < len(wanted):
             logits = self.head(features[begin:end]).float()
             chosen = logits.gather(1, wanted[begin:end, None]).squeeze(1)
-            surprise[begin:end] = logits.logsumexp(dim=1) - chosen
-            likeliest[begin:end] = logits.argmax(dim=1)
+            parts.append((logits.logsumexp(dim=1) - chosen, logits.argmax(dim=1)))
             begin, end = end, end + max(1, _LOGITS_AT_ONCE // logits.shape[1])
-        nats = torch.zeros(targets.shape, device=self.device)
-        nats[scored] = surprise
-        hits = torch.ones(targets.shape, dtype=torch.bool, device=self.device)
-        hits[scored] = likeliest == wanted
-        return nats, hits
+        if parts:
+            losses, best = map(torch.cat, zip(*parts, strict=True))
+            nats[scored], greedy[scored] = losses, best == wanted
+        return nats, greedy
 
 
 @torch.inference_mode()
@@ -123,19 +121,21 @@ def score(
     scorer: Scorer,
     windows: Sequence[Window],
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Scored:
     """Each window's nats, in the windows' order, whatever the batches were.
 
-    Windows of about one length go through the model together, at most `batch_tokens` ids (or one
-    window) at a time. Shorter ones are filled up on the right, where causal attention never looks.
-    Processes of one group (torchrun) take every so-manieth batch each, and all get the result:
-    the batches are the same for any number of them, so it is the same to the last bit.
-    EvaluationError if the model answers with something that is no number.
+    Windows of about one length go through the model together, at most `batch_tokens` tokens (or
+    one window) at a time; None is 32,768 on a GPU and 8,192 elsewhere. Shorter windows are padded
+    on the right, where causal attention never looks. The N processes of a group (torchrun) take
+    every N-th batch each, and all get the result: the batches are the same for any N, so it is
+    the same to the last bit. EvaluationError if the model gives NaN or infinity.
     """
-    figures = np.zeros((3, len(windows)))  # nats, targets, greedy
-    rank, world_size = _place_in_group()
+    sums = np.zeros((3, len(windows)))  # nats, targets, greedy
+    in_group = dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
+    batch_tokens = batch_tokens or (32_768 if scorer.device.type == "cuda" else 8192)
     autocast = partial(torch.autocast, scorer.device.type, scorer.dtype)
     done = 0
     with autocast(enabled=scorer.dtype != torch.float32):
@@ -145,20 +145,20 @@ def score(
             if number % world_size != rank:
                 continue
             inputs, targets = _stack([windows[place] for place in places])
-            nats, hits = _within_memory(scorer, inputs, targets)
-            figures[0, places] = nats.cpu().double().sum(dim=1)
-            figures[1, places] = (targets != IGNORED).sum(dim=1).numpy()
-            figures[2, places] = hits.all(dim=1).cpu()
+            nats, greedy = _nll_within_memory(scorer, inputs, targets)
+            sums[0, places] = nats.cpu().double().sum(dim=1)
+            sums[1, places] = (targets != IGNORED).sum(dim=1).numpy()
+            sums[2, places] = greedy.all(dim=1).cpu()
             if progress is not None:
                 progress(done, len(windows))
     if world_size > 1:
-        dist.all_reduce(torch.from_numpy(figures))  # elsewhere zeros: nothing is counted twice
-    _refuse_no_number(figures[0])
-    return Scored(figures[0], figures[1].astype(np.int64), figures[2] > 0)
+        dist.all_reduce(torch.from_numpy(sums))  # elsewhere zeros: nothing is counted twice
+    _check_finite(sums[0])
+    return Scored(sums[0], sums[1].astype(np.int64), sums[2] > 0)
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Places of windows that are scored together: longest first, so that memory fails at once."""
+    """Indices of windows that are scored together: longest first, so that memory fails at once."""
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     begin = 0
     while begin < len(order):
@@ -167,19 +167,12 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         begin += together
 
 
-def _place_in_group() -> tuple[int, int]:
-    """This process's rank and their number; alone without a process group."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def _within_memory(scorer: Scorer, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _nll_within_memory(scorer: Scorer, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     try:
-        return scorer.judge(inputs, targets)
+        return scorer.nll(inputs, targets)
     except torch.OutOfMemoryError as error:
         raise EvaluationError(
-            f"{inputs.numel():,} ids at a time do not fit into the memory of {scorer.device}: "
+            f"{inputs.numel():,} tokens at a time do not fit into the memory of {scorer.device}: "
             "choose a smaller --batch-tokens, or a smaller --context"
         ) from error
 
@@ -194,7 +187,17 @@ def _stack(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def _refuse_no_number(nats: npt.NDArray[np.float64]) -> None:
+def check_context(loaded: LoadedModel, context: int) -> None:
+    """EvaluationError beyond the context that the model computes exactly."""
+    limit = max_context(loaded.model.config)
+    if limit is not None and context > limit:
+        raise EvaluationError(
+            f"context {context:,}: with ALiBi this model is exact up to {limit:,} tokens; "
+            f"choose --context {limit} or less"
+        )
+
+
+def _check_finite(nats: npt.NDArray[np.float64]) -> None:
     if np.isfinite(nats).all():
         return
     worst = int(np.flatnonzero(~np.isfinite(nats))[0])

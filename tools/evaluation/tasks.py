@@ -1,9 +1,12 @@
-r"""The tasks: where their questions come from, how they are put, and what is counted.
+r"""The tasks: where their questions come from, how they are asked, and what is counted.
+
+A new task is a row of `_TABLE`, with a function that turns a record into a Question.
 
 The definitions are those of lm-evaluation-harness 0.4, so that figures can be laid side by side:
 a question is a context and several continuations, or several contexts and one continuation
-(WinoGrande); the likeliest pair is the answer. Each reader takes the rows of the data set on the
-Hub, and of the local layout that evaluation suites pass around (`query`, `choices`, `gold`).
+(WinoGrande); the pair with the highest likelihood is the answer. Each reader takes the records of
+the data set on the Hub, and of the local layout that evaluation suites pass around (`query`,
+`choices`, `gold`).
 
     arc_easy     "Question: Meiosis is a type of ...\nAnswer:"    " brain cells" | " bone cells" ...
     winogrande   "... so Sarah" | "... so Maria"                  " always got the easier cases."
@@ -12,17 +15,60 @@ Hub, and of the local layout that evaluation suites pass around (`query`, `choic
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
-
-from tools.errors import EvaluationError
-from tools.evaluation.datasets import HubTable, Record, Records
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 _TITLE: Final = re.compile(r" \[title\]")
 _BRACKETED: Final = re.compile(r"\[.*?\]")
+
+Record = Mapping[str, Any]
+
+
+class HubTable(NamedTuple):
+    """A split of a data set on the Hub."""
+
+    dataset: str
+    config: str
+    split: str
+
+    def __str__(self) -> str:
+        config = f" ({self.config})" if self.config else ""
+        return f"{self.dataset}{config}, {self.split}"
+
+
+CORPORA: Final = {
+    "wikitext2": HubTable("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "wikitext103": HubTable("Salesforce/wikitext", "wikitext-103-raw-v1", "test"),
+}
+"""The texts whose perplexity is a task. Their test splits are the same text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """How tasks are run; each takes what concerns it.
+
+    `batch_tokens` None is 32,768 on a GPU and 8,192 elsewhere. With `contamination` a result also
+    has the overlap with `shards`, and with what a run had seen at `seen_by`, its checkpoint.
+    Few-shot examples are `fewshot_data`'s, else the Hub's, or for a local `data` its own first
+    other questions.
+    """
+
+    data: Path | None = None
+    shards: Path = Path("shards")
+    protocol: str = "disjoint"
+    all_protocols: bool = False
+    context: int | None = None
+    stride: int | None = None
+    bos: str | None = None
+    limit: int | None = None
+    num_fewshot: int = 0
+    fewshot_data: Path | None = None
+    batch_tokens: int | None = None
+    contamination: bool = False
+    seen_by: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +84,8 @@ class Question:
         """The context in front of a choice."""
         return self.contexts[choice if len(self.contexts) > 1 else 0]
 
-    def solved(self) -> str:
-        """The question with its answer, as an example for others."""
+    def with_answer(self) -> str:
+        """The question with its right answer, as an example for others."""
         return f"{self.context(self.gold)} {self.choices[self.gold]}"
 
 
@@ -47,7 +93,7 @@ class Question:
 class Task:
     """One task. `examples` is the split that few-shot examples are taken from, in order.
 
-    `delimiter` stands between context and choice; `introduce` makes the line that comes first.
+    `delimiter` stands between context and choice; `description` is the text that comes first.
     """
 
     name: str
@@ -56,38 +102,12 @@ class Task:
     read: Callable[[Record], Question]
     metrics: tuple[str, ...] = ("acc", "acc_norm")
     delimiter: str = " "
-    introduce: Callable[[str], str] = lambda _: ""
+    description: Callable[[str], str] = lambda _: ""
 
     @property
     def example_table(self) -> HubTable:
         """Where few-shot examples come from on the Hub."""
-        return HubTable(self.table.dataset, self.table.config, self.examples)
-
-
-def read_questions(task: Task, records: Records) -> list[Question]:
-    """The questions in a set's rows; EvaluationError names a row that holds none."""
-    questions = []
-    for number, row in enumerate(records.rows):
-        try:
-            question = task.read(row)
-            question.choices[question.gold]
-        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
-            raise EvaluationError(
-                f"{records.where}: row {number} is no {task.name} question "
-                f"({type(error).__name__}: {error}): name a file of {task.table}"
-            ) from error
-        questions.append(question)
-    if not questions:
-        raise EvaluationError(f"{records.where}: no question in it: name a file of {task.table}")
-    return questions
-
-
-def find_task(name: str) -> Task:
-    """The task of that name; EvaluationError with the nearest names if there is none."""
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=3) or list(TASKS)
-        raise EvaluationError(f"task {name!r} is unknown: choose one of {', '.join(near)}")
-    return TASKS[name]
+        return self.table._replace(split=self.examples)
 
 
 def _lambada(row: Record) -> Question:
@@ -97,11 +117,11 @@ def _lambada(row: Record) -> Question:
 
 def _arc(row: Record) -> Question:
     question = _stem(row, "question", "Question: ")
-    return _asked(f"Question: {question}\nAnswer:", row)
+    return _with_choices(f"Question: {question}\nAnswer:", row)
 
 
 def _openbookqa(row: Record) -> Question:
-    return _asked(_stem(row, "question_stem", ""), row)
+    return _with_choices(_stem(row, "question_stem", ""), row)
 
 
 def _piqa(row: Record) -> Question:
@@ -116,10 +136,10 @@ def _piqa(row: Record) -> Question:
 
 def _boolq(row: Record) -> Question:
     if "passage" in row:
-        asked, gold = f"{row['passage']}\nQuestion: {row['question']}?", int(row["label"])
+        text, gold = f"{row['passage']}\nQuestion: {row['question']}?", int(row["label"])
     else:
-        asked, gold = row["query"].removeprefix("Passage: "), row["gold"]
-    return Question(contexts=(f"{asked}\nAnswer:",), choices=("no", "yes"), gold=gold)
+        text, gold = row["query"].removeprefix("Passage: "), row["gold"]
+    return Question(contexts=(f"{text}\nAnswer:",), choices=("no", "yes"), gold=gold)
 
 
 def _winogrande(row: Record) -> Question:
@@ -135,7 +155,7 @@ def _winogrande(row: Record) -> Question:
 
 def _hellaswag(row: Record) -> Question:
     if "query" in row:
-        return _asked(row["query"], row)
+        return _with_choices(row["query"], row)
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     choices = tuple(_without_markup(ending) for ending in row["endings"])
     return Question(contexts=(_without_markup(context),), choices=choices, gold=int(row["label"]))
@@ -152,7 +172,7 @@ def _mmlu(row: Record) -> Question:
     )
 
 
-def _introduce_subject(subject: str) -> str:
+def _describe_subject(subject: str) -> str:
     about = subject.replace("_", " ")
     return f"The following are multiple choice questions (with answers) about {about}.\n\n"
 
@@ -164,8 +184,8 @@ def _stem(row: Record, hub: str, prefix: str) -> str:
     return str(row["query"]).removeprefix(prefix).removesuffix("\n")
 
 
-def _asked(context: str, row: Record) -> Question:
-    """A question whose choices are texts: `gold` is a place, `answerKey` a label."""
+def _with_choices(context: str, row: Record) -> Question:
+    """A question whose choices are texts: `gold` is an index, `answerKey` a label."""
     choices: Any = row["choices"]
     if isinstance(choices, Mapping):
         gold = list(choices["label"]).index(row["answerKey"].strip())
@@ -187,7 +207,7 @@ _TABLE: Final = (
     Task("arc_easy", HubTable("allenai/ai2_arc", "ARC-Easy", "test"), "train", _arc),
     Task("arc_challenge", HubTable("allenai/ai2_arc", "ARC-Challenge", "test"), "train", _arc),
     Task("mmlu", HubTable("cais/mmlu", "all", "test"), "dev", _mmlu,
-         metrics=("acc",), introduce=_introduce_subject),
+         metrics=("acc",), description=_describe_subject),
     Task("hellaswag", HubTable("Rowan/hellaswag", "", "validation"), "train", _hellaswag),
     Task("piqa", HubTable("baber/piqa", "", "validation"), "train", _piqa),
     Task("winogrande", HubTable("allenai/winogrande", "winogrande_xl", "validation"), "train",

@@ -19,26 +19,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from pipeline.errors import SourceError
-from pipeline.inputs.hub import hub_inputs
-from pipeline.inputs.inputs import Inputs, layout_of, local_inputs
-from pipeline.inputs.reading import PartReader
-from pipeline.inputs.sources import Source, find
-from pipeline.text.documents import valid_texts
-from pipeline.units.units import cut_into_parts
+from pipeline.inputs.inputs import layout_of
 from tools.errors import EvaluationError
+from tools.evaluation.datasets import EvaluationSet, read_records
+from tools.evaluation.tasks import CORPORA
 
-CONFIGS: Final = {"wikitext2": "wikitext-2-raw-v1", "wikitext103": "wikitext-103-raw-v1"}
-"""What the Hub calls each corpus. Their test splits are the same text."""
 JOIN: Final = "\n\n"
 _BLANK_LINE: Final = " \n"
-
 
 _DETOKENIZED: Final = tuple(
     (re.compile(pattern), replacement)
@@ -68,8 +60,7 @@ Its second rule, meant for apostrophes before digits, looks for slashes: it is k
 """
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A text scored by itself, and the words and bytes that its perplexity is counted in."""
 
     text: str
@@ -162,14 +153,13 @@ def read_text(data: Path | None = None, corpus: str = "wikitext2") -> Evaluation
 
     A parquet or jsonl file holds rows (column `text`); any other is taken as raw text.
     """
-    source = replace(find("wikitext2"), config=CONFIGS[corpus])
     if data is None:
-        return from_rows(list(_rows(_from_hub(source), source)))
+        return from_rows(_texts(read_records(None, CORPORA[corpus])))
     if data.is_dir():
         raise EvaluationError(f"{data} is a folder: name the file in it that holds the test split")
     layout = layout_of(data.name)
     if layout is not None and layout.kind != "text":
-        return from_rows(list(_rows(local_inputs((str(data),)), source)))
+        return from_rows(_texts(read_records(data, CORPORA[corpus])))
     try:
         return from_raw(data.read_bytes().decode())
     except UnicodeDecodeError as error:
@@ -178,23 +168,15 @@ def read_text(data: Path | None = None, corpus: str = "wikitext2") -> Evaluation
         ) from error
 
 
-def _from_hub(source: Source) -> Inputs:
-    try:
-        return hub_inputs(source)
-    except SourceError as error:  # its mend names the option of another command
-        raise EvaluationError(str(error).replace("--data-files", "--data FILE")) from error
-
-
-def _rows(inputs: Inputs, source: Source) -> Iterator[str]:
-    """Every row of a listing's text column, in order; EvaluationError at one that is no text."""
-    with closing(PartReader(inputs, source)) as reader:
-        for weighed in cut_into_parts(inputs, source):
-            for records in reader.read(weighed.part):
-                texts, reasons = valid_texts(records)
-                for place, text in enumerate(texts.to_pylist()):
-                    if text is None:
-                        raise EvaluationError(
-                            f"{weighed.part.file}: row {records.first + place} has no text "
-                            f"({reasons[place]}): fetch the file again"
-                        )
-                    yield text
+def _texts(records: EvaluationSet) -> list[str]:
+    """Every row's text, in order; EvaluationError at one that has none."""
+    texts = []
+    for number, row in enumerate(records.rows):
+        try:
+            row["text"].encode()  # a lone surrogate is no text either
+        except (KeyError, AttributeError, UnicodeEncodeError) as error:
+            raise EvaluationError(
+                f"{records.where}: row {number} has no text: fetch the file again"
+            ) from error
+        texts.append(row["text"])
+    return texts

@@ -1,8 +1,13 @@
-"""A prompt's ids -> the ids that follow, one by one, and their text as soon as it is certain."""
+"""A prompt's tokens -> the tokens that follow, drawn one by one, and their text as it is complete.
+
+A token is drawn in float64 on the CPU with one uniform number, so a GPU and a laptop that compute
+the same logits write the same text for a seed.
+"""
 
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,7 +18,6 @@ from torch.nn.functional import linear
 
 from model.kv_cache import KVCache
 from tools.errors import GenerationError
-from tools.generation.sampling import Sampling, draw
 from tools.models.loading import DTYPES, LoadedModel, max_context
 from tools.models.vocabulary import Vocabulary
 
@@ -21,8 +25,34 @@ OnText = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave all in.
+
+    The order is that of Hugging Face's generation: temperature, then top-k, then top-p (nucleus
+    sampling, Holtzman et al. 2020: the most probable tokens that add up to `top_p`).
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise GenerationError(f"temperature {self.temperature}: choose 0 (greedy) or more")
+        if self.top_k < 0:
+            raise GenerationError(f"top_k {self.top_k}: choose 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise GenerationError(f"top_p {self.top_p}: choose above 0, up to 1 (all tokens)")
+
+    def generator(self) -> torch.Generator:
+        """A new source of uniform numbers for one text."""
+        return torch.Generator("cpu").manual_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generation:
-    """How far and how to go on. Without the cache every step reads the whole text again."""
+    """How many tokens, drawn how. Without the cache every step computes on the full text."""
 
     max_tokens: int = 256
     sampling: Sampling = field(default_factory=Sampling)
@@ -38,11 +68,11 @@ def generate(
     loaded: LoadedModel,
     prompt: Sequence[int],
     options: Generation,
-    on_id: Callable[[int], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
 ) -> list[int]:
-    """The ids that follow the prompt's, up to EOS (left out) or to the end of the context.
+    """The tokens that follow the prompt's, up to EOS (left out) or to the end of the context.
 
-    `on_id` is called with each as it is drawn. Only ids that stand for text can be drawn, and EOS.
+    `on_token` is called with each as it is drawn: tokens that stand for text, and EOS.
     """
     ids = list(prompt)
     room = _room(loaded, len(ids), options.max_tokens)
@@ -58,13 +88,13 @@ def generate(
                 break
             ids.append(drawn)
             unread = [drawn]
-            if on_id is not None:
-                on_id(drawn)
+            if on_token is not None:
+                on_token(drawn)
     return ids[len(prompt) :]
 
 
 class Written(NamedTuple):
-    """What a model wrote: its ids, without EOS, and their text."""
+    """What a model wrote: its tokens, without EOS, and their text."""
 
     ids: list[int]
     text: str
@@ -78,9 +108,9 @@ def write(
     *,
     opens_text: bool,
 ) -> Written:
-    """What follows the prompt's ids; `opens_text` says that it begins a text, not goes on with one.
+    """What follows the prompt; `opens_text` says that it begins a text, not goes on with one.
 
-    `on_text` is called with each stretch of whole characters.
+    `on_text` is called with each stretch of complete characters.
     """
     stream = TextStream(loaded.vocabulary, opens_text=opens_text)
     parts: list[str] = []
@@ -108,7 +138,7 @@ def complete(
 
 
 class Conversation:
-    """Questions and answers in the chat template, the whole exchange read again at each turn."""
+    """Questions and answers in the chat template; each turn is computed from the very start."""
 
     def __init__(self, loaded: LoadedModel, options: Generation, system: str = "") -> None:
         if loaded.vocabulary.chat is None:
@@ -131,7 +161,7 @@ class Conversation:
 
 
 class TextStream:
-    """Ids in, text out: whole characters only, however many ids one of them takes.
+    """Tokens in, text out: complete characters only, however many tokens one of them takes.
 
     Bytes that can belong to no character come out as U+FFFD, as in the tokenizer's own decoding.
     """
@@ -142,7 +172,7 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, drawn: int) -> str:
-        """The characters that this id completes."""
+        """The characters that this token completes."""
         piece = self._pieces[drawn]
         if self._drop_space and piece:
             piece = piece.removeprefix(b" ")
@@ -150,12 +180,30 @@ class TextStream:
         return self._decoder.decode(piece)
 
     def finish(self) -> str:
-        """What is left of a character that never came to its end."""
+        """What is left of an incomplete character."""
         return self._decoder.decode(b"", final=True)
 
 
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token, given the logits [V] of all."""
+    logits = logits.detach().cpu().double()
+    if logits.isnan().any():
+        raise GenerationError("the model gives NaN logits: its weights are damaged")
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    ranked, ids = (logits / sampling.temperature).sort(descending=True, stable=True)
+    if sampling.top_k:
+        ranked = ranked[: sampling.top_k]
+    cumulative = ranked.softmax(dim=0).cumsum(dim=0)
+    kept = 1 + int((cumulative < sampling.top_p).sum())  # up to the first that reaches top_p
+    cumulative = cumulative[:kept]
+    uniform = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
+    place = torch.searchsorted(cumulative, uniform, right=True)
+    return int(ids[place.clamp_max(len(cumulative) - 1)])
+
+
 def _room(loaded: LoadedModel, n_prompt: int, max_tokens: int) -> int:
-    """Ids that may follow a prompt; GenerationError if it fills the context already."""
+    """Tokens that may follow a prompt; GenerationError if it fills the context already."""
     limit = max_context(loaded.model.config)
     if limit is None:
         return max_tokens
@@ -182,7 +230,7 @@ def _never_drawn(loaded: LoadedModel) -> Tensor:
 
 
 def _next_logits(loaded: LoadedModel, ids: Sequence[int], cache: KVCache | None) -> Tensor:
-    """Logits [V] of the id after `ids`, which follow those that the cache holds."""
+    """Logits [V] of the token after `ids`, which follow those that the cache holds."""
     tokens = torch.tensor([list(ids)], device=loaded.device)
     last = loaded.model.hidden(tokens, cache=cache)[:, -1]
     return linear(last, loaded.model.head_weight).float()[0]

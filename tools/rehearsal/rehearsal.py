@@ -213,8 +213,11 @@ def score(rehearsal: Rehearsal, name: str) -> float:
     from tools.evaluation.heldout import evaluate_heldout
     from tools.models.loading import ModelSpec, load
 
-    loaded = load(ModelSpec(run=rehearsal.out / name, device="cpu"))
-    return evaluate_heldout(loaded, rehearsal.out / "shards", limit=20).total.model
+    run = rehearsal.out / name
+    result = evaluate_heldout(
+        load(ModelSpec(run=run, device="cpu")), rehearsal.out / "shards", limit=20
+    )
+    return float(result["total"]["model"])
 
 
 def _result(

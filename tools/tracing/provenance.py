@@ -1,7 +1,7 @@
 """Documents by name, FILE:RECORD, and the rows of shards that hold them.
 
 A file that was read in several parts (the row groups of a parquet file, 64 MiB of lines) numbers
-the records of each part anew: `web.parquet#2:17` is record 17 of its third part.
+the records of each part from 0: `web.parquet#2:17` is record 17 of its third part.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def document_name(manifest: Manifest, part: int, record: int) -> str:
 def rows_of_document(reader: ShardReader, name: str) -> list[int]:
     """The training rows that hold a piece of the document; none if its file is another source's.
 
-    A row's sidecar says whose its first token is. A document's rows are those that begin inside it,
-    and the one before, where it begins, unless the first of them begins with it. One that no row
-    begins in lies inside the row that begins before it: there it is, unless it was held out or
-    rejected, which the rows alone do not tell.
+    A row's sidecar names the document of its first token. A document's rows are those that begin
+    inside it, and the row before, unless the first of them begins with the document's BOS. One
+    that no row begins in lies inside the row before it, unless it was held out or rejected, which
+    the rows alone cannot say.
     """
     wanted = _find(reader.manifest, name)
     if wanted is None:
@@ -49,7 +49,7 @@ def rows_of_document(reader: ShardReader, name: str) -> list[int]:
 
 
 def _find(manifest: Manifest, name: str) -> int | None:
-    """Part and record of a named document as one number, in the order of the units' streams."""
+    """Part and record of a named document as one sortable number."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise TraceError(f"--document {name}: write it as FILE:RECORD, as --step shows it")

@@ -1,13 +1,14 @@
 """From a step of a run to the text it saw, and from a document to the steps that see it.
 
-No step was recorded for this: the data order is a pure function, so any step, past or to come, can
-be looked up, and so can any row. What is recorded is where it was begun anew: the events of a start
-and of each resumption (after a rollback too) say the step, the sample, the samples left out, how a
-step is dealt out to ranks, and the phases of the mixture.
+No step is recorded for this: the data order is a pure function, so any step, past or future, can
+be looked up, and so can any row. What is recorded is where the order was restarted: the events of
+a start and of each resumption (after a rollback too) hold the step, the sample, the samples left
+out, how a step is divided among ranks, and the phases of the mixture.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,7 +31,7 @@ from trainer.metrics.metrics import read_events
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sighting:
+class TracedRow:
     """One row at one step. `origin` is FILE:RECORD of the document that the row begins in."""
 
     step: int
@@ -71,22 +72,14 @@ class _Section(NamedTuple):
         places = np.array((step - 1 - self.after_step) * self.shape.global_batch_size)
         return int(leave_out(self.next_index, places, self.skipped))
 
-    def step_of(self, index: int) -> int | None:
-        """The step that takes a sample if no other section follows; None if none does."""
-        if index < self.next_index or any(begin <= index < end for begin, end in self.skipped):
-            return None
-        left_out = sum(end - max(begin, self.next_index) for begin, end in self.skipped
-                       if self.next_index < end <= index)  # fmt: skip
-        place = index - self.next_index - left_out
-        return self.after_step + 1 + place // self.shape.global_batch_size
-
 
 class RunTrace:
     """A run's data order, with the shards it was drawn from and the steps it was cut into."""
 
     def __init__(self, run: Path) -> None:
         self.config: RunConfig = load_config(run)
-        record = _newest_record(run)
+        saved = checkpoints(run)
+        record = read_record(saved[-1]) if saved else None
         manifests = find_sources(Path(self.config.shards))
         begun = [e for e in read_events(run) if e["event"] in ("start", "resume")]
         phases, rows = _order_facts(self.config, record, manifests)
@@ -105,7 +98,7 @@ class RunTrace:
         path = run / TOKENIZER
         self._tokenizer = Tokenizer.load(path) if path.exists() else None
 
-    def at_step(self, step: int, rank: int | None = None) -> Iterator[Sighting]:
+    def at_step(self, step: int, rank: int | None = None) -> Iterator[TracedRow]:
         """What the ranks (or one of them) computed on in the step that was number `step`."""
         first = self._sections[0].after_step + 1
         if not first <= step <= self.last_step:
@@ -120,9 +113,9 @@ class RunTrace:
         for number in range(section.shape.world_size) if rank is None else (rank,):
             for micro_step in range(section.shape.grad_accum_steps):
                 for index in section.indices(self.config.seed, step, number, micro_step):
-                    yield self._sighting(step, number, micro_step, index)
+                    yield self._row(step, number, micro_step, index)
 
-    def of_document(self, name: str) -> Iterator[Sighting]:
+    def of_document(self, name: str) -> Iterator[TracedRow]:
         """Every step up to the run's end at which a row with a piece of FILE:RECORD is seen."""
         found = [
             (source, row)
@@ -142,18 +135,18 @@ class RunTrace:
                 indices.append(index)
                 epoch += 1
         for index in sorted(indices):
-            if (step := self._step_of(index)) is not None:
-                yield self._sighting(step, *self._place(step, index), index)
+            if (place := self._find(index)) is not None:
+                yield self._row(*place, index)
 
-    def _sighting(self, step: int, rank: int, micro_step: int, index: int) -> Sighting:
+    def _row(self, step: int, rank: int, micro_step: int, index: int) -> TracedRow:
         located = self.order.locate(np.array([index], np.int64))
         source, row = self.order.sources[int(located.source[0])], int(located.row[0])
         if source not in self.readers:
-            raise TraceError(f"{source}: its shards are not in {self.config.shards} any more")
+            raise TraceError(f"{source}: its shards are no longer in {self.config.shards}")
         reader = self.readers[source]
         tokens, _ = reader.rows(located.row)
         _, part, record = reader.origin(row)
-        return Sighting(
+        return TracedRow(
             step=step,
             rank=rank,
             micro_step=micro_step,
@@ -177,27 +170,23 @@ class RunTrace:
     def _section(self, step: int) -> _Section:
         return next(each for each in reversed(self._sections) if each.after_step < step)
 
-    def _step_of(self, index: int) -> int | None:
-        """The step that computes on a sample; None if none does, left out or beyond the end."""
+    def _find(self, index: int) -> tuple[int, int, int] | None:
+        """Step, rank and micro-step that compute on a sample; None if it is left out or later."""
         ends = [*(each.after_step for each in self._sections[1:]), self.last_step]
         for section, end in zip(self._sections, ends, strict=True):
-            step = section.step_of(index)
-            if step is not None and step <= end:
-                return step
+            steps = range(section.after_step + 1, end + 1)
+            number = bisect_right(steps, index, key=section.first_index)
+            for step in steps[max(0, number - 1) : number]:
+                for rank, micro_step in np.ndindex(
+                    section.shape.world_size, section.shape.grad_accum_steps
+                ):
+                    if index in section.indices(self.config.seed, step, rank, micro_step):
+                        return step, rank, micro_step
         return None
-
-    def _place(self, step: int, index: int) -> tuple[int, int]:
-        """Rank and micro-step of a sample of a step."""
-        section = self._section(step)
-        for micro_step in range(section.shape.grad_accum_steps):
-            for rank in range(section.shape.world_size):
-                if index in section.indices(self.config.seed, step, rank, micro_step):
-                    return rank, micro_step
-        raise TraceError(f"sample {index} is in no batch of {section.shape.global_batch_size} rows")
 
 
 def _sections(begun: Sequence[Mapping[str, Any]]) -> list[_Section]:
-    """The sections of a run's last history: what was set aside by going back is not among them."""
+    """The sections of a run's history, without those that going back to a checkpoint undid."""
     sections: list[_Section] = []
     for event in begun:
         sections = [each for each in sections if each.after_step < event["step"]]
@@ -213,12 +202,6 @@ def _planned(config: RunConfig) -> _Section:
     return _Section(0, 0, (), BatchShape(n_rows, config.micro_batch_size or n_rows, 1))
 
 
-def _newest_record(run: Path) -> dict[str, Any] | None:
-    """What the newest checkpoint says; None before the first."""
-    found = checkpoints(run)
-    return read_record(found[-1]) if found else None
-
-
 def _order_facts(
     config: RunConfig, record: dict[str, Any] | None, manifests: Mapping[str, Manifest]
 ) -> tuple[list[Phase], dict[str, int]]:
@@ -229,8 +212,8 @@ def _order_facts(
     for name, facts in record.get("data", {}).items():
         if name in manifests and manifests[name].root != facts["root"]:
             raise TraceError(
-                f"{config.shards}/{name} is not the data that the run has read: bring the old "
-                "shards back"
+                f"{config.shards}/{name} is not the data that the run has read: restore the "
+                "old shards"
             )
         rows[name] = facts["n_rows"]
     return [Phase(int(first), weights) for first, weights in record["phases"]], rows

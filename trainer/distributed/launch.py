@@ -40,7 +40,7 @@ class Launch(NamedTuple):
     nnodes: str = "1"
     state_bytes: int = 0  # what all ranks checkpoint before they end
     options: tuple[str, ...] = ()  # further flags of torchrun, each `--name=value`
-    module: str = "trainer.cli"
+    module: str = "trainer.cli"  # whose command line all processes run
 
 
 def torchrun_arguments(launch: Launch, arguments: Sequence[str]) -> list[str]:
@@ -104,7 +104,9 @@ def write_exit_reason(train: Callable[[], int]) -> int:
 def _run_on_all(launch: Launch, arguments: Sequence[str]) -> None:
     # what torchrun would set to 1, with a warning; each rank sets its own number later anyway
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.nproc)))
-    args = get_args_parser().parse_args(torchrun_arguments(launch, arguments))
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # it would take a command's --run for the beginning of --run-path
+    args = parser.parse_args(torchrun_arguments(launch, arguments))
     if args.standalone:
         args.rdzv_backend, args.rdzv_endpoint = "c10d", "localhost:0"
     # torchrun gives ranks 30 seconds between SIGTERM and SIGKILL

@@ -88,7 +88,7 @@ def _allocate_state(optimizer: Optimizer, name: str) -> None:
     optimizer.zero_grad()
     for parameter in parameters:  # one by one: a second set of gradients might not fit
         parameter.grad = torch.zeros_like(parameter)
-        update(optimizer, torch.ones((), device=parameter.device))
+        update(optimizer, torch.ones((), dtype=torch.float32, device=parameter.device))
     for group, decay in zip(groups, decays, strict=True):
         group["weight_decay"] = decay
     for parameter, grad in zip(parameters, grads, strict=True):

@@ -1,0 +1,151 @@
+"""What an evaluation found, and the one way it is written: JSON records, text, Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from shards.files import json_bytes, publish_bytes
+from tools.errors import EvaluationError
+
+_COMPARED: Final = ("protocol", "read_as", "context", "bos", "scored_tokens")
+"""Settings that stand beside the metrics where several results of a task are compared."""
+
+
+class Metric(NamedTuple):
+    """A measured value and its standard error; None where there is none."""
+
+    value: float | None
+    stderr: float | None = None
+
+    def __str__(self) -> str:
+        error = "" if self.stderr is None else f" ± {_number(self.stderr)}"
+        return _number(self.value) + error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a model (empty: none took part) reached on a task, and all that this depends on.
+
+    In JSON the metrics and settings stand side by side, a metric's standard error as NAME_error;
+    with `grouped` the metrics are an object of their own. `table` (its head first) is shown in
+    place of the metrics, `about` behind the model's name, `notes` below. `items` are for a log.
+    """
+
+    task: str
+    metrics: Mapping[str, Metric | float | None]
+    settings: Mapping[str, Any]
+    model: Mapping[str, Any]
+    grouped: bool = False
+    about: str = ""
+    table: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+    items: Sequence[Mapping[str, Any]] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a metric, or a setting."""
+        found = self.metrics[name] if name in self.metrics else self.settings[name]
+        return found.value if isinstance(found, Metric) else found
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything under its name."""
+        figures: dict[str, Any] = {}
+        for name, metric in self.metrics.items():
+            if not isinstance(metric, Metric):
+                figures[name] = metric
+            elif self.grouped:
+                figures[name] = {"value": metric.value, "error": metric.stderr}
+            else:
+                figures |= {name: metric.value, f"{name}_error": metric.stderr}
+        record = {"task": self.task, **({"metrics": figures} if self.grouped else figures)}
+        return {**record, **self.settings, **({"model": self.model} if self.model else {})}
+
+
+def to_text(results: Sequence[Result]) -> list[str]:
+    """One result of a task in lines for people; several of them, side by side."""
+    first = results[0]
+    if len(results) > 1:
+        lines = aligned(_comparison(results))
+        notes = [note for note in first.notes if all(note in each.notes for each in results)]
+    else:
+        lines = aligned(first.table) if first.table else _metrics(first)
+        notes = list(first.notes)
+    return [_title(first), *lines, *notes, *_provenance(results)]
+
+
+def write_results(path: Path, tasks: Sequence[Sequence[Result]]) -> None:
+    """Publish the results of some tasks: every record in a .json, or a page in an .md."""
+    if path.suffix == ".json":
+        records = [result.to_json() for results in tasks for result in results]
+        publish_bytes(path, json_bytes(records))
+    elif path.suffix == ".md":
+        pages = (
+            "\n".join([f"## {results[0].task}", "", "```", *to_text(results), "```", ""])
+            for results in tasks
+        )
+        publish_bytes(path, "\n".join(pages).encode())
+    else:
+        raise EvaluationError(f"--card {path}: a card is a .md or a .json file")
+
+
+def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Rows in columns: the first to the left, the others to the right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _title(result: Result) -> str:
+    model = result.model
+    name = f"{model['model']} ({model['parameters']:,} parameters)" if model else ""
+    return f"{result.task}: {'; '.join(filter(None, (name, result.about)))}"
+
+
+def _metrics(result: Result) -> list[str]:
+    return [f"  {name:<17} {_spelled(metric)}" for name, metric in result.metrics.items()]
+
+
+def _comparison(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """A row for each result: what may differ between them, and the metrics."""
+    names = (*_COMPARED, *results[0].metrics)
+    rows = [
+        tuple(
+            _spelled(each.metrics[name]) if name in each.metrics else _setting(each.settings[name])
+            for name in names
+        )
+        for each in results
+    ]
+    return [names, *rows]
+
+
+def _provenance(results: Sequence[Result]) -> list[str]:
+    model, seconds = results[0].model, sum(each.settings.get("time_s", 0) for each in results)
+    if not model:
+        return []
+    return [
+        f"weights   sha256 {model['weights_sha256']}, {model['dtype']} on {model['device']}",
+        f"tokenizer {model['tokenizer']}, sha256 {model['tokenizer_sha256']}",
+        f"time      {seconds:.1f} s",
+    ]
+
+
+def _setting(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("\n", "\\n")
+
+
+def _spelled(metric: Metric | float | None) -> str:
+    return str(metric if isinstance(metric, Metric) else Metric(metric))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "none (nothing counted, or beyond any number)"
+    return f"{value:,.4f}" if value < 1e9 else f"{value:.4e}"
