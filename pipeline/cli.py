@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,13 @@ from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
     from pipeline.text.tokenizer import Tokenizer
-    from shards.format import Manifest, Split
+    from shards.format import Split
+
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(1)
+
+source_folder = click.argument("folder", type=PATH, metavar="SHARDS/SOURCE")
+workers_option = click.option("--workers", type=COUNT, help="Processes; default: all cores.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -51,69 +56,30 @@ def _part(_context: object, _option: object, text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def _chosen(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that choose a source and its files."""
-    for option in (
-        click.option("--text-column", default="", metavar="COL", help="Column of the text."),
-        click.option("--split", default="", help="Split of the data set; default: train."),
-        click.option("--revision", default="", metavar="R", help="Commit, tag or branch."),
-        click.option("--config", default="", metavar="C", help="Configuration of the data set."),
-        click.option("--dataset", default="", metavar="ORG/NAME", help="Data set on the Hub."),
-        click.option(
-            "--data-files",
-            multiple=True,
-            metavar="GLOB",
-            help="Local parquet, jsonl, txt files (also .zst, .gz), quoted; may be repeated. "
-            "With --dataset: patterns inside it.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 @main.command()
 @click.option("--source", required=True, metavar="NAME", help="See `summer-prep sources`.")
-@_chosen
-@click.option("--out", type=click.Path(path_type=Path), default=Path("shards"), show_default=True)
-@click.option("--workers", type=click.IntRange(1), help="Processes; default: all cores.")
+@click.option("--data-files", multiple=True, metavar="GLOB",
+              help="Local parquet, jsonl, txt files (also .zst, .gz), quoted; may be repeated. "
+              "With --dataset: patterns inside it.")  # fmt: skip
+@click.option("--dataset", default="", metavar="ORG/NAME", help="Data set on the Hub.")
+@click.option("--config", default="", metavar="C", help="Configuration of the data set.")
+@click.option("--revision", default="", metavar="R", help="Commit, tag or branch.")
+@click.option("--split", default="", help="Split of the data set; default: train.")
+@click.option("--text-column", default="", metavar="COL", help="Column of the text.")
+@click.option("--out", type=PATH, default=Path("shards"), show_default=True)
+@workers_option
 @click.option("--seq-len", type=click.IntRange(2), default=4096, show_default=True)
-@click.option(
-    "--tokenizer",
-    type=click.Path(path_type=Path),
-    help="SentencePiece .model; default: Mistral's v3 vocabulary, extended.",
-)
-@click.option(
-    "--max-documents",
-    type=click.IntRange(1),
-    help="Take so many documents: a fair sample, the same for any number of workers.",
-)
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(1),
-    help="The same by tokens, up to the end of the document that reaches so many.",
-)
-@click.option(
-    "--val-fraction", type=click.FloatRange(0, 1), help="Documents held out; default: 0.001."
-)
-@click.option(
-    "--check-encoding",
-    type=click.IntRange(1),
-    default=8,
-    show_default=True,
-    help="Documents of each unit that are encoded again with sentencepiece, and compared.",
-)
+@click.option("--tokenizer", type=PATH, help="SentencePiece .model; default: Mistral's, extended.")
+@click.option("--max-documents", type=COUNT, help="Take a fair sample of so many documents.")
+@click.option("--max-tokens", type=COUNT, help="Stop behind the document that reaches so many.")
+@click.option("--val-fraction", type=click.FloatRange(0, 1), help="Held out; default: 0.001.")
+@click.option("--check-encoding", type=COUNT, default=8, show_default=True,
+              help="Documents of each unit compared with sentencepiece's encoding.")  # fmt: skip
 @click.option("--loss-mask", is_flag=True, help="Chat: only the answers are targets.")
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option(
-    "--address", default="", metavar="HOST:PORT", help="Ray cluster; default: one on this machine."
-)
-@click.option(
-    "--part",
-    default="1/1",
-    metavar="I/N",
-    callback=_part,
-    help="Do the I-th of N parts, counted from 1: for Slurm arrays and their like.",
-)
+@click.option("--address", default="", metavar="HOST:PORT", help="Ray cluster; default: one here.")
+@click.option("--part", default="1/1", metavar="I/N", callback=_part,
+              help="Do the I-th of N parts, counted from 1: for Slurm arrays.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest's facts as JSON.")
 @one_line_failures()
 def tokenize(source: str, **options: Any) -> None:
@@ -127,6 +93,7 @@ def tokenize(source: str, **options: Any) -> None:
     summer-prep tokenize --source arxiv --data-files 'my/copy/*.jsonl.zst'
     summer-prep tokenize --source mine --dataset ORG/NAME --text-column text
     """
+    from pipeline.checks.inspection import summary
     from pipeline.prepare import prepare
     from pipeline.progress import PrepareDisplay
     from pipeline.units.executors import Executor, default_workers
@@ -135,7 +102,7 @@ def tokenize(source: str, **options: Any) -> None:
 
     same = ("out", "seq_len", "val_fraction", "loss_mask", "check_encoding", "part")
     request = PrepareRequest(
-        source=find(source, _choice(options)),
+        source=find(source, _overrides(options)),
         tokenizer=_tokenizer(options["tokenizer"]),
         data_files=() if options["dataset"] else options["data_files"],
         limit=Limit(options["max_documents"], options["max_tokens"]),
@@ -146,20 +113,24 @@ def tokenize(source: str, **options: Any) -> None:
         raise click.UsageError(f"--address {address} goes with --executor ray")
     workers = options["workers"] or (1 if kind == "ray" else default_workers())
     executor = Executor(kind, workers, address)
-    screen = PrepareDisplay(sys.stderr)
+    display = PrepareDisplay(sys.stderr)
     try:
-        manifest = prepare(request, executor, screen)
+        manifest = prepare(request, executor, display)
     except SystemExit:
-        screen.close()
+        display.close()
         click.echo("stopped: the same command goes on from here", err=True)
         raise
     finally:
-        screen.close()
-    _print_result(request.out / source, manifest, options["as_json"])
+        display.close()
+    folder = request.out / source
+    if manifest is None:
+        click.echo(f"{folder}: this part is done; others are not, so there is no manifest yet")
+    else:
+        click.echo(summary(folder, manifest, options["as_json"]))
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="SHARDS/SOURCE")
+@source_folder
 @click.option("--row", "rows", type=int, multiple=True, help="Show this sequence; may be repeated.")
 @click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="The numbers as JSON.")
@@ -171,24 +142,18 @@ def inspect(folder: Path, rows: tuple[int, ...], split: Split, as_json: bool) ->
     summer-prep inspect shards/fineweb --row 0 --row 17
     """
     from pipeline.checks import inspection
-    from pipeline.text.tokenizer import Tokenizer
     from shards.files import json_bytes
-    from shards.format import TOKENIZER
 
-    if rows:
-        for row in rows:
-            click.echo(inspection.show_row(folder, split, row))
-        return
-    found = inspection.report(folder)
-    tokenizer = Tokenizer.load(folder / TOKENIZER, found.manifest.facts.tokenizer.name)
-    if as_json:
-        click.echo(json_bytes(found.to_json(tokenizer)), nl=False)
-    else:
-        click.echo(inspection.report_lines(folder, found, tokenizer))
+    for row in rows:
+        click.echo(inspection.show_row(folder, split, row))
+    if not rows:
+        facts = inspection.report(folder)
+        shown = json_bytes(facts).decode().rstrip() if as_json else inspection.report_lines(facts)
+        click.echo(shown)
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="SHARDS[/SOURCE]")
+@click.argument("folder", type=PATH, metavar="SHARDS[/SOURCE]")
 @one_line_failures()
 def verify(folder: Path) -> None:
     """Check every shard and sequence of a source, or of all sources in a folder; name bad ones.
@@ -212,9 +177,9 @@ def verify(folder: Path) -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="SHARDS/SOURCE")
+@source_folder
 @click.option("--data-files", multiple=True, metavar="GLOB", help="The same local files as then.")
-@click.option("--workers", type=click.IntRange(1), help="Processes; default: all cores.")
+@workers_option
 @one_line_failures()
 def repair(folder: Path, data_files: tuple[str, ...], workers: int | None) -> None:
     """Tokenize the damaged units again, and only those; the bytes come out the same.
@@ -256,18 +221,17 @@ def sources(as_json: bool) -> None:
 
 @main.command()
 @click.option("--train", is_flag=True, help="Learn a vocabulary from the sources or files.")
-@click.option("--extend", type=click.Path(path_type=Path), metavar="FILE",
-              help="Add control pieces to this model.")  # fmt: skip
-@click.option("--show", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--extend", type=PATH, metavar="FILE", help="Add control pieces to this model.")
+@click.option("--show", type=PATH, metavar="FILE",
               help="Describe this model; `default` means the default one.")  # fmt: skip
 @click.option("--source", "names", multiple=True, metavar="NAME", help="With --train: text from.")
 @click.option("--data-files", multiple=True, metavar="GLOB", help="With --train: local files.")
 @click.option("--text-column", default="", metavar="COL", help="With --train: column of the text.")
 @click.option("--vocab-size", type=click.IntRange(300), default=32768, show_default=True)
-@click.option("--max-mb", type=click.IntRange(1), default=100, show_default=True,
+@click.option("--max-mb", type=COUNT, default=100, show_default=True,
               help="With --train: text used of each source.")  # fmt: skip
 @click.option("--piece", "pieces", multiple=True, help="With --extend: a control piece to add.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where to write it.")
+@click.option("--out", type=PATH, metavar="FILE", help="Where to write it.")
 @one_line_failures()
 def tokenizer(**options: Any) -> None:
     """Learn, extend or show a SentencePiece vocabulary.
@@ -277,7 +241,7 @@ def tokenizer(**options: Any) -> None:
     summer-prep tokenizer --extend my.model --piece '[TOOL]' --out mine.model
     summer-prep tokenizer --show default
     """
-    from pipeline import vocabulary
+    from pipeline import learn
 
     actions = [name for name in ("train", "extend", "show") if options[name]]
     if len(actions) != 1:
@@ -285,44 +249,24 @@ def tokenizer(**options: Any) -> None:
     if actions != ["show"] and options["out"] is None:
         raise click.UsageError("name the file to write with --out FILE")
     if options["train"]:
-        texts = vocabulary.Texts(
-            options["names"], options["data_files"], options["text_column"], options["max_mb"] << 20
-        )
-        made = vocabulary.learn(texts, options["vocab_size"], options["out"])
+        lines = learn.lines_of(options["names"], _overrides(options), options["max_mb"] << 20)
+        made = learn.learn(lines, options["vocab_size"], options["out"])
     elif options["extend"]:
-        made = vocabulary.extended(options["extend"], options["pieces"], options["out"])
+        made = learn.extended(options["extend"], options["pieces"], options["out"])
     else:
-        made = vocabulary.load(options["show"])
-    click.echo(vocabulary.describe(made))
+        made = _tokenizer(options["show"])
+    click.echo(learn.describe(made))
 
 
-def _choice(options: dict[str, Any]) -> SourceOverrides:
-    return SourceOverrides(
-        **{name: options[name] for name in SourceOverrides.__dataclass_fields__ if name in options}
-    )
+def _overrides(options: dict[str, Any]) -> SourceOverrides:
+    names = {field.name for field in fields(SourceOverrides)} & options.keys()
+    return SourceOverrides(**{name: options[name] for name in names})
 
 
 def _tokenizer(path: Path | None) -> Tokenizer:
     from pipeline.text.tokenizer import Tokenizer
 
-    return Tokenizer.default() if path is None else Tokenizer.load(path)
-
-
-def _print_result(folder: Path, manifest: Manifest | None, as_json: bool) -> None:
-    """The result, in three lines or as JSON."""
-    if manifest is None:
-        click.echo(f"{folder}: this part is done; others are not, so there is no manifest yet")
-        return
-    if as_json:
-        from shards.files import json_bytes
-
-        facts = manifest.to_json()
-        del facts["parts"], facts["shards"]
-        click.echo(json_bytes(facts), nl=False)
-        return
-    from pipeline.checks.inspection import summary_lines
-
-    click.echo(summary_lines(folder, manifest))
+    return Tokenizer.default() if path in (None, Path("default")) else Tokenizer.load(path)
 
 
 if __name__ == "__main__":

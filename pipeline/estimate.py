@@ -1,8 +1,7 @@
 """What the work will take, before it starts: files, bytes to read, tokens, disk, time.
 
-Tokens and time come from a first sample of the real input, read and encoded with the real code;
-that also shows a wrong column or a damaged file before anything is written. PrepareListener is
-called with the estimate, and then with each step of the work.
+Tokens and time come from a first sample of the input, read and encoded as all of it will be. That
+also shows a wrong column or a damaged file before anything is written.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.errors import PrepareError, SourceError
-from pipeline.inputs.inputs import Inputs
-from pipeline.inputs.reading import MISSING, PartReader
-from pipeline.inputs.sources import Source
+from pipeline.inputs.reading import MISSING
 from pipeline.text.chat import ChatTemplate
 from pipeline.text.documents import DocumentMaker, Documents, in_batches
 from pipeline.text.encode import Encoder, encode_documents
@@ -38,7 +35,7 @@ ROOM_FACTOR: Final = 1.05
 
 @dataclass(frozen=True)
 class TextSample:
-    """What a first look at the text showed."""
+    """What a first sample showed."""
 
     documents: int
     text_bytes: int
@@ -51,11 +48,10 @@ class TextSample:
 class Estimate:
     """The work ahead, and the seconds it takes if `workers` share it."""
 
-    n_files: int
     units: Mapping[int, int]
     """The planned bytes of text of every unit that is still to be done, by position."""
     limit: Limit
-    """What is left of the limit: it may be met before all units are done."""
+    """What is left of it: it may be met before all units are done."""
     read_bytes: int
     tokens: int
     disk_bytes: int
@@ -79,42 +75,31 @@ class PrepareListener:
         """A unit has its record."""
 
 
-def take_sample(
-    inputs: Inputs,
-    source: Source,
-    plan: PreparePlan,
-    encoder: Encoder,
-    template: ChatTemplate | None,
-) -> TextSample:
+def take_sample(job: PrepareJob, encoder: Encoder, template: ChatTemplate | None) -> TextSample:
     """Some of the text, read and encoded; SourceError if it is not where it should be."""
-    reader, maker = PartReader(inputs, source), DocumentMaker(source, val_fraction=0.0)
+    maker = DocumentMaker(job.plan.source, val_fraction=0.0)
     n = tokens = token_bytes = 0
     read: list[tuple[int, float]] = []  # bytes and seconds of each batch
     encoded: list[tuple[int, float]] = []
     began = time.perf_counter()
-    try:
-        for documents in _first_documents(plan, reader, maker):
-            found = time.perf_counter()
-            beginning = _beginning(documents)
-            ids = encode_documents(encoder, beginning, template).tokens
-            n, tokens, token_bytes = n + len(beginning), tokens + len(ids), ids.itemsize
-            read.append((documents.texts.nbytes, found - began))
-            began = time.perf_counter()
-            encoded.append((beginning.texts.nbytes, began - found))
-            if sum(size for size, _ in encoded) >= SAMPLE_BYTES * SAMPLE_BATCHES:
-                break
-    finally:
-        reader.close()
+    for documents in _first_documents(job, maker):
+        found = time.perf_counter()
+        beginning = _beginning(documents)
+        ids = encode_documents(encoder, beginning, template).tokens
+        n, tokens, token_bytes = n + len(beginning), tokens + len(ids), ids.itemsize
+        read.append((documents.texts.nbytes, found - began))
+        began = time.perf_counter()
+        encoded.append((beginning.texts.nbytes, began - found))
+        if sum(size for size, _ in encoded) >= SAMPLE_BYTES * SAMPLE_BATCHES:
+            break
     if not n and {entry["reason"] for entry in maker.rejected} == {MISSING}:
         raise SourceError(
-            f"{maker.rejected[0]['file']}: its records have no field {source.text_column!r}: "
-            "name the one that holds the text with --text-column"
+            f"{maker.rejected[0]['file']}: its records have no field "
+            f"{job.plan.source.text_column!r}: name the one that holds the text with --text-column"
         )
-    text_bytes, warm = sum(size for size, _ in encoded), encoded
-    if sum(size for size, _ in encoded[1:]) >= SAMPLE_BYTES:
-        warm = encoded[1:]  # the first is slow: the encoder has not seen the common words yet
-    seconds = _seconds_per_byte(read) + _seconds_per_byte(warm)
-    return TextSample(n, text_bytes, tokens, token_bytes, seconds)
+    # the first batch is slow: the encoder has not seen the common words yet
+    seconds = _seconds_per_byte(read) + _seconds_per_byte(encoded[1:] or encoded)
+    return TextSample(n, sum(size for size, _ in encoded), tokens, token_bytes, seconds)
 
 
 def estimate(
@@ -124,14 +109,11 @@ def estimate(
     units = {position: plan.units[position].text_bytes for position in positions}
     text_bytes, workers = sum(units.values()), max(1, min(workers, len(units)))
     tokens = text_bytes * sample.tokens / max(1, sample.text_bytes)
-    wanted = tokens
-    if limit.tokens is not None:
-        wanted = min(wanted, limit.tokens)
+    wanted = tokens if limit.tokens is None else min(tokens, limit.tokens)
     if limit.documents is not None:
         wanted = min(wanted, limit.documents * sample.tokens / max(1, sample.documents))
     share = wanted / tokens if tokens else 0.0
     return Estimate(
-        n_files=len(plan.files),
         units=units,
         limit=limit,
         read_bytes=round(share * sum(plan.units[position].read_bytes for position in positions)),
@@ -156,21 +138,13 @@ def _seconds_per_byte(batches: list[tuple[int, float]]) -> float:
     return sum(seconds for _, seconds in batches) / max(1, sum(size for size, _ in batches))
 
 
-def _first_documents(
-    plan: PreparePlan, reader: PartReader, maker: DocumentMaker
-) -> Iterator[Documents]:
+def _first_documents(job: PrepareJob, maker: DocumentMaker) -> Iterator[Documents]:
     """Documents from the beginning of the plan, about SAMPLE_BYTES at a time or more.
 
     Where there are none, as in a file of nothing but zeros, the search ends after a while.
     """
-    numbers = itertools.chain.from_iterable(range(u.first, u.last) for u in plan.units)
-    found = (
-        documents
-        for number in itertools.islice(numbers, MOST_READ)
-        for documents in maker.documents(
-            number, plan.parts[number], reader.read(plan.parts[number])
-        )
-    )
+    parts = itertools.chain.from_iterable(map(job.plan.parts_of, range(len(job.plan.units))))
+    found = maker.read(job.inputs, itertools.islice(parts, MOST_READ))
     yield from in_batches(itertools.islice(found, MOST_READ), SAMPLE_BYTES)
 
 

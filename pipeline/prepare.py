@@ -1,19 +1,14 @@
 """One source, from text to a finished folder of shards.
 
-    request = PrepareRequest(source=find("fineweb"), tokenizer=Tokenizer.default(),
-                             out=Path("shards"))
-    manifest = prepare(request, Executor(workers=8), PrepareListener())
-
- 1. inputs.py, hub.py   The listing: local files, or the Hub's, its revision pinned to a commit.
- 2. units.py            The plan: files cut into parts, parts filled into units. It is written to
-                        `units.json` once; whoever comes later follows it.
- 3. estimate.py         A sample is read and encoded. It shows a wrong column or a damaged file
-                        before anything is done, and what the work will take; without room on the
-                        disk nothing begins.
- 4. work.py             Each unit, by any worker, in any order: read, make documents, encode, pack,
-                        publish. A unit whose record is missing is done again.
- 5. write_manifest      With all unit records there, whoever notices writes the manifest: from now
-                        on the source exists.
+1. inputs.py, hub.py  The listing: local files, or the Hub's, its revision pinned to a commit.
+2. units.py           The plan: files cut into parts, parts filled into units. It is written to
+                      `units.json` once; whoever comes later follows it.
+3. estimate.py        A sample is read and encoded: what the work will take. Without room on the
+                      disk nothing begins.
+4. work.py            Each unit, by any worker, in any order: read, make documents, encode, pack,
+                      publish. A unit whose record is missing is done again.
+5. write_manifest     With all unit records there, whoever notices writes the manifest: from now
+                      on the source exists.
 
 No other state is kept: the same command, started again after any end, does what is missing.
 """
@@ -22,9 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections import Counter
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -38,31 +32,11 @@ from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.dispatch import LimitedRun, amount_of, run_all
 from pipeline.units.executors import Executor
 from pipeline.units.job import NO_LIMIT, Amount, Limit, PrepareJob
-from pipeline.units.recipe import (
-    PrepareRequest,
-    check_request,
-    check_same_recipe,
-    facts_of,
-    recipe_of,
-)
+from pipeline.units.recipe import PrepareRequest, check_request, check_same_recipe, recipe_of
 from pipeline.units.units import PreparePlan, make_plan, read_plan
 from shards.errors import ShardError
-from shards.files import (
-    create_exclusively,
-    fsync_folder,
-    one_at_a_time,
-    publish_bytes,
-    remove_stale_temporaries,
-)
-from shards.format import (
-    PLAN,
-    TOKEN_BYTES,
-    TOKENIZER,
-    Manifest,
-    UnitRecord,
-    summarise,
-    unit_name,
-)
+from shards.files import create_once, fsync_folder, one_at_a_time, publish_bytes, remove_abandoned
+from shards.format import PLAN, TOKEN_BYTES, TOKENIZER, Manifest, UnitRecord, combine, unit_name
 from shards.reader import read_manifest, read_unit_record
 from shards.writer import write_manifest
 
@@ -77,21 +51,17 @@ def prepare(
     check_request(request)
     folder = (request.out / request.source.name).absolute()
     inputs, plan = load_or_create_plan(request, folder)
-    job = PrepareJob(
-        folder=folder,
-        source=request.source,
-        facts=facts_of(plan.recipe),
-        inputs=inputs,
-        plan_sha256=plan.sha256,
-        check_encoding=request.check_encoding,
-    )
-    with exclusive_if_limited(folder, request.limit, listener):
-        remove_stale_temporaries(folder)
+    job = PrepareJob(folder, plan, inputs, request.check_encoding)
+    # A limited run begins units ahead, uncut, and removes what is behind the limit: two at once
+    # would remove each other's files. Without a limit all runs write the same bytes.
+    alone = one_at_a_time(folder / PLAN, lambda: listener.waits(folder))
+    with nullcontext() if request.limit == NO_LIMIT else alone:
+        remove_abandoned(folder)
         done = unit_records_of(folder, plan)
-        if (manifest := _finished(job, plan, done, request.limit)) is not None:
+        if (manifest := _finished(job, done, request.limit)) is not None:
             return manifest
         try:
-            n_units = _run(request, executor, listener, job, plan, done)
+            n_units = _run(request, executor, listener, job, done)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -101,31 +71,18 @@ def prepare(
                 "it stopped"
             ) from error
         finally:
-            remove_stale_temporaries(folder)
+            remove_abandoned(folder)
         _check_not_empty(folder, plan, n_units)
-        return write_manifest(folder, job.facts, plan.parts, n_units)
-
-
-def exclusive_if_limited(
-    folder: Path, limit: Limit, listener: PrepareListener
-) -> AbstractContextManager[None]:
-    """Under a limit, one run at a time in a folder; the next goes on where it ends or is ended.
-
-    It begins units ahead, uncut, and takes back what is behind the limit: two at once took away
-    each other's files. Without one all runs write the same bytes, and need not know of each other.
-    """
-    if limit == NO_LIMIT:
-        return nullcontext()
-    return one_at_a_time(folder / PLAN, lambda: listener.waits(folder))
+        return write_manifest(folder, plan.facts, plan.parts, n_units)
 
 
 def unit_records_of(folder: Path, plan: PreparePlan) -> dict[int, UnitRecord]:
     """The unit records there are, by position of their unit; those of another plan do not count."""
-    found = {}
+    found, sha256 = {}, plan.sha256
     for position in range(len(plan.units)):
         with contextlib.suppress(FileNotFoundError, ShardError):
             record = read_unit_record(folder / f"{unit_name(position)}.json")
-            if record.plan_sha256 == plan.sha256:
+            if record.plan_sha256 == sha256:
                 found[position] = record
     return found
 
@@ -145,7 +102,7 @@ def load_or_create_plan(request: PrepareRequest, folder: Path) -> tuple[Inputs, 
         plan = make_plan(recipe, inputs, request.source, recipe["unit_bytes"])
         folder.mkdir(parents=True, exist_ok=True)
         fsync_folder(folder.parent)
-        if not create_exclusively(folder / PLAN, plan.to_bytes()):
+        if not create_once(folder / PLAN, plan.to_bytes()):
             return load_or_create_plan(request, folder)  # another run was first: its plan counts
     else:
         check_same_recipe(plan, recipe, inputs, folder)
@@ -177,17 +134,16 @@ def _run(
     executor: Executor,
     listener: PrepareListener,
     job: PrepareJob,
-    plan: PreparePlan,
     done: Mapping[int, UnitRecord],
 ) -> int:
     """Do what is missing; the number of units that the source consists of."""
-    number, of = request.part
+    plan, (number, of) = job.plan, request.part
     missing = [p for p in range(len(plan.units))[number - 1 :: of] if p not in done]
     if not missing:
         return len(plan.units)
     encoder = make_encoder(request.tokenizer)
-    template = ChatTemplate.of(request.tokenizer) if job.source.shape == "chat" else None
-    sample = take_sample(job.inputs, job.source, plan, encoder, template)
+    template = ChatTemplate.of(request.tokenizer) if plan.source.shape == "chat" else None
+    sample = take_sample(job, encoder, template)
     made = sum((amount_of(record.shards) for record in done.values()), Amount())
     ahead = estimate(plan, missing, sample, request.limit.after(made), executor.workers)
     check_disk_space(job.folder, ahead.disk_bytes)
@@ -201,29 +157,26 @@ def _run(
         return limited.run(done, listener.unit_done)
 
 
-def _finished(
-    job: PrepareJob, plan: PreparePlan, done: Mapping[int, UnitRecord], limit: Limit
-) -> Manifest | None:
+def _finished(job: PrepareJob, done: Mapping[int, UnitRecord], limit: Limit) -> Manifest | None:
     """The manifest, if it is there and is what the unit records add up to."""
     try:
         manifest = read_manifest(job.folder)
     except ShardError:
         return None
-    if set(done) != set(range(len(done))) or (limit == NO_LIMIT and len(done) < len(plan.units)):
+    plan = job.plan
+    if list(done) != list(range(len(done))) or (limit == NO_LIMIT and len(done) < len(plan.units)):
         return None
-    shards = [shard for position in range(len(done)) for shard in done[position].shards]
-    complete = summarise(job.facts, plan.parts, shards, manifest.rejected)
-    return manifest if manifest == complete else None
+    return manifest if manifest == combine(plan.facts, plan.parts, done.values()) else None
 
 
 def _check_not_empty(folder: Path, plan: PreparePlan, n_units: int) -> None:
     """PrepareError if all is done and not one document came of it."""
-    records = unit_records_of(folder, plan)
-    if len(records) < n_units or any(record.shards for record in records.values()):
-        return
-    rejected = sum((Counter(record.rejected) for record in records.values()), Counter[str]())
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items()))
-    raise PrepareError(
-        f"not one document came of the {len(plan.files)} files ({reasons or 'no records'}): see "
-        f"{folder}/*.rejected.jsonl, then delete the folder and give other files or --text-column"
-    )
+    records = unit_records_of(folder, plan).values()
+    made = combine(plan.facts, plan.parts, records)
+    if len(records) == n_units and not made.shards:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in made.rejected.items())
+        raise PrepareError(
+            f"not one document came of the {len(plan.files)} files ({reasons or 'no records'}): "
+            f"see {folder}/*.rejected.jsonl, then delete the folder and give other files or "
+            "--text-column"
+        )

@@ -1,12 +1,5 @@
 """The root of the error tree, and what turns it into a one-line failure.
 
-    SummerError
-      ShardError          shards/     a file that is missing, damaged or of another format
-      VersionError        shards/     a file that only another version of SummerLM reads
-      SourceError ...     pipeline/errors.py
-      ConfigError ...     trainer/errors.py
-      EvaluationError ... tools/errors.py
-
 A message names the thing, the value and the fix, in one line.
 """
 
@@ -50,7 +43,7 @@ def one_line_failures(*also: type[Exception]) -> Callable[[Callable[P, R]], Call
                 sys.stderr.close()
                 raise SystemExit(0) from None
             except expected as error:
-                print(f"error: {_one_line(error)}", file=sys.stderr)
+                print(f"error: {one_line(error)}", file=sys.stderr)
                 raise SystemExit(1) from error
 
         return run
@@ -58,8 +51,9 @@ def one_line_failures(*also: type[Exception]) -> Callable[[Callable[P, R]], Call
     return decorate
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an exception says, in a line."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,8 +1,7 @@
 """Publishing files so that nothing visible is ever half a file.
 
 A file is written under a temporary name in its own folder, flushed to the device, renamed, and
-then the folder itself is flushed: after a power cut the name is either absent or complete. Without
-the last flush the rename may be lost although the caller believes that it is done.
+then the folder itself is flushed: after a power cut the name is either absent or complete.
 
 A temporary is locked (flock) while its writer lives, and the kernel lets go when the writer dies,
 however it dies. So whoever can lock one knows that nobody will finish it. (The pid in the name is
@@ -67,7 +66,7 @@ def publish_json(path: Path, value: object) -> None:
     publish_bytes(path, json_bytes(value))
 
 
-def create_exclusively(path: Path, data: bytes) -> bool:
+def create_once(path: Path, data: bytes) -> bool:
     """True if this call published `data` as `path`, False if `path` was there already.
 
     The first of several writers wins, and the others never see half of what it wrote: the name is
@@ -107,7 +106,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_stale_temporaries(folder: Path) -> int:
+def remove_abandoned(folder: Path) -> int:
     """The number of temporaries removed: those whose writers are gone."""
     removed = 0
     for path in filter(is_temporary, list(folder.iterdir())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Final, Literal, TypeVar
@@ -23,8 +24,7 @@ TOKEN_BYTES: Final = "token_bytes.npy"
 
 [:, 0] in the middle of a text, [:, 1] behind a control piece: the space that sentencepiece puts
 before each text is not the text's own. So targets `ids` that follow `before` add
-`table[ids, (table[before, 0] == 0) * 1]` bytes (control pieces and padding have 0). It is derived
-from tokenizer.model and no part of the dataset hash; folders of earlier versions have none.
+`table[ids, (table[before, 0] == 0) * 1]` bytes (control pieces and padding have 0).
 """
 
 Split = Literal["train", "val"]
@@ -213,6 +213,14 @@ def summarise(
         shards=shards,
         root=compute_root(facts, shards),
     )
+
+
+def combine(facts: Facts, parts: Iterable[Part], records: Iterable[UnitRecord]) -> Manifest:
+    """The manifest of these units."""
+    records = tuple(records)
+    rejected = sum((Counter(record.rejected) for record in records), Counter[str]())
+    shards = (shard for record in records for shard in record.shards)
+    return summarise(facts, parts, shards, dict(sorted(rejected.items())))
 
 
 def compute_root(facts: Facts, shards: Iterable[ShardInfo]) -> str:

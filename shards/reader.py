@@ -88,9 +88,8 @@ class ShardReader:
     """Rows of one source and split, numbered 0 .. n_rows-1 in the manifest's order.
 
     Files are opened when they are first needed, so a reader can be sent to worker processes.
-    Rows are fetched with pread(2), not through a mapping: a file that shrinks under a mapping ends
-    the process with SIGBUS, where a short read is an error that names the row (and costs the same:
-    2 us for 8 KiB).
+    Rows are fetched with pread(2), not through a mapping, which costs the same (2 us for 8 KiB):
+    a file that shrinks under a mapping ends the process with SIGBUS.
     """
 
     def __init__(
@@ -165,7 +164,7 @@ class _OpenShard:
                 path = folder / f"{info.stem}.mask.npy"
                 self._mask = RowFile(path, (info.n_rows, self._facts.seq_len // 8), "u1")
             path = folder / f"{info.stem}.rows.npy"
-            self.records = _read_sidecar(path, info)
+            self.records = read_sidecar(path, info)
         except FileNotFoundError:
             raise self._error(f"{path} is missing") from None
         except ValueError as error:
@@ -185,7 +184,8 @@ class _OpenShard:
         return ShardError(f"{self._facts.source}: {what}; {fix}")
 
 
-def _read_sidecar(path: Path, info: ShardInfo) -> npt.NDArray[np.void]:
+def read_sidecar(path: Path, info: ShardInfo) -> npt.NDArray[np.void]:
+    """A shard's row records [n_rows]; ValueError if they are not those that were written."""
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != info.rows_sha256:
         raise ValueError("its SHA-256 is not the manifest's")

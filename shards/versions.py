@@ -1,11 +1,10 @@
-"""This version, the formats of its files, and the refusal of what only another version knows.
+"""This version, the formats of its files, and the errors for what only another version knows.
 
-A run's config.json, a checkpoint's record and an exported config.json say who wrote them,
-`summerlm_version`; those of 0.1.0 do not. A key may be added to them: files that lack it mean its
-default (or what trainer/config/config.py says they mean), and a version that does not know it
-refuses the file, naming the version that does. Shards depend on their content alone, so they name
-no version: keys that a reader does not know are left alone there, and what older code would misread
-is another `format`, whose number is here.
+A run's config.json, a checkpoint's record and an exported config.json name their writer,
+`summerlm_version`; those of 0.1.0 do not. Files that lack a key mean its default (or what
+trainer/config/config.py says they mean); a version that does not know a key rejects the file,
+naming the version that does. Shards depend on their content alone, so they name no version:
+unknown keys are left alone there, and what older code would misread is another `format`.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def writer_of(table: Mapping[str, Any]) -> str:
 
 
 def check_format(table: Mapping[str, Any], wanted: str, where: object) -> None:
-    """Refuse, with VersionError, a file of another format."""
+    """VersionError for a file of another format."""
     found = table.get(FORMAT_KEY)
     if found != wanted and _FORMER.get(str(found)) != wanted:
         raise VersionError(
@@ -52,7 +51,7 @@ def check_format(table: Mapping[str, Any], wanted: str, where: object) -> None:
 
 
 def check_keys(keys: Iterable[str], known: Collection[str], where: object, writer: str) -> None:
-    """Refuse, with VersionError, a key that is not known: what it asks for would not be done."""
+    """VersionError for a key that is not known: what it asks for would not be done."""
     if unknown := [key for key in keys if key not in known]:
         raise VersionError(
             f"{where}: written by SummerLM {writer} with {unknown[0]}, which this version "

@@ -32,8 +32,8 @@ from shards.format import (
     Split,
     Tokens,
     UnitRecord,
+    combine,
     row_digests,
-    summarise,
     unit_name,
 )
 from shards.reader import read_unit_record
@@ -68,8 +68,8 @@ class ShardWriter:
         masks: Masks | None = None,
     ) -> None:
         """Append rows [n, seq_len] with the part and record [n] of each one's first token."""
-        if (masks is not None) != self._facts.masked:
-            raise ShardError(f"packing {self._facts.packing!r} does not fit masks {masks}")
+        if (given := masks is not None) != self._facts.masked:
+            raise ShardError(f"{self._facts.packing!r} does not fit rows with masks: {given}")
         while len(rows):
             buffer = self._open.setdefault(split, _Buffer(self._facts))
             n = buffer.append(rows, parts, records, masks)
@@ -167,10 +167,7 @@ def write_manifest(
     paths = [folder / f"{unit_name(position)}.json" for position in range(n_units)]
     if not all(path.exists() for path in paths):
         return None
-    records = [read_unit_record(path) for path in paths]
-    rejected = sum((Counter(record.rejected) for record in records), Counter[str]())
-    shards = [shard for record in records for shard in record.shards]
-    manifest = summarise(facts, parts, shards, dict(sorted(rejected.items())))
+    manifest = combine(facts, parts, map(read_unit_record, paths))
     publish_json(folder / MANIFEST, manifest.to_json())
     return manifest
 

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 
 from pipeline.estimate import PrepareListener
 from pipeline.inputs.inputs import local_inputs
-from pipeline.inputs.reading import PartReader
 from pipeline.inputs.sources import Source, SourceOverrides, find
 from pipeline.prepare import prepare
 from pipeline.text.documents import DocumentMaker
@@ -106,12 +105,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def read(pattern: Any, source: Source = TEXT) -> Any:
     """(texts, [(file, record, reason)]) of everything that the pattern matches."""
     inputs = local_inputs((str(pattern),))
-    reader, maker = PartReader(inputs, source), DocumentMaker(source, 0.0)
-    texts = []
-    for number, weighed in enumerate(cut_into_parts(inputs, source)):
-        for found in maker.documents(number, weighed.part, reader.read(weighed.part)):
-            texts += found.texts.to_pylist()
-    reader.close()
+    maker = DocumentMaker(source, 0.0)
+    parts = enumerate(weighed.part for weighed in cut_into_parts(inputs, source))
+    texts = [
+        text for documents in maker.read(inputs, parts) for text in documents.texts.to_pylist()
+    ]
     return texts, [(entry["file"], entry["record"], entry["reason"]) for entry in maker.rejected]
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.errors import TokenizerError
 from pipeline.text import encode
-from pipeline.text.columnar import SlicedEncoder, Stream
+from pipeline.text.chat import Encoded
+from pipeline.text.columnar import SlicedEncoder
 from pipeline.text.encode import CheckedEncoder, PlainEncoder, make_encoder
 from pipeline.text.tokenizer import Tokenizer
 from pipeline_samples import TEXTS, tokenizer
@@ -21,14 +22,15 @@ class WrongEncoder:
 
     note = "wrongly"
 
-    def encode(self, texts: pa.Array) -> Stream:
-        tokens, starts = make_encoder(tokenizer()).encode(texts)
+    def encode(self, texts: pa.Array) -> Encoded:
+        right = make_encoder(tokenizer()).encode(texts)
+        tokens, starts = right.tokens, right.starts
         ends = [*starts[1:].tolist(), len(tokens)]
         wrong = [ends[n] - 2 for n, text in enumerate(texts.to_pylist()) if "Z" in text]
-        return Stream(np.where(np.isin(np.arange(len(tokens)), wrong), 5, tokens), starts)
+        return Encoded(np.where(np.isin(np.arange(len(tokens)), wrong), 5, tokens), starts)
 
 
-def checked(texts: list[str], n: int, encoder: Any = None) -> Stream:
+def checked(texts: list[str], n: int, encoder: Any = None) -> Encoded:
     return CheckedEncoder(encoder or WrongEncoder(), tokenizer(), n).encode(
         pa.array(texts, pa.string())
     )

@@ -1,6 +1,7 @@
 """Ids -> rows: nothing lost, padding at the end alone, every row's origin."""
 
 import itertools
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -48,7 +49,9 @@ def test_rows_are_the_stream_cut_and_padded(
     batches: list[list[int]], seq_len: int, masked: bool
 ) -> None:
     kept = Kept()
-    packer = Packer(cast(ShardWriter, kept), "train", sample_facts(seq_len=seq_len, masked=masked))
+    facts = sample_facts(seq_len=seq_len, masked=masked)
+    facts = replace(facts, tokenizer=replace(facts.tokenizer, pad_id=PAD))
+    packer = Packer(cast(ShardWriter, kept), "train", facts)
     stream: list[int] = []
     origins: list[tuple[int, int]] = []
     targets: list[bool] = []

@@ -12,15 +12,15 @@ from pipeline.errors import PrepareError, SourceError
 from pipeline.inputs.inputs import local_inputs
 from pipeline.inputs.sources import Source
 from pipeline.units import units
+from pipeline.units.recipe import recipe_of
 from pipeline.units.units import (
-    PreparePlan,
     WeighedPart,
     cut_into_parts,
     fill_units,
     make_plan,
     read_plan,
 )
-from pipeline_samples import TEXT, write_jsonl, write_parquet
+from pipeline_samples import TEXT, request, write_jsonl, write_parquet
 from shards.format import PLAN, Part
 
 
@@ -99,12 +99,15 @@ def test_a_data_sets_card_and_scripts_are_no_data(tmp_path: Path) -> None:
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in" / "a.jsonl", ["text"] * 9)
-    plan = make_plan({"source": "mine"}, local_inputs((str(tmp_path / "in"),)), TEXT, 1 << 20)
+    inputs = local_inputs((str(tmp_path / "in"),))
+    plan = make_plan(recipe_of(request(tmp_path, "in"), inputs), inputs, TEXT, 1 << 20)
     assert read_plan(tmp_path) is None
     (tmp_path / PLAN).write_bytes(plan.to_bytes())
     again = read_plan(tmp_path)
-    assert again == plan and again.sha256 == plan.sha256
-    assert isinstance(again, PreparePlan)
+    assert again is not None and again == plan and again.sha256 == plan.sha256
+    (tmp_path / PLAN).write_bytes(plan.to_bytes().replace(b'"licence"', b'"license"'))
+    with pytest.raises(PrepareError, match=r"no plan of this version \('licence'\)"):
+        read_plan(tmp_path)
     (tmp_path / PLAN).write_bytes(b'{"format": "other/9"}')
     with pytest.raises(PrepareError, match=r"units\.json is no plan of this version"):
         read_plan(tmp_path)

@@ -17,10 +17,10 @@ import pytest
 import sentencepiece
 import torch
 
+from tools.evaluation.cards import Metric, Result
 from tools.evaluation.multiple_choice import evaluate_task
 from tools.evaluation.perplexity import measure
 from tools.evaluation.protocols import Protocol
-from tools.evaluation.results import Metric, Result
 from tools.evaluation.tasks import TASKS, TaskOptions
 from tools.evaluation.wikitext import from_raw
 from tools.models.loading import LoadedModel

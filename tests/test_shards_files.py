@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shards.errors import SummerError, one_line_failures
-from shards.files import create_exclusively, publish, publish_bytes, remove_stale_temporaries
+from shards.files import create_once, publish, publish_bytes, remove_abandoned
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -23,8 +23,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
 
 
 def test_the_first_writer_wins(tmp_path: Path) -> None:
-    assert create_exclusively(tmp_path / "a", b"first")
-    assert not create_exclusively(tmp_path / "a", b"second")
+    assert create_once(tmp_path / "a", b"first")
+    assert not create_once(tmp_path / "a", b"second")
     assert (tmp_path / "a").read_bytes() == b"first"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -43,13 +43,13 @@ def test_temporaries_are_removed_once_their_writer_is_dead(tmp_path: Path) -> No
     path = tmp_path / "a"
     child = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
     assert child.stdout is not None and child.stdout.readline() == b"writing\n"
-    assert remove_stale_temporaries(tmp_path) == 0
+    assert remove_abandoned(tmp_path) == 0
     assert len(list(tmp_path.iterdir())) == 1
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     child.stdout.close()
     assert not path.exists()
-    assert remove_stale_temporaries(tmp_path) == 1
+    assert remove_abandoned(tmp_path) == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""The words of the format: what a stranger with hashlib, numpy and json would compute."""
+"""The format: what hashlib, NumPy and json compute from the files alone."""
 
 import hashlib
 import json
@@ -86,11 +86,11 @@ def test_edited_manifest_is_rejected(tmp_path: Path, edit: dict[str, object]) ->
     ("edit", "words"),
     [
         ({"format": None}, "the manifest is of format None"),
-        ({"shards": [3]}, "3 stands where a ShardInfo should"),
+        ({"shards": [3]}, "3 where a ShardInfo should be"),
         ({"tokenizer": {"name": "t"}}, "TokenizerInfo lacks sha256, vocab_size, bos_id"),
         ({"val_fraction": "many"}, "Facts has val_fraction 'many'"),
         ({"n_rows": True}, "Manifest has n_rows True"),
-        ({"n_tokens": 7}, "its counts or root do not fit"),
+        ({"n_tokens": 7}, "its counts or its dataset hash .* do not fit"),
     ],
 )
 def test_what_is_wrong_with_a_manifest_is_said(
@@ -101,11 +101,11 @@ def test_what_is_wrong_with_a_manifest_is_said(
         Manifest.from_json({**value, **edit})
 
 
-def test_what_is_no_receipt_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_unit_record_is_rejected(tmp_path: Path) -> None:
     make_source(tmp_path / "s")
     path = tmp_path / "s" / "00000.json"
     assert read_unit_record(path).unit == "00000"
-    for content, words in (("[]", "of format None"), ("{", "it is no JSON")):
+    for content, words in (("[]", "the unit record is no JSON object"), ("{", "it is no JSON")):
         path.write_text(content)
         with pytest.raises(ShardError, match=f"00000.json: .*{words}.*; delete it and prepare"):
             read_unit_record(path)

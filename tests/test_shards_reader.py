@@ -144,29 +144,29 @@ def test_every_flipped_bit_of_the_data_is_found(tmp_path: Path, masked: bool) ->
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "order"])
-def test_an_array_of_the_same_bytes_in_another_form_is_refused(tmp_path: Path, change: str) -> None:
+def test_the_same_bytes_in_another_form_are_rejected(tmp_path: Path, change: str) -> None:
     make_source(tmp_path / "s", n_rows=16, n_units=1)
     path = tmp_path / "s" / "00000-000.npy"
     rows = np.load(path)
     changed = {"shape": rows.reshape(8, 32), "dtype": rows.view(np.int16), "order": rows.T}
     np.save(path, changed[change])
-    with pytest.raises(ShardError, match=r"00000-000\.npy is damaged \(it holds"):
+    with pytest.raises(ShardError, match=r"00000-000\.npy is damaged \(its header"):
         all_rows(tmp_path / "s")
 
 
 @pytest.mark.parametrize("change", ["dtype", "length", "pickle"])
-def test_a_sidecar_that_lists_other_rows_is_refused(tmp_path: Path, change: str) -> None:
+def test_a_sidecar_that_lists_other_rows_is_rejected(tmp_path: Path, change: str) -> None:
     """Its digest is right, as if it had been written so."""
     folder = tmp_path / "s"
     make_source(folder, n_rows=4, n_val_rows=0, n_units=1)
-    path, receipt = folder / "00000-000.rows.npy", folder / "00000.json"
+    path, unit_record = folder / "00000-000.rows.npy", folder / "00000.json"
     records = np.load(path)
     wider = [("xxh3", "<u8"), ("part", "<u8"), ("record", "<u8")]
     changed = {"length": records[:-1], "dtype": records.astype(wider)}
     np.save(path, changed.get(change, records.astype(object)), allow_pickle=True)
-    written = json.loads(receipt.read_text())
+    written = json.loads(unit_record.read_text())
     written["shards"][0]["rows_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    receipt.write_text(json.dumps(written))
+    unit_record.write_text(json.dumps(written))
     write_manifest(folder, sample_facts("s"), [Part(file="a", first=0, last=1)], 1)
     words = "Object arrays cannot be" if change == "pickle" else "does not list 4 rows"
     with pytest.raises((ShardError, ValueError), match=words):
@@ -279,7 +279,7 @@ def test_masks_need_rows_that_fill_bytes_and_rows_that_have_them(tmp_path: Path)
 
 def test_rejected_records_are_lines_of_utf_8(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "00000", sample_facts())
-    receipt = writer.finish([{"reason": "empty", "file": "ä.txt", "record": 3}], "0" * 64)
+    unit_record = writer.finish([{"reason": "empty", "file": "ä.txt", "record": 3}], "0" * 64)
     data = (tmp_path / "00000.rejected.jsonl").read_bytes()
     assert data == '{"reason": "empty", "file": "ä.txt", "record": 3}\n'.encode()
-    assert receipt.rejected_sha256 == hashlib.sha256(data).hexdigest()
+    assert unit_record.rejected_sha256 == hashlib.sha256(data).hexdigest()

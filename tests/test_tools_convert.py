@@ -26,7 +26,7 @@ from tools.models.llama import (
     weights_to_llama,
 )
 from tools.models.loading import ModelSpec, load
-from tools.models.tokenizer_json import piece_bytes, tokenizer_json
+from tools.models.tokenizers import piece_bytes, tokenizer_json
 from tools_samples import (
     sample_config,
     sample_model,

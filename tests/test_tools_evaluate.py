@@ -17,7 +17,7 @@ from click.testing import Result as Done
 from hub_server import HubServer, Repo
 from pipeline.text.tokenizer import train
 from tools.evaluate import main
-from tools.evaluation.results import Metric, Result, to_text
+from tools.evaluation.cards import Metric, Result, to_text
 from tools_samples import sample_text, write_run, write_two_sources
 
 PERPLEXITY_KEYS = {

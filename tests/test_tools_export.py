@@ -18,7 +18,7 @@ from jinja2.exceptions import TemplateError
 from conftest import REPOSITORY
 from pipeline.text.chat import SCHEMAS, ChatTemplate, render
 from pipeline.text.tokenizer import Tokenizer
-from tools.conversion.model_card import model_card
+from tools.conversion.conversion import model_card
 from tools.convert import main
 from tools.generation.generation import Generation, Sampling, generate
 from tools.models.hf_folder import MODELING, model_code, write_folder

@@ -22,7 +22,7 @@ from tools.generation.generation import (
     generate,
 )
 from tools.models.loading import LoadedModel
-from tools.models.vocabulary import Vocabulary
+from tools.models.tokenizers import Vocabulary
 from tools_samples import SEQ_LEN, sample_loaded, sample_tokenizer, write_run
 
 VOCABULARY = Vocabulary.of_sentencepiece(sample_tokenizer())

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from conftest import REPOSITORY
+from tools.evaluation.cards import Metric, Result
 from tools.evaluation.datasets import read_records
 from tools.evaluation.multiple_choice import evaluate_task
 from tools.evaluation.perplexity import measure
 from tools.evaluation.protocols import Protocol
-from tools.evaluation.results import Metric, Result
 from tools.evaluation.tasks import TASKS, TaskOptions
 from tools.evaluation.wikitext import detokenized, from_raw, pages_of
 from tools.models.hf_folder import write_folder

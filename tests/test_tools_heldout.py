@@ -13,15 +13,16 @@ import torch
 from pipeline.text.tokenizer import Tokenizer, train
 from shards.reader import read_manifest
 from tools.errors import EvaluationError
+from tools.evaluation.cards import to_text
 from tools.evaluation.heldout import (
-    Unigram,
     compressed_sizes,
     count_training_ids,
     evaluate_heldout,
     held_out_documents,
+    unigram_nats,
 )
-from tools.evaluation.results import to_text
-from tools.models.vocabulary import Vocabulary
+from tools.evaluation.tasks import TaskOptions
+from tools.models.tokenizers import Vocabulary
 from tools_samples import (
     SEQ_LEN,
     sample_loaded,
@@ -55,7 +56,7 @@ def test_documents_are_complete_across_rows_and_chunks(
 
 def test_held_out_figures_are_those_worked_out_by_hand(shards: Path) -> None:
     loaded = sample_loaded()
-    result = evaluate_heldout(loaded, shards, context=20)
+    result = evaluate_heldout(loaded, TaskOptions(shards=shards, context=20))
     assert [source["source"] for source in result["sources"]] == ["code", "more"]
     nats, bits, n_bytes = {}, {}, {}
     for name in ("code", "more"):
@@ -95,7 +96,7 @@ def test_held_out_figures_are_those_worked_out_by_hand(shards: Path) -> None:
 
 
 def test_limit_takes_the_first_documents_of_each_source(shards: Path) -> None:
-    result = evaluate_heldout(sample_loaded(), shards, limit=2)
+    result = evaluate_heldout(sample_loaded(), TaskOptions(shards=shards, limit=2))
     assert [source["documents"] for source in result["sources"]] == [2, 2]
     assert result["total"]["documents"] == 4
 
@@ -106,25 +107,26 @@ def test_shards_of_another_tokenizer_are_rejected(shards: Path) -> None:
     )
     loaded = dataclasses.replace(sample_loaded(), vocabulary=other)
     with pytest.raises(EvaluationError, match="made with the tokenizer sample"):
-        evaluate_heldout(loaded, shards)
+        evaluate_heldout(loaded, TaskOptions(shards=shards))
 
 
 def test_sources_without_held_out_documents_are_named(tmp_path: Path) -> None:
     write_shards(tmp_path / "s", train_texts=["some text"], val_texts=[])
     with pytest.raises(EvaluationError, match="no document is held out in s"):
-        evaluate_heldout(sample_loaded(), tmp_path)
+        evaluate_heldout(sample_loaded(), TaskOptions(shards=tmp_path))
     write_shards(tmp_path / "t", train_texts=["some text"], val_texts=["more text"])
-    result = evaluate_heldout(sample_loaded(), tmp_path)
+    result = evaluate_heldout(sample_loaded(), TaskOptions(shards=tmp_path))
     assert (result["without"], result["total"]["documents"]) == (["s"], 1)
     assert "Nothing is held out of s." in to_text([result])
 
 
 def test_a_unigram_has_the_frequencies_and_no_zero() -> None:
-    unigram = Unigram.from_counts([7, 1, 0, 0])  # ten, two of them set aside for the unseen
-    assert np.exp(-unigram.nats) == pytest.approx([0.7, 0.1, 0.1, 0.1])
-    assert unigram.total_nats([0, 3]) == pytest.approx(-math.log(0.7) - math.log(0.1))
-    assert np.exp(-Unigram.from_counts([3, 1]).nats) == pytest.approx([0.75, 0.25])
-    assert np.exp(-Unigram.from_counts([0, 0]).nats) == pytest.approx([0.5, 0.5])
+    for counts, shares in (
+        ([7, 1, 0, 0], [0.7, 0.1, 0.1, 0.1]),  # ten, two of them set aside for the unseen
+        ([3, 1], [0.75, 0.25]),
+        ([0, 0], [0.5, 0.5]),
+    ):
+        assert np.exp(-unigram_nats(counts)) == pytest.approx(shares)
 
 
 def test_counts_of_a_large_source_are_a_spread_sample(shards: Path) -> None:

@@ -28,7 +28,7 @@ from tools.evaluation.wikitext import (
     read_text,
 )
 from tools.models.loading import max_context
-from tools.models.vocabulary import Vocabulary
+from tools.models.tokenizers import Vocabulary
 from tools_samples import (
     SEQ_LEN,
     sample_loaded,

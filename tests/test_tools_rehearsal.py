@@ -11,8 +11,8 @@ import pytest
 
 from tools.errors import RehearsalError
 from tools.rehearsal.certificate import FAULTS, Certificate, FaultResult, publish, table
+from tools.rehearsal.processes import POLL_S, compare_checkpoints, last_step, train, training
 from tools.rehearsal.rehearsal import INTERVAL, N_INTERVALS, Rehearsal, prepare, rehearse
-from tools.rehearsal.runs import POLL_S, compare_checkpoints, last_step, train, training
 from trainer.checkpoint.runs import METRICS, RECORD
 from trainer.faults.inject import KINDS
 from trainer.metrics.metrics import read_lines

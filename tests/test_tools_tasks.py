@@ -29,7 +29,7 @@ from tools.evaluation.multiple_choice import (
 )
 from tools.evaluation.protocols import IGNORED, PLANS
 from tools.evaluation.tasks import CORPORA, TASKS, Question, TaskOptions
-from tools.models.vocabulary import Vocabulary
+from tools.models.tokenizers import Vocabulary
 from tools_samples import SEQ_LEN, sample_loaded, sample_tokenizer, write_run
 
 LOCAL = {

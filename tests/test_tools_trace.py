@@ -18,8 +18,7 @@ from model.transformer import Transformer
 from shards.reader import ShardReader
 from tools.errors import TraceError
 from tools.trace import main
-from tools.tracing.provenance import rows_of_document
-from tools.tracing.run_trace import RunTrace
+from tools.tracing.run_trace import RunTrace, rows_of_document
 from trainer.data.mixture import BatchShape, micro_batch_indices
 from trainer.metrics.metrics import read_lines
 from trainer.session.state import State

@@ -13,9 +13,9 @@ from model.transformer import Transformer
 from pipeline.text.tokenizer import Tokenizer, train
 from shards.format import TOKENIZER, Facts, Manifest, Part, token_dtype
 from shards.writer import ShardWriter, write_manifest
-from tools.conversion.convert import ALONE
+from tools.conversion.conversion import ALONE
 from tools.models.loading import LoadedModel, sha256_of_weights
-from tools.models.vocabulary import Vocabulary
+from tools.models.tokenizers import Vocabulary
 from trainer.checkpoint.storage import save, tensors_of
 from trainer.config.config import RunConfig, save_config
 

@@ -17,7 +17,7 @@ import click
 from shards.errors import one_line_failures
 
 if TYPE_CHECKING:
-    from tools.conversion.convert import Format
+    from tools.conversion.conversion import Format
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -36,13 +36,13 @@ _FOLDER = click.Path(path_type=Path)
 @one_line_failures()
 def main(source: Path, target: Path, wanted: Format | None) -> None:
     """Convert a model, and compare its logits with transformers before saying so."""
-    from tools.conversion.convert import convert
+    from tools.conversion.conversion import convert
 
-    made, compared = convert(source, target, wanted)
+    made, name, parameters, difference, limit = convert(source, target, wanted)
     click.echo(
-        f"{compared.source} -> {target} ({made}, {compared.parameters:,} parameters)\n"
+        f"{name} -> {target} ({made}, {parameters:,} parameters)\n"
         f"ids equal SentencePiece's; logits differ from transformers' by"
-        f" {compared.largest_difference:.1e} at most (limit {compared.limit:.1e}, fp32)"
+        f" {difference:.1e} at most (limit {limit:.1e}, fp32)"
     )
     if made == "summer":
         click.echo(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from shards.errors import one_line_failures
-from tools.rehearsal.runs import (
+from tools.rehearsal.processes import (
     Comparison,
     compare_checkpoints,
     last_step,
@@ -34,7 +34,7 @@ from tools.rehearsal.runs import (
 )
 
 if TYPE_CHECKING:
-    from tools.evaluation.results import Result
+    from tools.evaluation.cards import Result
 
 DEMO: Final = Path("demo")
 SHARDS: Final = DEMO / "shards"
@@ -172,11 +172,12 @@ def compare_with_twin(killed_at: int | None) -> Comparison:
 
 def evaluate() -> Result:
     """The held-out score of the finished run, as a table."""
+    from tools.evaluation.cards import to_text
     from tools.evaluation.heldout import evaluate_heldout
-    from tools.evaluation.results import to_text
+    from tools.evaluation.tasks import TaskOptions
     from tools.models.loading import ModelSpec, load
 
-    score = evaluate_heldout(load(ModelSpec(run=RUN)), SHARDS)
+    score = evaluate_heldout(load(ModelSpec(run=RUN)), TaskOptions(shards=SHARDS))
     print("\n".join(to_text([score])))
     return score
 

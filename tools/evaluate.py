@@ -28,7 +28,7 @@ from tools.errors import EvaluationError
 from tools.evaluation.tasks import CORPORA, TASKS, TaskOptions
 
 if TYPE_CHECKING:
-    from tools.evaluation.results import Result
+    from tools.evaluation.cards import Result
     from tools.evaluation.scoring import Progress
     from tools.models.loading import LoadedModel
 
@@ -107,14 +107,13 @@ def _evaluate_as_rank(tasks: Sequence[str], options: dict[str, Any]) -> int:
 
 def _evaluate(tasks: Sequence[str], options: dict[str, Any]) -> int:
     """Score, print and write; the exit code."""
-    from tools.evaluation.results import to_text
+    from tools.evaluation.cards import to_text
     from trainer.distributed.world import join_world
 
     follow, as_json, card, log_items = map(options.pop, ("follow", "as_json", "card", "log_items"))
+    done = []
     with join_world(options["device"]) as world:
-        done = []
-        found = _follow(follow, tasks, options) if follow else _results(tasks, options)
-        for results in found:
+        for results in _follow(follow, tasks, options) if follow else _results(tasks, options):
             done.append(results)
             if world.is_main:
                 records = (json.dumps(result.to_json()) for result in results)
@@ -139,14 +138,13 @@ def _results(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Sequence
     """The results of each task for the model that the options choose."""
     from tools.models.loading import ModelSpec, load
 
-    options = dict(options)
-    of = options.pop("of")
-    named = {name: options.pop(name) for name in ("run", "checkpoint", "hf", "device", "dtype")}
-    choice, search = ModelSpec(**named), "contamination" in tasks
+    named = {name: options[name] for name in ("run", "checkpoint", "hf", "device", "dtype")}
+    of, search, choice = options["of"], "contamination" in tasks, ModelSpec(**named)
     if search and not of:
         raise click.UsageError("contamination needs a --task (as often as you like)")
     has_run = named["run"] or named["checkpoint"] if search else options["contamination"]
-    given = TaskOptions(**options, seen_by=choice.checkpoint_dir if has_run else None)
+    own = {name: value for name, value in options.items() if name not in (*named, "of")}
+    given = TaskOptions(**own, seen_by=choice.checkpoint_dir if has_run else None)
     loaded = None if search else load(choice)
     for task in of if search else tasks:
         with _progress_bar(task) as progress:
@@ -158,21 +156,17 @@ def _run_task(
 ) -> Sequence[Result]:
     """The results of a model on a task, one for each protocol; without a model, its overlap."""
     from tools.evaluation.contamination import contamination, with_contamination
+    from tools.evaluation.heldout import evaluate_heldout
+    from tools.evaluation.multiple_choice import evaluate_task
+    from tools.evaluation.perplexity import evaluate_corpus
 
     if loaded is None:
         return [contamination(name, options, progress)]
     if name == "heldout":
-        from tools.evaluation.heldout import evaluate_heldout
-
-        given = {each: getattr(options, each) for each in ("context", "limit", "batch_tokens")}
-        return [evaluate_heldout(loaded, options.shards, **given, progress=progress)]
+        return [evaluate_heldout(loaded, options, progress)]
     if name in CORPORA:
-        from tools.evaluation.perplexity import evaluate_corpus
-
         results = evaluate_corpus(loaded, name, options, progress)
     else:
-        from tools.evaluation.multiple_choice import evaluate_task
-
         results = [evaluate_task(loaded, TASKS[name], options, progress)]
     if options.contamination:
         return with_contamination(results, contamination(name, options, progress))
@@ -181,7 +175,7 @@ def _run_task(
 
 def _write(tasks: Sequence[Sequence[Result]], card: Path | None, log_items: Path | None) -> None:
     from shards.files import publish_bytes
-    from tools.evaluation.results import write_results
+    from tools.evaluation.cards import write_results
 
     if card is not None:
         write_results(card, tasks)

@@ -10,16 +10,14 @@ Text appears as it is written, never half a character. The same seed writes the 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from model.config import ModelError
 from shards.errors import one_line_failures
-
-if TYPE_CHECKING:
-    from tools.generation.generation import Conversation
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -50,36 +48,34 @@ def main(prompt: str, chat: bool, system: str, **options: Any) -> None:
     from tools.models.loading import ModelSpec, load
 
     names = ("temperature", "top_k", "top_p", "seed")
-    sampling = Sampling(**{name: options[name] for name in names})
     generation = Generation(
-        max_tokens=options["max_tokens"], sampling=sampling, use_cache=options["cache"]
+        max_tokens=options["max_tokens"],
+        sampling=Sampling(**{name: options[name] for name in names}),
+        use_cache=options["cache"],
     )
     named = ("run", "checkpoint", "hf", "device", "dtype")
     loaded = load(ModelSpec(**{name: options[name] for name in named}))
     click.echo(loaded.name, err=True)
     if chat:
-        _converse(Conversation(loaded, generation, system), prompt)
+        conversation = Conversation(loaded, generation, system)
+        for question in [prompt] if prompt else _questions():
+            conversation.ask(question, _show)
+            click.echo()
     else:
         click.echo(prompt, nl=False)
         complete(loaded, prompt, generation, _show)
         click.echo()
 
 
-def _converse(conversation: Conversation, prompt: str) -> None:
-    """One question and its answer; or as many as are typed, until the end of input."""
-    if prompt:
-        conversation.ask(prompt, _show)
-        click.echo()
-        return
+def _questions() -> Iterator[str]:
+    """The lines that are typed, until the end of input."""
     while True:
         if sys.stdin.isatty():
             click.echo("> ", nl=False)
-        question = sys.stdin.readline()
-        if not question:
+        if not (line := sys.stdin.readline()):
             return
-        if question.strip():
-            conversation.ask(question.rstrip("\n"), _show)
-            click.echo()
+        if line.strip():
+            yield line.rstrip("\n")
 
 
 def _show(text: str) -> None:

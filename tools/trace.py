@@ -38,11 +38,10 @@ def main(
         raise click.UsageError("give --step or --document, one of them")
     trace = RunTrace(run)
     found = trace.at_step(step, rank) if step is not None else trace.of_document(str(document))
-    seen = False
+    row = None
     for row in found:
-        seen = True
         click.echo(json.dumps(asdict(row)) if as_json else _to_text(row, chars))
-    if not seen:
+    if row is None:
         click.echo("no step of this run sees it", err=True)
 
 

@@ -16,14 +16,13 @@ from typing import Final
 from pipeline.checks.verify import UNEXPECTED_FILE, Damage, Metadata, digest_of, find_damage
 from pipeline.errors import PrepareError
 from pipeline.inputs.hub import HubInputs
-from pipeline.inputs.inputs import LOCAL, Inputs, embedded_inputs, local_inputs
+from pipeline.inputs.inputs import INTERPRETER, LOCAL, Inputs, embedded_inputs, local_inputs
 from pipeline.text.tokenizer import Tokenizer, default_model
 from pipeline.units.dispatch import amount_of
 from pipeline.units.executors import Executor
 from pipeline.units.job import Limit, PrepareJob
-from pipeline.units.recipe import CHECKED_DOCUMENTS, source_of
 from pipeline.units.units import PreparePlan
-from shards.files import fsync_folder, publish_bytes, remove_stale_temporaries
+from shards.files import fsync_folder, publish_bytes, remove_abandoned
 from shards.format import MANIFEST, PLAN, TOKEN_BYTES, TOKENIZER
 from shards.writer import write_manifest
 
@@ -36,15 +35,12 @@ def repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> lis
 
     `data_files` are needed if the source was prepared from local files.
     """
-    if not folder.is_dir():
-        raise PrepareError(f"{folder}: no such folder: name that of a source, as shards/fineweb")
-    for left_over in folder.glob(f"{SCRATCH}*"):
-        shutil.rmtree(left_over)
-    remove_stale_temporaries(folder)
-    found = _damages(folder)
+    metadata, found = Metadata(folder), _damages(folder)
+    for earlier in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(earlier)
+    remove_abandoned(folder)
     if not found:
         return []
-    metadata = Metadata(folder)
     if (plan := metadata.plan) is None:
         raise PrepareError(
             f"{folder / PLAN} is missing or damaged: delete it and {SAME_COMMAND}, which makes the "
@@ -59,9 +55,8 @@ def repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> lis
     if units := sorted({damage.unit for damage in found if damage.unit is not None}):
         inputs = _inputs(plan, units, data_files)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
-            for name in (PLAN, TOKENIZER):
-                shutil.copy(folder / name, scratch)
-            _redo(Path(scratch), metadata, plan, inputs, units, executor)
+            shutil.copy(folder / TOKENIZER, scratch)
+            _redo(PrepareJob(Path(scratch), plan, inputs), metadata, units, executor)
             for unit in units:
                 _replace(Path(scratch), folder, unit)
     write_manifest(folder, metadata.facts, plan.parts, len(metadata.units))
@@ -90,22 +85,18 @@ def _restore_tokenizer(folder: Path, metadata: Metadata) -> None:
 
 def _inputs(plan: PreparePlan, units: Sequence[str], data_files: tuple[str, ...]) -> Inputs:
     """What the units are read from; PrepareError if it is gone or not what it was."""
-    source = source_of(plan.recipe)
-    inputs: Inputs
-    if source.embedded:
-        inputs = embedded_inputs(source)
-    elif source.dataset != LOCAL:
-        return HubInputs(source.dataset, source.revision, plan.files, source.licence)
-    elif data_files:
-        inputs = local_inputs(data_files)
-    else:
+    source = plan.source
+    if source.dataset == LOCAL and not data_files:
         raise PrepareError(
             f"{source.name} was prepared from local files: name the same ones with --data-files"
         )
+    if source.dataset not in (LOCAL, INTERPRETER):
+        return HubInputs(source.dataset, source.revision, plan.files, source.licence)
+    inputs = embedded_inputs(source) if source.embedded else local_inputs(data_files)
     now = {file.path: file.bytes for file in inputs.files}
     before = {file.path: file.bytes for file in plan.files}
     for unit in units:
-        for part in plan.parts_of(int(unit)):
+        for _, part in plan.parts_of(int(unit)):
             if now.get(part.file) != before[part.file]:
                 raise PrepareError(
                     f"unit {unit} was made from {part.file} of {before[part.file]:,} bytes, which "
@@ -114,24 +105,9 @@ def _inputs(plan: PreparePlan, units: Sequence[str], data_files: tuple[str, ...]
     return inputs
 
 
-def _redo(
-    scratch: Path,
-    metadata: Metadata,
-    plan: PreparePlan,
-    inputs: Inputs,
-    units: Sequence[str],
-    executor: Executor,
-) -> None:
-    """Make the units in the scratch folder; PrepareError if one is not what it was."""
-    job = PrepareJob(
-        folder=scratch,
-        source=source_of(plan.recipe),
-        facts=metadata.facts,
-        inputs=inputs,
-        plan_sha256=plan.sha256,
-        check_encoding=CHECKED_DOCUMENTS,
-    )
-    limit = Limit(plan.recipe["max_documents"], plan.recipe["max_tokens"])
+def _redo(job: PrepareJob, metadata: Metadata, units: Sequence[str], executor: Executor) -> None:
+    """Make the units in the job's folder; PrepareError if one is not what it was."""
+    limit = Limit(job.plan.recipe["max_documents"], job.plan.recipe["max_tokens"])
     futures = {}
     with executor.running(job, len(units), lambda step: None) as submit:
         for unit in units:
@@ -150,10 +126,9 @@ def _replace(scratch: Path, folder: Path, unit: str) -> None:
     """Put a unit's new files in the place of the old ones: its record goes first, comes last."""
     record = f"{unit}.json"
     (folder / record).unlink(missing_ok=True)
-    made = [path for path in scratch.glob(f"{unit}[-.]*") if path.name != record]
     for path in folder.glob(f"{unit}[-.]*"):
         if not (scratch / path.name).exists():
             path.unlink()
-    for path in [*made, scratch / record]:
+    for path in sorted(scratch.glob(f"{unit}[-.]*"), key=lambda path: path.name == record):
         path.replace(folder / path.name)
     fsync_folder(folder)

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,29 +17,26 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.errors import PrepareError
 from pipeline.text.tokenizer import Tokenizer
-from pipeline.units.recipe import facts_of
 from pipeline.units.units import PreparePlan, read_plan
 from shards.errors import SummerError
 from shards.files import is_temporary, json_bytes, sha256_file
 from shards.format import (
     MANIFEST,
     PLAN,
-    ROW_RECORD,
     TOKEN_BYTES,
     TOKENIZER,
     Facts,
     Manifest,
     ShardInfo,
     UnitRecord,
+    combine,
     row_digests,
-    summarise,
     unit_name,
 )
-from shards.reader import RowFile, find_sources, read_manifest, read_unit_record
+from shards.reader import RowFile, find_sources, read_manifest, read_sidecar, read_unit_record
 
 UNEXPECTED_FILE: Final = "no part of the source"
 ROWS_AT_ONCE: Final = 1024
@@ -109,17 +105,14 @@ class Metadata:
     A file is accepted if it is spelled as it was written and fits the others: the plan, if unit
     records name its SHA-256; a unit record, if it names the plan and lists what the manifest does;
     the manifest, if it is what plan and unit records add up to. Where manifest and unit record
-    list different shards, the shards decide. Two damaged ones may leave nothing to compare with:
-    then the source has to be prepared again.
+    list different shards, the shards decide.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.damage: list[Damage] = []
-        self.plan = _read(folder / PLAN, _usable_plan, PreparePlan.to_json)
-        self.manifest = _read(
-            folder / MANIFEST, lambda path: read_manifest(path.parent), Manifest.to_json
-        )
+        self.plan = _read(folder / PLAN, lambda _: read_plan(folder), PreparePlan.to_json)
+        self.manifest = _read(folder / MANIFEST, lambda _: read_manifest(folder), Manifest.to_json)
         self._listed: dict[str, list[ShardInfo]] = {}  # the manifest's shards, by unit
         for shard in self.manifest.shards if self.manifest is not None else ():
             self._listed.setdefault(shard.file.split("-")[0], []).append(shard)
@@ -132,15 +125,13 @@ class Metadata:
             self.damage.append(Damage(PLAN, "missing, damaged, or not what unit records name"))
         if self.manifest is None:
             self.damage.append(Damage(MANIFEST, "missing or damaged"))
-        if self.plan is not None:
-            self.facts = facts_of(self.plan.recipe)
-        elif self.manifest is not None:
-            self.facts = self.manifest.facts
-        else:
+        known = self.plan or self.manifest
+        if known is None:
             raise PrepareError(
                 f"{folder}: neither {MANIFEST} nor {PLAN} can be read: name the folder of a "
                 "source, or prepare the source again"
             )
+        self.facts: Facts = known.facts
         if self.manifest is not None:
             self._compare(self.manifest)
 
@@ -172,16 +163,14 @@ class Metadata:
         for unit, record in list(self.records.items()):
             if record.shards != self.shards_of(unit):
                 if self._are_there(unit, record.shards):
-                    return self._reject_manifest(f"it lists other shards of unit {unit}")
+                    self._reject_manifest(f"it lists other shards of unit {unit}")
+                    return
                 del self.records[unit]
         if self.plan is None or set(self.records) != set(self.units):
-            return None
-        records = [self.records[unit] for unit in self.units]
-        shards = [shard for record in records for shard in record.shards]
-        rejected = sum((Counter(record.rejected) for record in records), Counter[str]())
-        if manifest != summarise(self.facts, self.plan.parts, shards, rejected):
+            return
+        records = map(self.records.__getitem__, self.units)
+        if manifest != combine(self.facts, self.plan.parts, records):
             self._reject_manifest("it is not what the plan and the unit records add up to")
-        return None
 
     def _reject_manifest(self, what: str) -> None:
         self.damage.append(Damage(MANIFEST, what))
@@ -205,13 +194,6 @@ def _read(path: Path, read: Callable[[Path], T | None], to_json: Callable[[T], A
         return None
 
 
-def _usable_plan(path: Path) -> PreparePlan | None:
-    plan = read_plan(path.parent)
-    if plan is not None:
-        facts_of(plan.recipe), _is_limited(plan)  # KeyError or TypeError if something is missing
-    return plan
-
-
 def digest_of(path: Path) -> str:
     """A file's SHA-256; empty if it cannot be read."""
     try:
@@ -221,7 +203,7 @@ def digest_of(path: Path) -> str:
 
 
 def _is_limited(plan: PreparePlan) -> bool:
-    return any(plan.recipe[key] is not None for key in ("max_documents", "max_tokens"))
+    return any(plan.recipe.get(key) is not None for key in ("max_documents", "max_tokens"))
 
 
 def _counts_its_rejected(record: UnitRecord, folder: Path) -> bool:
@@ -254,35 +236,34 @@ def _files_of(shard: ShardInfo) -> set[str]:
 
 def _shard_damage(folder: Path, shard: ShardInfo, facts: Facts) -> Iterator[Damage]:
     """Damage to a shard, its sidecar and its mask; to rows where the files are otherwise intact."""
-    sidecar = folder / f"{shard.stem}.rows.npy"
-    records: npt.NDArray[Any] | None = None
-    if digest_of(sidecar) != shard.rows_sha256:
-        yield Damage(sidecar.name, "missing or damaged")
-    else:
-        records = np.load(io.BytesIO(sidecar.read_bytes()), allow_pickle=False)
-    shapes = [(shard.file, facts.seq_len, facts.dtype)]
-    shapes += [(f"{shard.stem}.mask.npy", facts.seq_len // 8, "u1")] * facts.masked
-    files = []
-    for name, width, dtype in shapes:
+    n, seq_len = shard.n_rows, facts.seq_len
+    openers: dict[str, Callable[[Path], Any]] = {
+        f"{shard.stem}.rows.npy": lambda path: read_sidecar(path, shard)["xxh3"],
+        shard.file: lambda path: RowFile(path, (n, seq_len), facts.dtype),
+    }
+    if facts.masked:
+        openers[f"{shard.stem}.mask.npy"] = lambda path: RowFile(path, (n, seq_len // 8), "u1")
+    opened: list[Any] = []
+    for name, opener in openers.items():
         try:
-            files.append(RowFile(folder / name, (shard.n_rows, width), dtype))
+            opened.append(opener(folder / name))
         except FileNotFoundError:
             yield Damage(name, "missing")
         except (OSError, ValueError) as error:
-            yield Damage(name, f"cannot be read ({error})")
-    intact = records is not None and (records.dtype, len(records)) == (ROW_RECORD, shard.n_rows)
-    if records is None or not intact or len(files) < len(shapes):
+            yield Damage(name, f"damaged ({error})")
+    if len(opened) < len(openers):
         return
+    digests, *files = opened
     bad: list[int] = []
     n_tokens = n_documents = 0
-    for first in range(0, shard.n_rows, ROWS_AT_ONCE):
-        here = slice(first, min(first + ROWS_AT_ONCE, shard.n_rows))
+    for first in range(0, n, ROWS_AT_ONCE):
+        here = slice(first, min(first + ROWS_AT_ONCE, n))
         try:
             rows, *masks = (file.read(here) for file in files)
         except OSError as error:
             yield Damage(shard.file, f"cannot be read ({error.strerror})")
             return
-        bad += (first + np.flatnonzero(row_digests(rows, *masks) != records["xxh3"][here])).tolist()
+        bad += (first + np.flatnonzero(row_digests(rows, *masks) != digests[here])).tolist()
         n_tokens += int(np.count_nonzero(rows != facts.tokenizer.pad_id))
         n_documents += int(np.count_nonzero(rows == facts.tokenizer.bos_id))
     found = (n_tokens, n_documents, files[0].n_bytes, "val" if "-val-" in shard.file else "train")

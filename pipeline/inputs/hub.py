@@ -6,7 +6,6 @@ code of a data set is ever run. Bytes come through `HfFileSystem` in ranges.
 
 from __future__ import annotations
 
-import functools
 import io
 import time
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pipeline.inputs.inputs import (
     local_inputs,
 )
 from pipeline.inputs.sources import Source, check_available
+from shards.errors import one_line
 
 CONNECT_S: Final = 10
 """How long the first question to the Hub may take: without a network the answer comes at once."""
@@ -34,24 +34,17 @@ BUILDERS: Final = {"parquet": "parquet", "jsonl": "json", "text": "text"}
 
 
 @dataclass(frozen=True)
-class HubInputs:
+class HubInputs(Inputs):
     """Files of a data set on the Hub, at one commit."""
 
-    dataset: str
-    revision: str
-    files: tuple[InputFile, ...]
     licence: str = ""
     patience_s: float = PATIENCE_S
 
     def open(self, path: str) -> BinaryIO:
         """The bytes of one file of the listing."""
         url = f"hf://datasets/{self.dataset}@{self.revision}/{path}"
-        file = PatientFile(url, self._sizes[path], self.patience_s)
-        return cast(BinaryIO, io.BufferedReader(file, 1 << 20))
-
-    @functools.cached_property
-    def _sizes(self) -> dict[str, int]:
-        return {file.path: file.bytes for file in self.files}
+        size = next(file.bytes for file in self.files if file.path == path)
+        return cast(BinaryIO, io.BufferedReader(PatientFile(url, size, self.patience_s), 1 << 20))
 
 
 def open_inputs(source: Source, data_files: tuple[str, ...] = ()) -> Inputs:
@@ -77,7 +70,10 @@ def hub_inputs(source: Source) -> HubInputs:
             first.read(1)  # a gated data set lists its files for everybody
     except Exception as error:
         raise _explained(error, source) from error
-    return HubInputs(source.dataset, sha, files, _licence(info))
+    card: Any = info.card_data or {}
+    licence = card.get("license") or ""
+    licence = ", ".join(licence) if isinstance(licence, list) else str(licence)
+    return HubInputs(source.dataset, sha, files, licence)
 
 
 def _listing(source: Source, sha: str) -> tuple[InputFile, ...]:
@@ -110,7 +106,7 @@ def _listing(source: Source, sha: str) -> tuple[InputFile, ...]:
 
 
 class PatientFile(io.RawIOBase):
-    """A file on the Hub whose reader never notices that the network failed for a while.
+    """A file on the Hub, read with retries.
 
     A failed read is tried again from the same byte, with growing pauses, until nothing has come
     for `patience_s`; then SourceError. A short answer counts as a failed one.
@@ -129,10 +125,6 @@ class PatientFile(io.RawIOBase):
     def seekable(self) -> bool:
         """Yes."""
         return True
-
-    def tell(self) -> int:
-        """The next byte to be read."""
-        return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Go to a byte."""
@@ -160,7 +152,7 @@ class PatientFile(io.RawIOBase):
             except Exception as error:
                 self._let_go()
                 waited = time.monotonic() - began
-                if not is_passing(error) or waited >= self._patience_s:
+                if not _is_passing(error) or waited >= self._patience_s:
                     raise SourceError(
                         f"{self._url}: {one_line(error)} (tried for {waited:.0f} s): start the "
                         "same command again when the Hub is well, it goes on where it stopped"
@@ -187,22 +179,13 @@ class PatientFile(io.RawIOBase):
             self._file = None
 
 
-def is_passing(error: Exception) -> bool:
+def _is_passing(error: Exception) -> bool:
     """Whether a failure may be gone at the next try."""
     from huggingface_hub import errors
 
-    final = (
-        errors.GatedRepoError,
-        errors.RepositoryNotFoundError,
-        errors.RevisionNotFoundError,
-        errors.EntryNotFoundError,
-    )
+    # a gated repository is one of these, too
+    final = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError
     return _is_network(error) and not isinstance(error, final)
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, in a line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _explained(error: Exception, source: Source) -> SourceError:
@@ -212,26 +195,21 @@ def _explained(error: Exception, source: Source) -> SourceError:
     if isinstance(error, SourceError):
         return error
     name, copies = source.dataset, "or give a local copy with --data-files"
-    causes = _chain(error)
-    for kind, message in (
-        (
-            errors.GatedRepoError,
-            f"{name} is gated: accept its terms at {constants.ENDPOINT}/datasets/{name}, then "
-            f"log in with `hf auth login` or set HF_TOKEN; {copies}",
-        ),
-        (
-            errors.RevisionNotFoundError,
-            f"{name} has no revision {source.revision!r}: leave --revision out",
-        ),
-        (
-            errors.RepositoryNotFoundError,
-            f"{name} is not on the Hub, or is private and needs a token (HF_TOKEN): check the "
-            f"name, {copies}",
-        ),
-    ):
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for kind, message in {
+        errors.GatedRepoError: f"is gated: accept its terms at {constants.ENDPOINT}/datasets/"
+        f"{name}, then log in with `hf auth login` or set HF_TOKEN; {copies}",
+        errors.RevisionNotFoundError: f"has no revision {source.revision!r}: leave --revision out",
+        errors.RepositoryNotFoundError: "is not on the Hub, or is private and needs a token "
+        f"(HF_TOKEN): check the name, {copies}",
+    }.items():
         if any(isinstance(cause, kind) for cause in causes):
-            return SourceError(message)
-    if any(_is_network(cause) for cause in causes):
+            return SourceError(f"{name} {message}")
+    if any(map(_is_network, causes)):
         return SourceError(
             f"the Hub ({constants.ENDPOINT}) cannot be reached for {name} ({one_line(error)}): "
             f"check the network or HF_ENDPOINT, {copies}"
@@ -244,18 +222,3 @@ def _is_network(error: BaseException) -> bool:
 
     # its bases are OSError and the root of the HTTP library that this release stands on
     return isinstance(error, HfHubHTTPError.__bases__) and not isinstance(error, FileNotFoundError)
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found
-
-
-def _licence(info: Any) -> str:
-    """What the data set's card says."""
-    card = info.card_data or {}
-    licence = card.get("license") or ""
-    return ", ".join(licence) if isinstance(licence, list) else str(licence)

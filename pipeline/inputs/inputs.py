@@ -1,8 +1,7 @@
 """Where bytes come from: local files, the Hub (hub.py), or what the Python interpreter carries.
 
-Each kind of input is a small picklable value with a listing and `open`; a worker process opens for
-itself what its unit needs. Paths in a listing are relative, so that nothing published depends on
-whose machine it was made on.
+Each kind is a small picklable value; a worker process opens for itself what its unit needs. Paths
+in a listing are relative, so that nothing published depends on whose machine it was made on.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, Protocol
+from typing import BinaryIO, Final, Literal
 
 from pipeline.errors import SourceError
 from pipeline.inputs.sources import Source
@@ -56,23 +55,17 @@ class InputFile:
     layout: Layout
 
 
-class Inputs(Protocol):
-    """A listing in bytewise order of path, and a way to open what is in it."""
+@dataclass(frozen=True)
+class Inputs:
+    """A listing in bytewise order of path; where it is from and which version, for the manifest."""
 
-    @property
-    def files(self) -> tuple[InputFile, ...]:
-        """What there is to read."""
-
-    @property
-    def dataset(self) -> str:
-        """Where it is from, for the manifest."""
-
-    @property
-    def revision(self) -> str:
-        """Which version of it; empty where there is none."""
+    dataset: str
+    revision: str
+    files: tuple[InputFile, ...]
 
     def open(self, path: str) -> BinaryIO:
         """The bytes of one file of the listing."""
+        raise NotImplementedError
 
 
 def layout_of(path: str) -> Layout | None:
@@ -99,46 +92,28 @@ def listed(path: str, size: int) -> InputFile:
 
 
 @dataclass(frozen=True)
-class LocalInputs:
+class LocalInputs(Inputs):
     """Files below one folder."""
 
     base: Path
-    files: tuple[InputFile, ...]
-    dataset: str = LOCAL
-    revision: str = ""
 
     def open(self, path: str) -> BinaryIO:
         """The bytes of one file of the listing."""
         return (self.base / path).open("rb")
 
 
-@dataclass(frozen=True)
-class PythonDocs:
+class PythonDocs(Inputs):
     """The topics of pydoc as one jsonl file, a topic a record, in order of name."""
-
-    revision: str
-    dataset: str = INTERPRETER
-    name = "pydoc_data/topics.jsonl"
-
-    @property
-    def files(self) -> tuple[InputFile, ...]:
-        """The one file."""
-        return (listed(self.name, len(self._text())),)
 
     def open(self, path: str) -> BinaryIO:
         """Its bytes."""
-        return io.BytesIO(self._text())
+        return io.BytesIO(_topics())
 
-    def _text(self) -> bytes:
-        try:
-            from pydoc_data.topics import topics
-        except ImportError as error:
-            raise SourceError(
-                "python-docs: this Python was installed without pydoc_data: "
-                "install the full standard library"
-            ) from error
-        lines = (json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
-        return "".join(lines).encode()
+
+def _topics() -> bytes:
+    from pydoc_data.topics import topics
+
+    return "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)).encode()
 
 
 def local_inputs(patterns: tuple[str, ...]) -> LocalInputs:
@@ -159,7 +134,7 @@ def local_inputs(patterns: tuple[str, ...]) -> LocalInputs:
         found |= matches
         bases.append(base)
     base = Path(os.path.commonpath(bases))
-    return LocalInputs(base, _listing(base, found))
+    return LocalInputs(LOCAL, "", _listing(base, found), base)
 
 
 def _matches(pattern: str) -> tuple[set[Path], Path]:
@@ -190,24 +165,16 @@ def embedded_inputs(source: Source) -> Inputs:
     """What the running interpreter carries under that name."""
     version = f"{platform.python_implementation().lower()}-{platform.python_version()}"
     if source.name == "python-docs":
-        return PythonDocs(version)
+        file = listed("pydoc_data/topics.jsonl", len(_topics()))
+        return PythonDocs(INTERPRETER, version, (file,))
     folder = Path(sysconfig.get_path("stdlib"))
     files = [path for path in folder.glob("*.py") if path.stat().st_size]
-    if not files:
-        raise SourceError(
-            f"python-code: this Python keeps no .py files in {folder}: give others with "
-            "--data-files"
-        )
-    return LocalInputs(folder, _listing(folder, files), INTERPRETER, version)
+    return LocalInputs(INTERPRETER, version, _listing(folder, files), folder)
 
 
 def _listing(base: Path, paths: Iterable[Path]) -> tuple[InputFile, ...]:
-    files = []
-    for path in paths:
-        name = path.relative_to(base).as_posix()
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise SourceError(f"{path!r}: its name is not UTF-8: rename the file") from None
-        files.append(listed(name, path.stat().st_size))
-    return tuple(sorted(files, key=lambda file: file.path.encode()))
+    files = [listed(path.relative_to(base).as_posix(), path.stat().st_size) for path in paths]
+    try:
+        return tuple(sorted(files, key=lambda file: file.path.encode()))
+    except UnicodeEncodeError as error:
+        raise SourceError(f"{error.object!r}: its name is not UTF-8: rename the file") from None

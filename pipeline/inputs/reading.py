@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 import pyarrow as pa
 import pyarrow.json
@@ -35,15 +35,13 @@ NO_OBJECT: Final = "not a JSON object"
 MISSING: Final = "field missing"
 WRONG_TYPE: Final = "wrong type"
 BAD_UTF8: Final = "invalid UTF-8"
-TOO_LARGE: Final = "above 128 MiB"
+LARGE: Final = "above 128 MiB"
 
 _TEXT_TYPES: Final = (
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_string_view,
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-)
+    pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
+    pa.types.is_binary, pa.types.is_large_binary,
+)  # fmt: skip
+_LIST_TYPES: Final = (pa.types.is_list, pa.types.is_large_list)
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class PartReader:
                     else:
                         yield from _read_whole(stream)
         except (OSError, pa.ArrowException) as error:
-            raise SourceError(_damaged(part.file, error)) from error
+            raise damaged(part.file, error) from error
 
     def close(self) -> None:
         """Close the file that was kept open."""
@@ -99,7 +97,7 @@ class PartReader:
         parquet = self._open_parquet(part.file)
         column, metadata = self._source.text_column, parquet.metadata
         groups = range(part.first, part.last)
-        weight = sum(column_bytes(metadata, group, column)[0] for group in groups)
+        weight, _ = column_bytes(metadata, groups, column)
         rows = sum(metadata.row_group(group).num_rows for group in groups)
         batch_rows = max(1, min(MAX_BATCH_ROWS, rows * BLOCK_BYTES // max(1, weight)))
         first = 0
@@ -124,15 +122,21 @@ def open_parquet(raw: BinaryIO) -> pq.ParquetFile:
     return pq.ParquetFile(raw, pre_buffer=False, page_checksum_verification=True)
 
 
-def column_bytes(metadata: pq.FileMetaData, group: int, column: str) -> tuple[int, int]:
-    """Uncompressed and compressed bytes of a top-level column in a row group."""
+def damaged(path: str, error: Exception) -> SourceError:
+    """What to say of a file that cannot be read."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return SourceError(f"{path}: {error.strerror}")
+    return SourceError(f"{path} is damaged ({error}): fetch the file again")
+
+
+def column_bytes(metadata: pq.FileMetaData, groups: range, column: str) -> tuple[int, int]:
+    """Uncompressed and compressed bytes of a top-level column in some row groups."""
     plain = packed = 0
-    row_group = metadata.row_group(group)
-    for number in range(row_group.num_columns):
-        chunk = row_group.column(number)
-        if chunk.path_in_schema.split(".")[0] == column:
-            plain += chunk.total_uncompressed_size
-            packed += chunk.total_compressed_size
+    for row_group in map(metadata.row_group, groups):
+        for chunk in map(row_group.column, range(row_group.num_columns)):
+            if chunk.path_in_schema.split(".")[0] == column:
+                plain += chunk.total_uncompressed_size
+                packed += chunk.total_compressed_size
     return plain, packed
 
 
@@ -147,11 +151,9 @@ def check_column(schema: pa.Schema, path: str, source: Source) -> None:
     found = schema.field(column).type
     if pa.types.is_dictionary(found):
         found = found.value_type
-    fits = any(is_type(found) for is_type in _TEXT_TYPES)
-    if source.shape == "chat":
-        fits = pa.types.is_list(found) or pa.types.is_large_list(found)
-    if not fits:
-        wanted = "a list of turns" if source.shape == "chat" else "text"
+    chat = source.shape == "chat"
+    if not any(is_type(found) for is_type in (_LIST_TYPES if chat else _TEXT_TYPES)):
+        wanted = "a list of turns" if chat else "text"
         raise SourceError(
             f"{path}: column {column!r} is {found}, not {wanted}: choose another with --text-column"
         )
@@ -168,8 +170,7 @@ def decompressed(raw: BinaryIO, file: InputFile) -> BinaryIO:
     if not file.layout.compression:
         return raw
     packed = pa.PythonFile(raw, mode="r")
-    stream: BinaryIO = pa.CompressedInputStream(packed, file.layout.compression)
-    return stream
+    return cast(BinaryIO, pa.CompressedInputStream(packed, file.layout.compression))
 
 
 def _read_lines(
@@ -179,7 +180,7 @@ def _read_lines(
     first = 0
     for block in line_blocks(stream, first_byte, last):
         if block is None:
-            records = [Records(first, pa.nulls(1, pa.large_binary()), {0: TOO_LARGE})]
+            records = [Records(first, pa.nulls(1, pa.large_binary()), {0: LARGE})]
         else:
             records = [parse(block, first)]
         del block
@@ -253,9 +254,9 @@ def _one_object_a_line(lines: bytes) -> bool:
         return False
     try:
         lines.decode()
+        return True
     except UnicodeDecodeError:
         return False
-    return True
 
 
 def _parse_fast(lines: bytes, source: Source) -> pa.Array | list[Any] | None:
@@ -329,12 +330,6 @@ def _read_whole(stream: BinaryIO) -> Iterator[Records]:
         chunks.append(data)
         size += len(data)
     if size > MAX_RECORD_BYTES:
-        yield Records(0, pa.nulls(1, pa.large_binary()), {0: TOO_LARGE})
+        yield Records(0, pa.nulls(1, pa.large_binary()), {0: LARGE})
     else:
         yield Records(0, pa.array([b"".join(chunks)], pa.large_binary()))
-
-
-def _damaged(path: str, error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{path}: {error.strerror}"
-    return f"{path} is damaged ({error}): fetch the file again"

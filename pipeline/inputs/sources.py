@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pipeline.errors import SourceError
 
@@ -58,11 +58,9 @@ class Source:
 
     @property
     def state(self) -> str:
-        """In a word: open, gated, withdrawn, or embedded."""
-        if self.unavailable:
-            return "local copy only"
-        if self.embedded:
-            return "comes with Python"
+        """Whether anyone can have it."""
+        if self.unavailable or self.embedded:
+            return "local copy only" if self.unavailable else "comes with Python"
         return "gated" if self.gated else "open"
 
 
@@ -183,34 +181,26 @@ def find(name: str, choice: SourceOverrides | None = None) -> Source:
     known = BY_NAME.get(name)
     if known is None:
         if not (choice.dataset or choice.data_files):
-            raise SourceError(_unknown(name))
+            near = difflib.get_close_matches(name, BY_NAME, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(BY_NAME)}."
+            raise SourceError(
+                f"unknown source {name!r}: {hint} For a corpus of your own add "
+                "--dataset ORG/NAME or --data-files 'FOLDER/*.parquet'"
+            )
         known = Source(name=name, about="a corpus of your own", licence="unknown")
-    changes = {
-        field: value
-        for field in ("dataset", "config", "revision", "text_column", "split")
-        if (value := getattr(choice, field))
-    }
+    changes: dict[str, Any] = {name: value for name, value in vars(choice).items() if value}
     if choice.dataset:
         changes |= {"unavailable": "", "embedded": False, "gated": False}
-        changes |= {"data_files": choice.data_files} if choice.data_files else {}
+    else:
+        changes.pop("data_files", None)
     return replace(known, **changes)
 
 
 def check_available(source: Source) -> None:
     """SourceError, with what to use instead, for a source that cannot be fetched."""
-    if not source.unavailable:
-        return
-    raise SourceError(
-        f"{source.name} cannot be fetched: {source.unavailable}. Give a copy of your own with "
-        f"--data-files, or prepare its substitute: `summer-prep tokenize --source "
-        f"{source.substitute}` (it fills {source.name}'s share of the mixture)"
-    )
-
-
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, BY_NAME, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(BY_NAME)}."
-    return (
-        f"unknown source {name!r}: {hint} For a corpus of your own add "
-        "--dataset ORG/NAME or --data-files 'FOLDER/*.parquet'"
-    )
+    if source.unavailable:
+        raise SourceError(
+            f"{source.name} cannot be fetched: {source.unavailable}. Give a copy of your own with "
+            f"--data-files, or prepare its substitute: `summer-prep tokenize --source "
+            f"{source.substitute}` (it fills {source.name}'s share of the mixture)"
+        )

@@ -85,7 +85,8 @@ def spell(texts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Documents as ids: the stream, where each document begins, and the targets, if they matter."""
+    """Documents as ids: the stream `BOS doc EOS BOS doc EOS ...`, where each one's BOS stands, and
+    which ids are targets, if that matters."""
 
     tokens: Tokens
     starts: npt.NDArray[np.int64]

@@ -33,13 +33,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.text.chat import Encoded
 from pipeline.text.tokenizer import Tokenizer, processor
 from shards.format import Flags, Tokens, token_dtype
 
@@ -56,13 +57,6 @@ _COUNTED: Final = 8  # of so many words one is counted: which are common shows a
 _WINDOW: Final = 1 << 16  # bytes cut at a time: what is made of them stays in the cache
 
 Bytes = npt.NDArray[np.uint8]
-
-
-class Stream(NamedTuple):
-    """`BOS doc EOS BOS doc EOS ...` of some documents, and where in it each one's BOS stands."""
-
-    tokens: Tokens
-    starts: npt.NDArray[np.int64]
 
 
 @functools.lru_cache(maxsize=8)
@@ -126,7 +120,7 @@ class ColumnarEncoder:
         self._ids = pa.array([marker], pa.binary())
         self._uses = np.zeros(1, np.int64)
 
-    def encode(self, texts: pa.Array) -> Stream:
+    def encode(self, texts: pa.Array) -> Encoded:
         """The stream of an array of strings, valid UTF-8 without nulls, 2 GiB at most."""
         words = self._cut(_joined(texts))
         index, known, ids = self._look_up(words)
@@ -134,7 +128,7 @@ class ColumnarEncoder:
         places = np.asarray(index)
         starts = _offsets(stream)[np.flatnonzero(places == 0)].astype(np.int64)
         self._remember(known, ids, places)
-        return Stream(self._finished(stream), starts // self.dtype.itemsize)
+        return Encoded(self._finished(stream), starts // self.dtype.itemsize)
 
     def _look_up(self, words: Any) -> tuple[Any, Any, Any]:
         """Each word's place among the words known now, these words, and the ids of each."""
@@ -226,16 +220,16 @@ class SlicedEncoder:
         """[prev, next]: whether text may be cut between two bytes."""
         return cut_table(self._tokenizer).reshape(256, 256).T
 
-    def encode(self, texts: pa.Array) -> Stream:
+    def encode(self, texts: pa.Array) -> Encoded:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
         if texts.nbytes <= 2 * SLICE_BYTES:
             return self._encoder.encode(texts)
         streams = list(self._streams(texts))
         lengths = np.cumsum([0, *(len(stream.tokens) for stream in streams)])
         starts = [stream.starts + length for stream, length in zip(streams, lengths, strict=False)]
-        return Stream(np.concatenate([s.tokens for s in streams]), np.concatenate(starts))
+        return Encoded(np.concatenate([s.tokens for s in streams]), np.concatenate(starts))
 
-    def _streams(self, texts: pa.Array) -> Iterator[Stream]:
+    def _streams(self, texts: pa.Array) -> Iterator[Encoded]:
         """The streams of neighbouring texts, short ones together."""
         ends = np.cumsum(np.asarray(pc.binary_length(texts)), dtype=np.int64)
         first = 0
@@ -248,7 +242,7 @@ class SlicedEncoder:
                 yield self._long(texts[first])
             first = last
 
-    def _long(self, text: pa.Scalar) -> Stream:
+    def _long(self, text: pa.Scalar) -> Encoded:
         data = text.as_buffer()
         tokens: list[Any] = []
         for first, last, left_out in self._slices(np.frombuffer(data, np.uint8)):
@@ -262,7 +256,7 @@ class SlicedEncoder:
                 tokens.append(found[:1])  # BOS
             tokens.append(found[1 + left_out : -1])
         tokens.append(found[-1:])  # EOS
-        return Stream(np.concatenate(tokens), np.zeros(1, np.int64))
+        return Encoded(np.concatenate(tokens), np.zeros(1, np.int64))
 
     def _slices(self, text: Bytes) -> Iterator[tuple[int, int, int]]:
         """(first byte, end, tokens to leave out) of each slice."""

@@ -6,6 +6,7 @@ one line {reason, file, record} each. Whether a document is held out depends on 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from pipeline.inputs.reading import BAD_UTF8, MAX_RECORD_BYTES, MISSING, TOO_LARGE, Records
+from pipeline.inputs.inputs import Inputs
+from pipeline.inputs.reading import BAD_UTF8, LARGE, MAX_RECORD_BYTES, MISSING, PartReader, Records
 from pipeline.inputs.sources import Source
 from pipeline.text.chat import SCHEMAS, BadConversationError, ChatSchema, render, spell
 from shards.format import Flags, Ordinals, Part
@@ -90,6 +92,12 @@ class DocumentMaker:
         self._held_below = round(val_fraction * (1 << 16))
         self.rejected: list[Rejected] = []
 
+    def read(self, inputs: Inputs, parts: Iterable[tuple[int, Part]]) -> Iterator[Documents]:
+        """The documents of parts, given with their numbers in the plan, in order."""
+        with contextlib.closing(PartReader(inputs, self._source)) as reader:
+            for number, part in parts:
+                yield from self.documents(number, part, reader.read(part))
+
     def documents(self, number: int, part: Part, batches: Iterable[Records]) -> Iterator[Documents]:
         """The documents of the plan's part of that number, in order."""
         if self._source.shape == "lines":
@@ -155,14 +163,14 @@ class DocumentMaker:
         ordinals: list[int] = []
         for place, value in enumerate(_as_list(records.values)):
             reason = records.reasons.get(place, MISSING if value is None else "")
-            turns: list[str] = []
-            if not reason:
-                turns, reason = _rendered(value, schema)
+            try:
+                if not reason:
+                    conversations.append(_rendered(value, schema))
+                    ordinals.append(records.first + place)
+            except BadConversationError as error:
+                reason = str(error)
             if reason:
                 self._reject(part, records.first + place, reason)
-            else:
-                conversations.append(turns)
-                ordinals.append(records.first + place)
         joined = self._of(number, pa.array(map(spell, conversations), pa.large_string()), ordinals)
         texts = pa.array(itertools.chain.from_iterable(conversations), pa.large_string())
         counts = np.array([len(turns) for turns in conversations], np.int64)
@@ -185,7 +193,7 @@ def valid_texts(records: Records) -> tuple[pa.Array, dict[int, str]]:
         reasons.setdefault(place, MISSING)
     lengths = np.asarray(pc.fill_null(pc.binary_length(data), 1))
     reasons |= dict.fromkeys(np.flatnonzero(lengths == 0).tolist(), EMPTY)
-    reasons |= dict.fromkeys(np.flatnonzero(lengths > MAX_RECORD_BYTES).tolist(), TOO_LARGE)
+    reasons |= dict.fromkeys(np.flatnonzero(lengths > MAX_RECORD_BYTES).tolist(), LARGE)
     try:
         return data.cast(pa.large_string()), reasons
     except pa.ArrowInvalid:  # string columns of parquet files can hold any bytes
@@ -208,39 +216,30 @@ def held_out(texts: pa.Array, below: int) -> Flags:
 
 
 def _as_list(values: Any) -> list[Any]:
-    """Python values of an Arrow array, None where a string in it is not UTF-8."""
+    """Python values of an Arrow array, or its scalars where a string in it is not UTF-8."""
     if isinstance(values, list):
         return values
     try:
         return list(values.to_pylist())
     except UnicodeDecodeError:
-        return [_or_bytes(value) for value in values]
+        return [value if value.is_valid else None for value in values]
 
 
-def _or_bytes(value: Any) -> Any:
+def _rendered(value: Any, schema: ChatSchema) -> list[str]:
+    """A conversation's turns; BadConversationError has the reason if it is none."""
     try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return b""
-
-
-def _rendered(value: object, schema: ChatSchema) -> tuple[list[str], str]:
-    """A conversation's turns and an empty reason, or none and the reason."""
-    if isinstance(value, bytes):
-        return [], BAD_UTF8
-    try:
-        turns = render(value, schema)
+        turns = render(value.as_py() if isinstance(value, pa.Scalar) else value, schema)
         size = sum(len(text.encode()) for text in turns)
-    except BadConversationError as error:
-        return [], str(error)
-    except UnicodeEncodeError:
-        return [], BAD_UTF8
-    return (turns, "") if size <= MAX_RECORD_BYTES else ([], TOO_LARGE)
+    except UnicodeError:
+        raise BadConversationError(BAD_UTF8) from None
+    if size > MAX_RECORD_BYTES:
+        raise BadConversationError(LARGE)
+    return turns
 
 
 def _is_utf8(value: bytes) -> bool:
     try:
         value.decode()
+        return True
     except UnicodeDecodeError:
         return False
-    return True

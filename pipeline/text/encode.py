@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import TokenizerError
 from pipeline.text.chat import ChatTemplate, Encoded
-from pipeline.text.columnar import SlicedEncoder, Stream, unfit_reason
+from pipeline.text.columnar import SlicedEncoder, unfit_reason
 from pipeline.text.documents import Documents
 from pipeline.text.tokenizer import Tokenizer
 from shards.format import Flags, token_dtype
@@ -30,7 +30,7 @@ class Encoder(Protocol):
 
     note: str
 
-    def encode(self, texts: pa.Array) -> Stream:
+    def encode(self, texts: pa.Array) -> Encoded:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
 
 
@@ -42,7 +42,7 @@ class PlainEncoder:
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
 
-    def encode(self, texts: pa.Array) -> Stream:
+    def encode(self, texts: pa.Array) -> Encoded:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
         documents = [
@@ -51,7 +51,7 @@ class PlainEncoder:
         ]
         ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
         tokens = np.concatenate(documents) if documents else np.empty(0, self._dtype)
-        return Stream(tokens, np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(documents)])
+        return Encoded(tokens, np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(documents)])
 
 
 @functools.lru_cache(maxsize=1)
@@ -70,7 +70,7 @@ def encode_documents(
     """The documents' ids; of conversations, in the chat template."""
     stream = encoder.encode(documents.texts)
     if documents.turns is None or template is None:
-        return Encoded(stream.tokens, stream.starts)
+        return stream
     return template.join(stream.tokens, stream.starts, documents.turns)
 
 
@@ -85,7 +85,7 @@ class CheckedEncoder:
         self.note = encoder.note
         self._encoder, self._tokenizer, self._left = encoder, tokenizer, n
 
-    def encode(self, texts: pa.Array) -> Stream:
+    def encode(self, texts: pa.Array) -> Encoded:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
         stream = self._encoder.encode(texts)
         if self._left:
@@ -98,7 +98,7 @@ class CheckedEncoder:
                 self._compare(beginnings, self._encoder.encode(beginnings), long)
         return stream
 
-    def _compare(self, texts: pa.Array, stream: Stream, chosen: Flags) -> None:
+    def _compare(self, texts: pa.Array, stream: Encoded, chosen: Flags) -> None:
         ends = [*stream.starts[1:].tolist(), len(stream.tokens)]
         for place in np.flatnonzero(chosen).tolist():
             text = texts[place].as_py()

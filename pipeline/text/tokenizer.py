@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -29,31 +30,34 @@ BASE_FILE: Final = "data/mistral_instruct_tokenizer_240323.model.v3"
 DEFAULT_NAME: Final = "mistral-v3-extended"
 
 EXTENSION: Final = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]", "[/THINK]")
-"""Control pieces that ours adds to the base, in its spare slots.
-
-The base has markers for chat, tools and fill-in-the-middle. These four are what later
-chat models of the same family added; reserving them now lets a model be fine-tuned on system turns
-and on reasoning without a change of vocabulary.
-"""
+"""What later chat models of the base's family added: a model can be fine-tuned on system turns and
+on reasoning without a change of vocabulary."""
 
 CHAT_PIECES: Final = ("[INST]", "[/INST]")
+SPARE: Final = re.compile(r"\[control_\d+\]")
 
 
 class Tokenizer:
-    """A SentencePiece model and its facts. `encode` adds no BOS, no EOS."""
+    """A SentencePiece model and its facts. `encode` adds no BOS, no EOS.
+
+    `vocab_size` counts control and byte pieces, too. `pad_id` is that of `<unk>`, which byte
+    fallback never emits.
+    """
 
     def __init__(self, model: bytes, name: str) -> None:
         self.model, self.name = model, name
         self.proto = _parse(model, name)
         self._processor = processor(model)
-        vocabulary, sp = self.proto.pieces, self._processor
+        self.vocab_size = len(self.proto.pieces)
+        self.bos_id, self.eos_id = int(self._processor.bos_id()), int(self._processor.eos_id())
+        self.pad_id = int(self._processor.unk_id())
         self.info = TokenizerInfo(
             name=name,
             sha256=hashlib.sha256(model).hexdigest(),
-            vocab_size=len(vocabulary),
-            bos_id=sp.bos_id(),
-            eos_id=sp.eos_id(),
-            pad_id=sp.unk_id(),
+            vocab_size=self.vocab_size,
+            bos_id=self.bos_id,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
         )
         _check_usable(self.proto, self.info)
 
@@ -80,29 +84,6 @@ class Tokenizer:
     def __hash__(self) -> int:
         return hash(self.info)
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, str]]:
-        return Tokenizer, (self.model, self.name)
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the vocabulary, control and byte pieces included."""
-        return self.info.vocab_size
-
-    @property
-    def bos_id(self) -> int:
-        """The id that begins a document."""
-        return self.info.bos_id
-
-    @property
-    def eos_id(self) -> int:
-        """The id that ends a document."""
-        return self.info.eos_id
-
-    @property
-    def pad_id(self) -> int:
-        """The id that fills a unit's last row: `<unk>`, which byte fallback never emits."""
-        return self.info.pad_id
-
     def encode(self, text: str) -> list[int]:
         """The text's ids, as sentencepiece gives them, without BOS and EOS."""
         return list(self._processor.encode(text))
@@ -128,15 +109,13 @@ class Tokenizer:
         The text of some ids is these bytes joined, without the first space (the dummy prefix).
         """
         kinds = self.proto.SentencePiece
-        spelled = []
-        for entry in self.proto.pieces:
-            if entry.type == kinds.BYTE:
-                spelled.append(bytes([int(entry.piece[3:-1], 16)]))
-            elif entry.type in (kinds.CONTROL, kinds.UNKNOWN):
-                spelled.append(b"")
-            else:
-                spelled.append(entry.piece.replace("\u2581", " ").encode())
-        return tuple(spelled)
+        special = {kinds.CONTROL, kinds.UNKNOWN}
+        return tuple(
+            bytes([int(entry.piece[3:-1], 16)]) if entry.type == kinds.BYTE
+            else b"" if entry.type in special
+            else entry.piece.replace("\u2581", " ").encode()
+            for entry in self.proto.pieces
+        )  # fmt: skip
 
     def token_bytes_file(self) -> bytes:
         """The content of token_bytes.npy; shards/format.py says what its two columns mean."""
@@ -171,9 +150,7 @@ def processor(model: bytes) -> Any:
     """A SentencePieceProcessor of the model's bytes."""
     import sentencepiece
 
-    loaded = sentencepiece.SentencePieceProcessor()
-    loaded.LoadFromSerializedProto(model)
-    return loaded
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 @functools.cache
@@ -185,16 +162,11 @@ def default_model() -> bytes:
 def base_model() -> bytes:
     """Mistral-7B-Instruct's v3 vocabulary as the package mistral-common ships it, untouched."""
     spec = importlib.util.find_spec(BASE_PACKAGE)
-    if spec is None or spec.origin is None:
+    path = Path(spec.origin).parent / BASE_FILE if spec and spec.origin else None
+    if path is None or not path.is_file():
         raise TokenizerError(
-            "the base vocabulary comes with the package mistral-common, which is not installed: "
-            "`pip install mistral-common`, or name a file with --tokenizer"
-        )
-    path = Path(spec.origin).parent / BASE_FILE
-    if not path.is_file():
-        raise TokenizerError(
-            f"this release of mistral-common ships no {Path(BASE_FILE).name}: "
-            "`pip install 'mistral-common>=1.8'`, or name a file with --tokenizer"
+            "the base vocabulary comes with the package mistral-common, which is not installed or "
+            "too old: `pip install 'mistral-common>=1.8'`, or name a file with --tokenizer"
         )
     return path.read_bytes()
 
@@ -209,7 +181,7 @@ def extend(model: bytes, pieces: Sequence[str]) -> bytes:
     proto = _parse(model, "the model to extend")
     kinds = proto.SentencePiece
     names = {entry.piece for entry in proto.pieces}
-    spare = [e for e in proto.pieces if e.type == kinds.CONTROL and _is_spare(e.piece)]
+    spare = [e for e in proto.pieces if e.type == kinds.CONTROL and SPARE.fullmatch(e.piece)]
     for entry in proto.pieces:
         if entry.type == kinds.USER_DEFINED:
             entry.type = kinds.CONTROL
@@ -266,10 +238,6 @@ def train(lines: Iterable[str], vocab_size: int) -> bytes:
             "give more text or another --vocab-size"
         ) from error
     return out.getvalue()
-
-
-def _is_spare(piece: str) -> bool:
-    return piece.startswith("[control_") and piece[9:-1].isdigit() and piece.endswith("]")
 
 
 def _parse(model: bytes, name: str) -> Any:

@@ -1,7 +1,6 @@
 """Who runs the units: this process, a pool of processes, or a Ray cluster (cluster.py).
 
-All of them run `run_unit`; they differ in where. Each is a context that gives a `Submit`.
-`--part I/N` needs no executor of its own: it is a choice of units, made in prepare.py.
+Each is a context that gives a `Submit`. `--part I/N` is a choice of units, made in prepare.py.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -41,34 +41,28 @@ class Executor:
         """Units handed out at a time; a cluster knows for itself how many it can run."""
         return 1000 if self.kind == "ray" else self.workers
 
-    @contextlib.contextmanager
-    def running(self, job: PrepareJob, n_units: int, report: ReportStep) -> Iterator[Submit]:
+    def running(
+        self, job: PrepareJob, n_units: int, report: ReportStep
+    ) -> AbstractContextManager[Submit]:
         """A function that starts a unit; `report` hears of the work as it is done."""
         if self.kind == "ray":
             from pipeline.units.cluster import on_ray
 
-            with on_ray(self.address, job, run_unit, report) as submit:
-                yield submit
-        elif min(self.workers, n_units) > 1:
-            with _pool(min(self.workers, n_units), job, report) as submit:
-                yield submit
-        else:
-            yield lambda position, limit: _run_here(job, position, limit, report)
+            return on_ray(self.address, job, run_unit, report)
+        if (workers := min(self.workers, n_units)) > 1:
+            return _pool(workers, job, report)
+
+        def run_here(position: int, limit: Limit) -> Future[UnitRecord]:
+            future: Future[UnitRecord] = Future()
+            future.set_result(run_unit(job, position, limit, report))
+            return future
+
+        return nullcontext(run_here)
 
 
 def default_workers() -> int:
     """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _run_here(
-    job: PrepareJob, position: int, limit: Limit, report: ReportStep
-) -> Future[UnitRecord]:
-    future: Future[UnitRecord] = Future()
-    future.set_result(run_unit(job, position, limit, report))
-    return future
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

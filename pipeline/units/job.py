@@ -6,22 +6,24 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from pipeline.inputs.inputs import Inputs
-from pipeline.inputs.sources import Source
-from shards.format import Facts, UnitRecord
+from pipeline.units.units import PreparePlan
+from shards.format import UnitRecord
+
+CHECKED_DOCUMENTS: Final = 8
+"""Documents of each unit that are compared with sentencepiece by default."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PrepareJob:
-    """All that a worker needs to know; small, and the same for every unit."""
+    """All that a worker needs to know, the same for every unit."""
 
     folder: Path
-    source: Source
-    facts: Facts
+    plan: PreparePlan
     inputs: Inputs
-    plan_sha256: str
-    check_encoding: int
+    check_encoding: int = CHECKED_DOCUMENTS
 
 
 @dataclass(frozen=True)

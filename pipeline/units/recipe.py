@@ -7,22 +7,19 @@ years later.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.errors import PrepareError
 from pipeline.inputs.hub import HubInputs
-from pipeline.inputs.inputs import INTERPRETER, Inputs
+from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.sources import Source
 from pipeline.text.chat import ChatTemplate
 from pipeline.text.tokenizer import Tokenizer
-from pipeline.units.job import NO_LIMIT, Limit
+from pipeline.units.job import CHECKED_DOCUMENTS, NO_LIMIT, Limit
 from pipeline.units.units import LEAST_UNIT_BYTES, UNIT_BYTES, UNITS_WANTED, PreparePlan
-from shards.format import Facts, TokenizerInfo, token_dtype
-
-CHECKED_DOCUMENTS: Final = 8
-"""Documents of each unit that are compared with sentencepiece by default."""
+from shards.format import token_dtype
 
 TYPICAL_DOCUMENT_BYTES: Final = 2500
 TYPICAL_TOKEN_BYTES: Final = 4
@@ -68,8 +65,6 @@ def check_request(request: PrepareRequest) -> None:
         raise PrepareError(f"--seq-len {request.seq_len}: with --loss-mask a multiple of 8")
     if request.source.shape == "chat":
         ChatTemplate.of(request.tokenizer)  # says so if the vocabulary has no chat markers
-    if request.seq_len < 2:
-        raise PrepareError(f"--seq-len {request.seq_len}: at least 2")
 
 
 def recipe_of(request: PrepareRequest, inputs: Inputs) -> dict[str, Any]:
@@ -113,44 +108,19 @@ def _unit_bytes(request: PrepareRequest) -> int:
     return max(LEAST_UNIT_BYTES, min(expected) // UNITS_WANTED)
 
 
-def facts_of(recipe: Mapping[str, Any]) -> Facts:
-    """What the manifest and every shard need to know of a plan's recipe."""
-    values = {field.name: recipe[field.name] for field in fields(Facts)}
-    return Facts(**{**values, "tokenizer": TokenizerInfo(**recipe["tokenizer"])})
-
-
-def source_of(recipe: Mapping[str, Any]) -> Source:
-    """The source that a plan was made for."""
-    return Source(
-        name=recipe["source"],
-        about="",
-        licence=recipe["licence"],
-        dataset=recipe["dataset"],
-        revision=recipe["revision"],
-        config=recipe["config"],
-        split=recipe["split"],
-        text_column=recipe["text_column"],
-        shape=recipe["shape"],
-        chat_schema=recipe.get("chat_schema", "sharegpt"),
-        embedded=recipe["dataset"] == INTERPRETER,
-    )
-
-
 def check_same_recipe(
     existing: PreparePlan, recipe: Mapping[str, Any], inputs: Inputs, folder: Path
 ) -> None:
     """PrepareError if the folder was begun with another recipe or other files."""
     fix = "choose another --out, or delete the folder to start over"
     for key, value in recipe.items():
-        if existing.recipe.get(key) != value:
-            was = existing.recipe.get(key)
+        if (was := existing.recipe.get(key)) != value:
             raise PrepareError(f"{folder} was begun with {key} {was!r}, not {value!r}: {fix}")
     before = {file.path: file.bytes for file in existing.files}
     now = {file.path: file.bytes for file in inputs.files}
     for path in sorted(before.keys() | now.keys()):
         if before.get(path) != now.get(path):
-            sizes = [f"{size} bytes" if size is not None else "absent"
-                     for size in (before.get(path), now.get(path))]  # fmt: skip
+            was, found = (each.get(path, "absent") for each in (before, now))
             raise PrepareError(
-                f"{folder} was begun with other files: {path} was {sizes[0]}, is {sizes[1]}: {fix}"
+                f"{folder} was begun with other files: {path} was {was}, is {found} (bytes): {fix}"
             )

@@ -18,18 +18,20 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
+import pyarrow as pa
 import xxhash
 
 from pipeline.errors import PrepareError, SourceError
-from pipeline.inputs.inputs import InputFile, Inputs, listed
+from pipeline.inputs.inputs import INTERPRETER, InputFile, Inputs, listed
+from pipeline.inputs.reading import check_column, column_bytes, damaged, open_parquet
 from pipeline.inputs.sources import Source
 from shards.errors import SummerError
 from shards.files import json_bytes
-from shards.format import PLAN, Part, parse_json
+from shards.format import PLAN, Facts, Part, TokenizerInfo, parse_json
 from shards.versions import FORMAT_KEY, UNITS, check_format
 
 UNIT_BYTES: Final = 256 << 20
@@ -83,20 +85,28 @@ class PreparePlan:
         """The bytes of units.json."""
         return json_bytes(self.to_json())
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> PreparePlan:
-        """The plan that these bytes spell."""
-        value = parse_json(data)
-        check_format(value, UNITS, PLAN)
-        del value[FORMAT_KEY]
-        files = tuple(listed(file["path"], file["bytes"]) for file in value.pop("files"))
-        parts = tuple(Part(**part) for part in value.pop("parts"))
-        units = tuple(Unit(**unit) for unit in value.pop("units"))
-        return cls(value, files, parts, units)
+    def parts_of(self, position: int) -> list[tuple[int, Part]]:
+        """The parts of one unit with their numbers."""
+        unit = self.units[position]
+        return [(number, self.parts[number]) for number in range(unit.first, unit.last)]
 
-    def parts_of(self, position: int) -> tuple[Part, ...]:
-        """The parts of one unit."""
-        return self.parts[self.units[position].first : self.units[position].last]
+    @functools.cached_property
+    def facts(self) -> Facts:
+        """What the manifest and every shard need to know; KeyError if the recipe lacks it."""
+        values = {field.name: self.recipe[field.name] for field in fields(Facts)}
+        return Facts(**{**values, "tokenizer": TokenizerInfo(**self.recipe["tokenizer"])})
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """The source that the plan was made for."""
+        same = ("licence", "dataset", "revision", "config", "split", "text_column", "shape")
+        return Source(
+            name=self.recipe["source"],
+            about="",
+            chat_schema=self.recipe.get("chat_schema", "sharegpt"),
+            embedded=self.recipe["dataset"] == INTERPRETER,
+            **{name: self.recipe[name] for name in same},
+        )
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -111,7 +121,14 @@ def read_plan(folder: Path) -> PreparePlan | None:
     except FileNotFoundError:
         return None
     try:
-        return PreparePlan.from_bytes(data)
+        value = parse_json(data)
+        check_format(value, UNITS, PLAN)
+        del value[FORMAT_KEY]
+        files = tuple(listed(file["path"], file["bytes"]) for file in value.pop("files"))
+        parts = tuple(Part(**part) for part in value.pop("parts"))
+        plan = PreparePlan(value, files, parts, tuple(Unit(**u) for u in value.pop("units")))
+        _ = plan.facts  # KeyError if the recipe lacks one
+        return plan
     except (KeyError, TypeError, AttributeError, SummerError) as error:
         raise PrepareError(
             f"{folder / PLAN} is no plan of this version ({error}): delete {folder} and prepare "
@@ -154,10 +171,11 @@ def fill_units(weighed: Sequence[WeighedPart], unit_bytes: int) -> list[Unit]:
 
 
 def _parts_of(inputs: Inputs, source: Source, file: InputFile) -> list[WeighedPart]:
+    if not file.bytes and (file.layout.kind == "parquet" or file.layout.compression):
+        raise SourceError(f"{file.path} is empty (0 bytes): fetch it again, or leave it out")
     if file.layout.kind == "parquet":
         return _row_groups(inputs, source, file)
     if file.layout.compression:
-        _check_file_size(file)
         return [WeighedPart(Part(file=file.path, first=0, last=file.bytes),
                             file.bytes * EXPANSION, file.bytes)]  # fmt: skip
     step = file.bytes
@@ -171,36 +189,22 @@ def _parts_of(inputs: Inputs, source: Source, file: InputFile) -> list[WeighedPa
 
 
 def _row_groups(inputs: Inputs, source: Source, file: InputFile) -> list[WeighedPart]:
-    import pyarrow as pa
-
-    from pipeline.inputs.reading import check_column, column_bytes, open_parquet
-
-    _check_file_size(file)
     try:
         with inputs.open(file.path) as raw:
             parquet = open_parquet(raw)
             schema, metadata = parquet.schema_arrow, parquet.metadata
     except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"{file.path} is damaged ({error}): fetch the file again") from error
+        raise damaged(file.path, error) from error
     check_column(schema, file.path, source)
-    sizes = [
-        column_bytes(metadata, group, source.text_column)
-        for group in range(metadata.num_row_groups)
-    ]
-    if source.shape == "lines":  # a page may run on from one row group into the next
-        whole = Part(file=file.path, first=0, last=len(sizes))
-        return [WeighedPart(whole, sum(s[0] for s in sizes), sum(s[1] for s in sizes))]
-    return [
-        WeighedPart(Part(file=file.path, first=group, last=group + 1), text, packed)
-        for group, (text, packed) in enumerate(sizes)
-    ]
+    # a page may run on from one row group into the next
+    step = max(1, metadata.num_row_groups) if source.shape == "lines" else 1
+    parts = []
+    for first in range(0, metadata.num_row_groups, step):
+        sizes = column_bytes(metadata, range(first, first + step), source.text_column)
+        parts.append(WeighedPart(Part(file=file.path, first=first, last=first + step), *sizes))
+    return parts
 
 
 def _share(n_bytes: int) -> int:
     """A 64th of something, but no less than the smallest unit."""
     return max(LEAST_UNIT_BYTES, n_bytes // UNITS_WANTED)
-
-
-def _check_file_size(file: InputFile) -> None:
-    if not file.bytes:
-        raise SourceError(f"{file.path} is empty (0 bytes): fetch it again, or leave it out")

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from pipeline.errors import PrepareError
-from pipeline.inputs.reading import PartReader
 from pipeline.text.chat import ChatTemplate, Encoded
 from pipeline.text.documents import DocumentMaker, Documents, in_batches
 from pipeline.text.encode import CheckedEncoder, encode_documents, make_encoder
 from pipeline.text.pack import Packer
 from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.job import Amount, Limit, PrepareJob, ReportStep, Step
-from pipeline.units.units import PreparePlan, read_plan
 from shards.format import TOKENIZER, TokenizerInfo, UnitRecord, unit_name
 from shards.writer import ShardWriter
 
@@ -30,16 +27,17 @@ def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportStep) -
 
     What an earlier try left is written over with the same bytes.
     """
-    plan = _plan(job.folder, job.plan_sha256)
-    writer = ShardWriter(job.folder, unit_name(position), job.facts)
-    packers = {split: Packer(writer, split, job.facts) for split in ("train", "val")}
-    maker = DocumentMaker(job.source, job.facts.val_fraction)
-    tokenizer = _tokenizer(job.folder / TOKENIZER, job.facts.tokenizer)
+    source, facts = job.plan.source, job.plan.facts
+    writer = ShardWriter(job.folder, unit_name(position), facts)
+    packers = {split: Packer(writer, split, facts) for split in ("train", "val")}
+    maker = DocumentMaker(source, facts.val_fraction)
+    tokenizer = _tokenizer(job.folder / TOKENIZER, facts.tokenizer)
     encoder = CheckedEncoder(make_encoder(tokenizer), tokenizer, job.check_encoding)
-    template = ChatTemplate.of(tokenizer) if job.source.shape == "chat" else None
+    template = ChatTemplate.of(tokenizer) if source.shape == "chat" else None
     text_bytes, done = 0, Amount()
     report(Step(position))
-    for documents in in_batches(_documents(job, plan, position, maker), BATCH_BYTES):
+    read = maker.read(job.inputs, job.plan.parts_of(position))
+    for documents in in_batches(read, BATCH_BYTES):
         chosen = documents.first(len(documents) if limit.documents is None
                                  else limit.documents - done.documents)  # fmt: skip
         encoded = encode_documents(encoder, chosen, template)
@@ -53,21 +51,7 @@ def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportStep) -
             break
     for packer in packers.values():
         packer.finish()
-    return writer.finish(maker.rejected, job.plan_sha256)
-
-
-def _documents(
-    job: PrepareJob, plan: PreparePlan, position: int, maker: DocumentMaker
-) -> Iterator[Documents]:
-    """The documents of a unit, in order."""
-    unit = plan.units[position]
-    reader = PartReader(job.inputs, job.source)
-    try:
-        for number in range(unit.first, unit.last):
-            part = plan.parts[number]
-            yield from maker.documents(number, part, reader.read(part))
-    finally:
-        reader.close()
+    return writer.finish(maker.rejected, job.plan.sha256)
 
 
 def _cut(encoded: Encoded, documents: Documents, limit: Limit) -> tuple[Encoded, Documents]:
@@ -87,13 +71,3 @@ def _tokenizer(path: Path, info: TokenizerInfo) -> Tokenizer:
             "again, which puts it back"
         )
     return tokenizer
-
-
-@functools.lru_cache(maxsize=1)
-def _plan(folder: Path, sha256: str) -> PreparePlan:
-    plan = read_plan(folder)
-    if plan is None or plan.sha256 != sha256:
-        raise PrepareError(
-            f"{folder}: the plan changed while it was worked on: start the same command again"
-        )
-    return plan

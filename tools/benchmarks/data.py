@@ -1,9 +1,10 @@
 """The data order and the loader against their bars, as a markdown table.
 
-    python tools/benchmarks/data.py [--rows 20000]
+    python tools/benchmarks/data.py                   # 20,000 rows of 8 KiB
+    python tools/benchmarks/data.py --rows 1600
 
-Times of the order are CPU time; the loader's are elapsed time and CPU time. Files are written under
-a temporary folder and read once before, so all is warm.
+Times of the order are CPU time, the loader's are elapsed time. Files are written under a temporary
+folder and read once before, so all is warm.
 """
 
 from __future__ import annotations
@@ -13,67 +14,64 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 
-from measure import machine, spread, write_shards
+from measure import cpu_seconds, machine, parse, spread, write_shards
 from shards.reader import ShardReader
 from trainer.config.shares import REFERENCE_SHARES
 from trainer.data.batches import MicroBatches, StepRange
 from trainer.data.loader import Loader, LoaderConfig
 from trainer.data.mixture import BatchShape, DataOrder, Phase
 
-_SEQ_LEN = 4096
-_TIMES = 7
-_ROWS = {"fineweb": 10**9, "the-stack": 3 * 10**8, "books3": 10**8, "arxiv": 5 * 10**7,
-         "slimorca": 6 * 10**5}  # fmt: skip
+SEQ_LEN = 4096
+TIMES = 7
+ROWS = {"fineweb": 10**9, "the-stack": 3 * 10**8, "books3": 10**8, "arxiv": 5 * 10**7,
+        "slimorca": 6 * 10**5}  # fmt: skip
 
 
 def reference_order(scale: int = 1) -> DataOrder:
     """The data order of the reference mixture; each source has `scale` times its rows."""
     weights = {name: int(share) // 5 for name, share in REFERENCE_SHARES.items()}
-    rows = {name: scale * n for name, n in _ROWS.items()}
+    rows = {name: scale * n for name, n in ROWS.items()}
     return DataOrder(seed=0, rows=rows, phases=[Phase(0, weights)])
 
 
-def cpu_s(act: Callable[[], object], times: int = _TIMES) -> list[float]:
-    """CPU seconds of each of several calls, after one that is not counted."""
-    act()
-    taken = []
-    for _ in range(times):
-        start = time.process_time()
-        act()
-        taken.append(time.process_time() - start)
-    return taken
+def order_s(call: Callable[[], object], unit: float) -> str:
+    """The spread of a call's CPU time in a unit of so many seconds, after one not counted."""
+    call()
+    return spread([cpu_seconds(call) / unit for _ in range(TIMES)], "")
 
 
-def loader_rates(folder: Path, n_rows: int) -> tuple[list[float], list[float]]:
-    """GB/s of rows read, verified, stacked: by elapsed and by CPU time of this one process."""
+def batches_of(folder: Path, n_rows: int, shape: BatchShape) -> MicroBatches:
+    """The micro-batches of all rows of one source."""
     order = DataOrder(seed=0, rows={folder.name: n_rows}, phases=[Phase(0, {folder.name: 1})])
-    shape = BatchShape(64, 8, 1)
-    elapsed, cpu = [], []
-    for _ in range(_TIMES + 1):
-        stretch = StepRange(first_index=0, n_steps=n_rows // 64, shape=shape, rank=0)
-        batches = MicroBatches(order, {folder.name: ShardReader(folder)}, stretch)
-        wall, start, size = time.perf_counter(), time.process_time(), 0
+    n_steps = n_rows // shape.global_batch_size
+    stretch = StepRange(first_index=0, n_steps=n_steps, shape=shape, rank=0)
+    return MicroBatches(order, {folder.name: ShardReader(folder)}, stretch)
+
+
+def loader_rates(folder: Path, n_rows: int) -> list[float]:
+    """GB/s of rows read, verified, stacked in this one process."""
+    rates = []
+    for _ in range(TIMES + 1):
+        batches = batches_of(folder, n_rows, BatchShape(64, 8, 1))
+        start = time.perf_counter()
+        n_bytes = 0
         for batch in batches:
-            size += batch.tokens.nbytes  # type: ignore[union-attr]
-        cpu.append(size / 1e9 / (time.process_time() - start))
-        elapsed.append(size / 1e9 / (time.perf_counter() - wall))
-    return elapsed[1:], cpu[1:]
+            n_bytes += batch.tokens.nbytes  # type: ignore[union-attr]
+        rates.append(n_bytes / 1e9 / (time.perf_counter() - start))
+    return rates[1:]
 
 
-def waits(folder: Path, n_rows: int, step_s: float, steps: int) -> float:
+def waits(folder: Path, n_rows: int, step_s: float) -> float:
     """Share of the time that steps of this length wait for a loader of two workers."""
-    order = DataOrder(seed=0, rows={folder.name: n_rows}, phases=[Phase(0, {folder.name: 1})])
-    stretch = StepRange(first_index=0, n_steps=steps, shape=BatchShape(8, 8, 1), rank=0)
-    batches = MicroBatches(order, {folder.name: ShardReader(folder)}, stretch)
+    batches = batches_of(folder, n_rows, BatchShape(8, 8, 1))
     loader = Loader(batches, LoaderConfig(), torch.device("cpu"), 0, print)
     loader.next()  # the first comes with the workers
     loader.waited_s = 0.0
     start = time.perf_counter()
-    for _ in range(steps - 1):
+    for _ in range(n_rows // 8 - 1):
         loader.next()
         time.sleep(step_s)
     share = loader.waited_s / (time.perf_counter() - start)
@@ -81,36 +79,31 @@ def waits(folder: Path, n_rows: int, step_s: float, steps: int) -> float:
     return share
 
 
-@click.command()
-@click.option("--rows", default=20_000, show_default=True, help="Rows of 8 KiB that are read.")
-def main(rows: int) -> None:
-    """Measure the data order and the loader.
-
-    Example: python tools/benchmarks/data.py
-    """
+def main() -> None:
+    """Measure the data order and the loader."""
+    n_rows = parse(__doc__, rows=20_000).rows
     order = reference_order()
-    index_us = [s * 1e6 / 65_536 for s in cpu_s(lambda: order.locate(np.arange(65_536) + 10**6))]
-    seek_ms = [s * 1e3 for s in cpu_s(lambda: order.locate(np.array([10**12])))]
-    start_ms = [[s * 1e3 for s in cpu_s(lambda n=n: reference_order(n).locate(np.arange(64)))]  # type: ignore[misc]
-                for n in (1, 1000)]  # fmt: skip
+    lines = [
+        ("an index, 65,536 at once, us of CPU", "< 0.5",
+         order_s(lambda: order.locate(np.arange(65_536) + 10**6), 65_536e-6)),
+        ("seek(10^12), ms of CPU", "< 1", order_s(lambda: order.locate(np.array([10**12])), 1e-3)),
+    ]  # fmt: skip
+    for scale, name in ((1, "1.45 G"), (1000, "1.45 T")):
+        took = order_s(lambda n=scale: reference_order(n).locate(np.arange(64)), 1e-3)  # type: ignore[misc]
+        lines.append((f"start-up, {name} rows, ms of CPU", "the same", took))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "rows"
-        tokens = np.random.default_rng(0).integers(3, 32_768, (rows, _SEQ_LEN), np.uint16)
+        tokens = np.random.default_rng(0).integers(3, 32_768, (n_rows, SEQ_LEN), np.uint16)
         write_shards(source, tokens, 32_768)
-        elapsed, cpu = loader_rates(source, rows)
-        waited = waits(source, rows, 0.05, 200)
-    click.echo(f"{machine('numpy', 'torch')}\n")
-    click.echo("| what | bar | measured: median (least .. most) |\n|---|---|---|")
-    for line in (
-        ("an index, 65,536 at once", "< 0.5 us", spread(index_us, "us CPU")),
-        ("seek(10^12)", "< 1 ms", spread(seek_ms, "ms CPU")),
-        ("start-up, 1.45 G rows", "the same", spread(start_ms[0], "ms CPU")),
-        ("start-up, 1.45 T rows", "the same", spread(start_ms[1], "ms CPU")),
-        ("rows read, verified, stacked", ">= 1 GB/s a process", spread(elapsed, "GB/s elapsed")),
-        ("the same", "", spread(cpu, "GB/s of CPU time")),
+        rates = loader_rates(source, n_rows)
+        waited = waits(source, min(n_rows, 1600), 0.05)
+    lines += [
+        ("rows read, verified, stacked, GB/s a process", ">= 1.5", spread(rates, "")),
         ("steps of 50 ms and 8 rows wait", "< 1 %", f"{waited:.2%} of the time"),
-    ):
-        click.echo(f"| {' | '.join(line)} |")
+    ]
+    print(f"{machine('numpy', 'torch')}\n")
+    print("| what | bar | measured: median (least .. most) |\n|---|---|---|")
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 if __name__ == "__main__":

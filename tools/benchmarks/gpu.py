@@ -4,18 +4,21 @@
     tools/benchmarks/gpu.sh --parts step breakdown     # some parts
     tools/benchmarks/gpu.sh --device cpu --small       # no figures: is the script sound?
 
-A part writes OUT/<part>.md line by line, so what was measured stays when it is cut off; one that
-fails says so there, and the next goes on. Nothing is downloaded, and no shards are needed. The
-folder defaults to $OUT, then to build/gpu.
+A part is a process that writes OUT/<part>.md line by line, so what was measured stays when it is
+cut off; one that fails says so there, and the next goes on. Nothing is downloaded, and no shards
+are needed. The folder defaults to $OUT, then to build/gpu.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import multiprocessing
 import os
+import re
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,20 +28,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import attention
-import gpu_runs
-from attention_sides import AttentionBench
-from measure import machine, spread
-from model.attention import self_test
-from model.config import ModelError
+from measure import cpu_name, machine, parse, spread, write_shards
+from step import made_up, settle, shares, timed, utilisation
+from step_sides import Work, ours
+from tools.rehearsal.processes import compare_checkpoints, train_with_faults
 from trainer.config.config import configure
-from trainer.distributed.devices import device_name, find_accelerator
+from trainer.config.resolve import make_plan
+from trainer.distributed.devices import device_name
+from trainer.distributed.world import join_world, make_deterministic
+from trainer.metrics.metrics import read_lines
+from trainer.train import train
 
-STEP = Path(__file__).with_name("gpu_step.py")
-FULL_PRESETS = ("summer-4b", "summer-1b")
 SMALL = ["model.n_layers=2", "model.vocab_size=512", "model.seq_len=64", "compile=false"]
+GOLDEN_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -50,120 +56,125 @@ class GpuBench:
     out: Path
     work: Path  # removed afterwards
     golden: Path
-    ends_at: float  # of the part, by time.monotonic()
 
     @property
     def presets(self) -> tuple[str, str]:
         """The reference model, and one that fits 80 GB."""
-        return ("tiny", "tiny") if self.small else FULL_PRESETS
-
-    @property
-    def left_s(self) -> float:
-        """Seconds that the part has left; at least one."""
-        return max(1.0, self.ends_at - time.monotonic())
-
-    def measured(self, preset: str, rows: int, *sets: str, **options: Any) -> dict[str, Any]:
-        """gpu_step.py's findings; or, under "failed", why there are none."""
-        if self.small:
-            sets, options = (*SMALL, *sets), {**options, "steps": 2}
-        sets = (f"device={self.device}", *sets)
-        order = json.dumps({"preset": preset, "rows": rows, "sets": sets, **options})
-        try:
-            done = subprocess.run(
-                [sys.executable, str(STEP), order],
-                capture_output=True,
-                text=True,
-                timeout=self.left_s,
-            )
-        except subprocess.TimeoutExpired:
-            return {"failed": "the part's time was up"}
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-            return {"failed": last[0][:120].replace("|", "/")}
-        findings: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return findings
+        return ("tiny", "tiny") if self.small else ("summer-4b", "summer-1b")
 
 
 def main() -> None:
-    """Run the parts that were asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny shapes: no figures")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "build/gpu")))
-    parser.add_argument("--golden", type=Path, default=gpu_runs.GOLDEN)
-    parser.add_argument("--minutes", type=float, default=8.0, help="for each part")
-    options = parser.parse_args()
+    """Run the parts that were asked for, each in a process of its own."""
+    options = parse(
+        __doc__,
+        device={"choices": ("cuda", "cpu"), "default": "cuda"},
+        small={"default": False, "help": "tiny shapes: no figures"},
+        parts={"nargs": "+", "choices": PARTS, "default": list(PARTS)},
+        out=Path(os.environ.get("OUT", "build/gpu")),
+        golden=Path(__file__).with_name("golden"),
+        minutes={"default": 8.0, "help": "for each part"},
+    )
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU here: --device cpu --small only checks the script")
     options.out.mkdir(parents=True, exist_ok=True)
-    failed = [part for part in options.parts if not run_part(part, options)]
+    failed, context = [], multiprocessing.get_context("spawn")
+    for part in options.parts:
+        process = context.Process(target=run_part, args=(part, options))
+        process.start()
+        process.join()
+        if process.exitcode:
+            failed.append(part)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; the reasons are in {options.out}")
 
 
-def run_part(part: str, options: argparse.Namespace) -> bool:
-    """Write one part's file, and print it. Whether it went well."""
-    path, start = options.out / f"{part}.md", time.monotonic()
-    ends_at = start + 60 * options.minutes
-    with tempfile.TemporaryDirectory() as work, path.open("w") as file:
+def run_part(part: str, options: argparse.Namespace) -> None:
+    """Write one part's file, and print it; exit code 1 if it failed."""
+    start = time.monotonic()
+    signal.signal(signal.SIGALRM, _time_is_up)
+    signal.alarm(int(60 * options.minutes))
+    with tempfile.TemporaryDirectory() as work, (options.out / f"{part}.md").open("w") as file:
 
         def write(line: str) -> None:
             print(line, flush=True)
             print(line, file=file, flush=True)
 
         write(f"## {part}\n\n{headline(options.device)}\n")
-        bench = GpuBench(
-            options.device, options.small, options.out, Path(work), options.golden, ends_at
-        )
+        bench = GpuBench(options.device, options.small, options.out, Path(work), options.golden)
         try:
             for line in PARTS[part](bench):
                 write(line)
-                if time.monotonic() > ends_at:
-                    write(f"\n**Cut off after {options.minutes:g} minutes.**")
-                    break
-        except Exception as failure:  # whatever it is: the other parts must still be measured
+        except TimeoutError:
+            write(f"\n**Cut off after {options.minutes:g} minutes.**")
+        except Exception as failure:  # whatever it is: it belongs into the file
             write(f"\n**FAILED: {type(failure).__name__}: {str(failure)[:500]}**")
-            return False
+            sys.exit(1)
         write(f"\n{time.monotonic() - start:.0f} s\n")
-    return True
+
+
+def _time_is_up(*_: object) -> None:
+    raise TimeoutError
 
 
 def headline(device: str) -> str:
     """What it is measured on."""
     if device == "cpu":
         return f"**Not run on a GPU.** {machine('torch')}"
-    known = find_accelerator(device_name(device))
-    peak = f"peak {known.bf16_tflops:g} TFLOP/s in bf16" if known else "peak unknown: no MFU"
     runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    return f"{device_name(device)}, {peak}, {runtime}; {machine('torch', 'triton')}"
+    return f"{device_name(device)}, {runtime}; {machine('torch', 'triton')}"
+
+
+def measured(
+    bench: GpuBench, preset: str, rows: int, *sets: str, profiled: int = 0
+) -> dict[str, Any]:
+    """A step of the preset's network on random tokens: seconds, memory, where the time goes."""
+    torch._dynamo.reset()
+    gc.collect()  # the model before this one
+    torch.cuda.empty_cache()
+    sets = (*(SMALL if bench.small else ()), f"device={bench.device}", *sets)
+    config = configure(preset=preset, sets=sets).config
+    with join_world(config.device) as world:
+        if config.deterministic:
+            make_deterministic(world.device)
+        start, work = time.perf_counter(), Work(config, world, rows)
+        side, batches = ours(work), made_up(work)
+        loss = float(side.step(*batches[0]).detach())
+        cold_s = time.perf_counter() - start
+        took = [timed(side, batches, 1 if bench.small else 4) for _ in range(3)]
+        if on_gpu := world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            side.step(*batches[0])
+            settle()
+        rates = [rows * config.model.seq_len / s for s in took]
+        found = shares(side, batches, profiled, world.device) if profiled else ({}, 0.0)
+        return {
+            "step_ms": statistics.median(took) * 1e3,
+            "tokens/s": spread(rates, ""),
+            "causal": utilisation(work, rates),
+            "peak": f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if on_gpu else "",
+            "cold": f"{cold_s:.0f}",
+            "loss": f"{loss:.3f}",
+            "parts": found[0],
+            "launched": found[1],
+        }
 
 
 STEP_HEADER = (
-    "| model | rows | recomputed | attention dropout | tokens/s | causal MFU | full-square MFU |"
-    " peak GB | cold s | first loss |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| model | rows | recomputed | attention dropout | tokens/s | causal FLOPs |"
+    " peak GB | cold s | first loss |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
-def step_line(
-    bench: GpuBench, preset: str, rows: int, kind: str, dropout: float, *sets: str
-) -> str:
+def step_line(bench: GpuBench, preset: str, rows: int, kind: str, dropout: float) -> str:
     """A full step of a preset at T = 4,096, with AdamW, as a line of the table."""
-    found = bench.measured(
-        preset,
-        rows,
-        f"activation_checkpointing={kind}",
-        f"model.attention_dropout={dropout}",
-        *sets,
-    )
-    start = f"| {' '.join((preset, *sets))} | {rows} | {kind} | {dropout:g} |"
-    if "failed" in found:
-        return f"{start} {found['failed']} | | | | | |"
-    rates = spread([found["tokens"] / s for s in found["seconds"]], "")
-    cells = [f"{found[k]:.1%}" if found[k] else "" for k in ("causal_mfu", "square_mfu")]
-    cells += [f"{found['peak_gb']:.1f}" if found["peak_gb"] else ""]
-    cells += [f"{found['cold_s']:.0f}", f"{found['first_loss']:.3f}"]
-    return f"{start} {rates} | {' | '.join(cells)} |"
+    sets = (f"activation_checkpointing={kind}", f"model.attention_dropout={dropout}")
+    start = f"| {preset} | {rows} | {kind} | {dropout:g} |"
+    try:
+        found = measured(bench, preset, rows, *sets)
+    except RuntimeError as failure:
+        return f"{start} {attention.reason_of(failure)} | | | | |"
+    names = ("tokens/s", "causal", "peak", "cold", "loss")
+    return f"{start} {' | '.join(found[name] for name in names)} |"
 
 
 def step(bench: GpuBench) -> Iterator[str]:
@@ -188,77 +199,113 @@ def breakdown(bench: GpuBench) -> Iterator[str]:
     """Milliseconds of each part of a step, with the share of the kernels' time."""
     yield "| model | part | ms a step | share |\n|---|---|---|---|"
     for preset in bench.presets:
-        found = bench.measured(preset, 2, profiled=3)
-        parts = found.get("parts", {})
-        launched, _ = (parts.pop(name, 0) for name in ("kernels launched", "wall, profiled"))
-        total = sum(parts.values())
-        if "failed" in found:
-            yield f"| {preset} | {found['failed']} | | |"
-        for part, ms in parts.items():
+        try:
+            found = measured(bench, preset, 2, profiled=3)
+        except RuntimeError as failure:
+            yield f"| {preset} | {attention.reason_of(failure)} | | |"
+            continue
+        total = sum(found["parts"].values())
+        for part, ms in found["parts"].items():
             yield f"| {preset} | {part} | {ms:.2f} | {ms / total:.1%} |"
-        if launched:
-            took = statistics.median(found["seconds"]) * 1e3
-            idle = f"{1 - total / took:.1%} of {took:.1f} ms without a kernel"
+        if launched := found["launched"]:
+            idle = f"{1 - total / found['step_ms']:.1%} of {found['step_ms']:.1f} ms without one"
             yield f"| {preset} | {launched:.0f} kernels | {total:.2f} | {idle} |"
 
 
-def kernels(bench: GpuBench) -> Iterator[str]:
-    """The kernels that SDPA takes, and the fold's error on them."""
-    yield from attention.backends(attention_bench(bench, 4096))
-    yield "\n| heads | dtype | the fold's error, nats (limit 1e-3) |\n|---|---|---|"
-    for preset in dict.fromkeys(("tiny", *bench.presets)):
-        config = configure(preset=preset).config.model
-        for dtype in (torch.bfloat16, torch.float32):
-            try:
-                error = f"{self_test(bench.device, dtype, config):.1e}"
-            except ModelError as rejection:
-                error = str(rejection)
-            yield f"| {config.n_heads} x {config.head_dim} | {dtype} | {error} |"
-
-
-def attention_sides(bench: GpuBench) -> Iterator[str]:
-    """ALiBi folded, left out, as a mask and in FlexAttention."""
-    yield from attention.compare(attention_bench(bench, *(1024 * 2**n for n in range(5))))
-
-
-def attention_bench(bench: GpuBench, *lengths: int) -> AttentionBench:
-    """attention.py's comparison for the reference model's heads."""
-    return AttentionBench(
-        config=configure(preset=bench.presets[0]).config.model,
-        device=torch.device(bench.device),
-        lengths=[128] if bench.small else lengths,
-        turns=3 if bench.small else 15,
-        tokens=1 if bench.small else 16_384,
-        compiled=not bench.small,
-        dropout=0.0,
+def attention_bench(bench: GpuBench, *lengths: int) -> attention.AttentionBench:
+    """attention.py's comparison, in its small form or on a GPU."""
+    turns = 3 if bench.small else 15
+    return attention.AttentionBench.on(
+        bench.device, [128] if bench.small else lengths, turns, compiled=not bench.small
     )
 
 
-def shards(bench: GpuBench) -> None:
-    """Rows for the parts that train."""
+def make_shards(bench: GpuBench) -> str:
+    """A folder of one source of arithmetic sequences, which can be learnt."""
     seq_len, vocab_size = (32, 512) if bench.small else (1024, 32_768)
-    gpu_runs.make_shards(bench.work / "shards", rows=400, seq_len=seq_len, vocab_size=vocab_size)
+    first, stride = np.random.default_rng(0).integers(0, vocab_size, (2, 400, 1))
+    tokens = 3 + (first + (1 + stride % 7) * np.arange(seq_len)) % (vocab_size - 3)
+    write_shards(bench.work / "shards" / "fineweb", tokens, vocab_size)
+    return str(bench.work / "shards")
+
+
+def run_sets(bench: GpuBench) -> list[str]:
+    """`--set` texts of a run that takes seconds."""
+    model = "n_layers=2 d_model=32 n_heads=2 d_ff=64"
+    rest = "compile=false global_batch_tokens=256 loader.num_workers=0"
+    if not bench.small:
+        model, rest = "n_layers=6 d_model=768 n_heads=8 d_ff=2688", "global_batch_tokens=32768"
+    return [
+        *(f"model.{text}" for text in model.split()),
+        *rest.split(),
+        f"model.attention_dropout={0.1 if bench.device == 'cuda' else 0.0}",
+        f"device={bench.device}",
+        f"max_steps={GOLDEN_STEPS}",
+        "micro_batch_size=4",
+        "validation.interval=0",
+        "checkpoint.interval_steps=4",
+        "checkpoint.asynchronous=false",
+    ]
 
 
 def resume(bench: GpuBench) -> Iterator[str]:
-    """A compiled run that is killed, and one that is not."""
-    shards(bench)
-    yield from gpu_runs.killed_and_resumed(bench.work, bench.device, bench.small, bench.left_s)
+    """Whether a compiled run that is killed twice ends with the bits of an uninterrupted one."""
+    arguments = ["--shards", make_shards(bench), "--preset", "tiny"]
+    for text in run_sets(bench):
+        arguments += ["--set", text]
+    runs = {bench.work / "uninterrupted": "", bench.work / "killed": "sigkill:0:6,sigkill:0:13"}
+    starts = dict.fromkeys(runs, 1)
+    for run, faults in runs.items():
+        while train_with_faults(arguments, run, faults, limit_s=600):
+            starts[run] += 1
+            if starts[run] > 4:
+                raise RuntimeError(run.with_suffix(".log").read_text()[-500:])
+    one, other = runs
+    same = compare_checkpoints(one, other, GOLDEN_STEPS).identical
+    losses = [[line["loss"] for line in read_lines(run / "metrics.jsonl")] for run in runs]
+    yield "| a run killed twice, and one that was not | |\n|---|---|"
+    yield f"| weights and moments | {'the same bits' if same else 'DIFFERENT'} |"
+    yield f"| losses | {'the same bits' if losses[0] == losses[1] else 'DIFFERENT'} |"
+    yield f"| starts | {' and '.join(map(str, starts.values()))} |"
 
 
 def golden(bench: GpuBench) -> Iterator[str]:
-    """The device's own losses."""
-    shards(bench)
-    yield from gpu_runs.golden(bench.work, bench.device, bench.small, bench.golden, bench.out)
+    """The losses of a fixed run, compared with the device's file, or written to that file."""
+    sets = run_sets(bench)
+    configured = configure(preset="tiny", sets=sets, shards=make_shards(bench))
+    train(make_plan(configured, 1), bench.work / "run")
+    losses = [line["loss"] for line in read_lines(bench.work / "run" / "metrics.jsonl")]
+    device = device_name("cuda") if bench.device == "cuda" else cpu_name()
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    name = f"{slug}{'-small' if bench.small else ''}.json"
+    found = {"torch": torch.__version__, "sets": sets, "losses": losses}
+    (bench.out / name).write_text(json.dumps(found, indent=1) + "\n")  # to be copied from here
+    known = bench.golden / name
+    if not known.exists():
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text((bench.out / name).read_text())
+        yield f"{name}: written, {losses[0]:.6f} to {losses[-1]:.6f} in {len(losses)} steps"
+        return
+    old = json.loads(known.read_text())
+    if old["sets"] != sets:
+        yield f"{name}: of another run ({known}): remove it to write a new one"
+        return
+    worst = max(abs(a - b) / a for a, b in zip(old["losses"], losses, strict=True))
+    verdict = "the same bits" if worst == 0.0 else f"DIFFERENT by up to {worst:.1e} relative"
+    yield (
+        f"{name} (torch {old['torch']}; here {torch.__version__}): {verdict} in {len(losses)} steps"
+    )
 
 
 PARTS: dict[str, Callable[[GpuBench], Iterator[str]]] = {
     "step": step,
     "breakdown": breakdown,
-    "kernels": kernels,
+    "kernels": lambda bench: attention.backends(attention_bench(bench, 4096)),
     "golden": golden,
     "resume": resume,
-    "attention": attention_sides,
+    "attention": lambda bench: attention.compare(
+        attention_bench(bench, *(1024 * 2**n for n in range(5)))
+    ),
     "sweep": partial(sweep, kind="none"),
     "sweep-selective": partial(sweep, kind="selective"),
     "sweep-full": partial(sweep, kind="full"),

@@ -1,22 +1,27 @@
-"""What the benchmarks share: the machine, a process and what it cost, medians, made-up shards."""
+"""What the benchmarks share: options, turns, ratios, the machine, processes, made-up shards."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from shards.format import Facts, Part, TokenizerInfo, token_dtype
 from shards.writer import ShardWriter, write_manifest
+
+T = TypeVar("T")
 
 _RUN = """
 import ctypes, json, os, resource, subprocess, sys, time
@@ -50,19 +55,57 @@ class Done:
     output: str
 
 
-def run(
-    command: Sequence[str], cores: int = 0, environment: Mapping[str, str] | None = None
-) -> Done:
+def parse(doc: str | None, **options: Any) -> argparse.Namespace:
+    """The command line's values: an option a keyword, its default there or in argparse's settings.
+
+    A default gives the type; a list's is that of its items.
+    """
+    parser = argparse.ArgumentParser(
+        description=(doc or "").splitlines()[0],
+        epilog=(doc or "").partition("\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, given in options.items():
+        settings: dict[str, Any] = given if isinstance(given, dict) else {"default": given}
+        default = settings.get("default")
+        if isinstance(default, bool):
+            settings["action"] = "store_true"
+        elif isinstance(default, list):
+            settings = {"nargs": "+", "type": type(next(iter(default), "")), **settings}
+        elif default is not None:
+            settings = {"type": type(default), **settings}
+        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
+    return parser.parse_args()
+
+
+def in_turns(calls: Mapping[str, Callable[[], T]], turns: int) -> dict[str, list[T]]:
+    """What each call gives in each turn; every second turn goes the other way round."""
+    found: dict[str, list[T]] = {name: [] for name in calls}
+    for turn in range(turns):
+        for name in calls if turn % 2 else reversed(list(calls)):
+            found[name].append(calls[name]())
+    return found
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """CPU seconds of one call."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def ratios(over: Iterable[float], under: Iterable[float]) -> str:
+    """The spread of one side's figures over another's, turn by turn."""
+    return spread([a / b for a, b in zip(over, under, strict=True)], "x")
+
+
+def run(command: Sequence[str], cores: int = 0) -> Done:
     """Run a command, on the first `cores` cores if that is not 0, in the hands of a small parent.
 
     The parent has no other child: what the system reports of its children is about this command.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN, str(cores), *command],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **(environment or {})},
-    )
+    started = [sys.executable, "-c", _RUN, str(cores), *command]
+    done = subprocess.run(started, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
     return Done(*json.loads(done.stdout))
@@ -70,19 +113,18 @@ def run(
 
 def machine(*packages: str) -> str:
     """One line: what this was measured on, with the versions of packages that are installed."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return (
-        f"{cpu}, {os.cpu_count()} cores, {memory_gb:.0f} GB, load {os.getloadavg()[0]:.1f}; "
+        f"{cpu_name()}, {os.cpu_count()} cores, {memory_gb:.0f} GB, load {os.getloadavg()[0]:.1f}; "
         f"Python {platform.python_version()}{''.join(map(_version, packages))}"
     )
+
+
+def cpu_name() -> str:
+    """The processor's name, as Linux gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _version(package: str) -> str:

@@ -3,8 +3,8 @@
     python tools/benchmarks/peers.py gigatoken JOB.json
 
 Each runs as a process of its own and imports what it needs and nothing else. A job is a JSON
-object: files (parquet), lines (the same as json lines), column, model (a SentencePiece file),
-tokenizer (the same as a tokenizer.json), workers, out.
+object: files (parquet), column, workers, out, and folder, which holds lines.jsonl (the same as json
+lines), tokenizer.model and tokenizer.json.
 """
 
 from __future__ import annotations
@@ -25,33 +25,21 @@ def gigatoken(job: dict[str, Any]) -> None:
         pool.map(_gigatoken_file, job["files"], chunksize=1)
 
 
-def gigatoken_pyarrow(job: dict[str, Any]) -> None:
-    """The same, but parquet is read by pyarrow a thousand documents at a time."""
-    with multiprocessing.Pool(job["workers"], _load_gigatoken, [job]) as pool:
-        pool.map(_gigatoken_batches, job["files"], chunksize=1)
-
-
 def _load_gigatoken(job: dict[str, Any]) -> None:
     import gigatoken  # type: ignore[import-not-found]
 
-    _state.update(job, encoder=gigatoken.Tokenizer.from_sentencepiece(Path(job["model"])))
+    model = Path(job["folder"]) / "tokenizer.model"
+    _state.update(job, encoder=gigatoken.Tokenizer.from_sentencepiece(model))
 
 
 def _gigatoken_file(path: str) -> None:
     import gigatoken
+    import numpy as np
 
     source = gigatoken.ParquetFileSource([path], _state["column"])
-    _write_rows(Path(path).stem, _packed(_state["encoder"].encode_files(source)))
-
-
-def _gigatoken_batches(path: str) -> None:
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    column = _state["column"]
-    batches = pq.ParquetFile(path).iter_batches(1000, columns=[column], use_threads=False)
-    streams = [_packed(_state["encoder"].encode_batch(b.column(0).to_pylist())) for b in batches]
-    _write_rows(Path(path).stem, np.concatenate(streams))
+    stream = _packed(_state["encoder"].encode_files(source))
+    rows = np.pad(stream, (0, -len(stream) % SEQ_LEN)).reshape(-1, SEQ_LEN)
+    np.save(Path(_state["out"]) / f"{Path(path).stem}.npy", rows)
 
 
 def _packed(encoded: Any) -> Any:
@@ -70,25 +58,18 @@ def _packed(encoded: Any) -> Any:
     return stream
 
 
-def _write_rows(name: str, stream: Any) -> None:
-    import numpy as np
-
-    rows = np.pad(stream, (0, -len(stream) % SEQ_LEN)).reshape(-1, SEQ_LEN)
-    np.save(Path(_state["out"]) / f"{name}.npy", rows)
-
-
 def datatrove(job: dict[str, Any]) -> None:
     """ParquetReader and DocumentTokenizer, not shuffled, in a LocalPipelineExecutor."""
     from datatrove.executor import LocalPipelineExecutor  # type: ignore[import-not-found]
     from datatrove.pipeline.readers import ParquetReader  # type: ignore[import-not-found]
     from datatrove.pipeline.tokens import DocumentTokenizer  # type: ignore[import-not-found]
 
-    out = job["out"]
+    out, tokenizer = job["out"], f"{job['folder']}/tokenizer.json"
     LocalPipelineExecutor(
         [
             ParquetReader(str(Path(job["files"][0]).parent), text_key=job["column"]),
             # batches of 10,000, its default, take gigabytes
-            DocumentTokenizer(out, job["tokenizer"], eos_token="</s>", batch_size=1000,
+            DocumentTokenizer(out, tokenizer, eos_token="</s>", batch_size=1000,
                               shuffle_documents=False),
         ],
         tasks=job["workers"],
@@ -103,17 +84,14 @@ def megatron(job: dict[str, Any]) -> None:
     The script is no part of any package. What it does: a pool maps json lines to ids with
     sentencepiece, 32 lines at a time and in order; the parent appends them to an IndexedDataset.
     """
-    from megatron.core.datasets.indexed_dataset import (  # type: ignore[import-not-found]
-        DType,
-        IndexedDatasetBuilder,
-    )
+    from megatron.core.datasets import indexed_dataset  # type: ignore[import-not-found]
 
     out = Path(job["out"])
     _load_sentencepiece(job)
-    dtype = DType.optimal_dtype(_state["processor"].get_piece_size())
-    builder = IndexedDatasetBuilder(str(out / "text.bin"), dtype=dtype)
+    dtype = indexed_dataset.DType.optimal_dtype(_state["processor"].get_piece_size())
+    builder = indexed_dataset.IndexedDatasetBuilder(str(out / "text.bin"), dtype=dtype)
     with (
-        Path(job["lines"]).open(encoding="utf-8") as lines,
+        (Path(job["folder"]) / "lines.jsonl").open(encoding="utf-8") as lines,
         multiprocessing.Pool(job["workers"], _load_sentencepiece, [job]) as pool,
     ):
         ids: list[int]
@@ -125,7 +103,8 @@ def megatron(job: dict[str, Any]) -> None:
 def _load_sentencepiece(job: dict[str, Any]) -> None:
     import sentencepiece
 
-    _state.update(processor=sentencepiece.SentencePieceProcessor(model_file=job["model"]))
+    model = f"{job['folder']}/tokenizer.model"
+    _state.update(processor=sentencepiece.SentencePieceProcessor(model_file=model))
 
 
 def _encode_line(line: str) -> list[int]:
@@ -133,12 +112,7 @@ def _encode_line(line: str) -> list[int]:
     return [*processor.encode(json.loads(line)["text"]), processor.eos_id()]
 
 
-PEERS = {
-    "gigatoken": gigatoken,
-    "gigatoken-pyarrow": gigatoken_pyarrow,
-    "megatron": megatron,
-    "datatrove": datatrove,
-}
+PEERS = {"gigatoken": gigatoken, "megatron": megatron, "datatrove": datatrove}
 
 if __name__ == "__main__":
     PEERS[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()))

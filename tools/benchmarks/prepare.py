@@ -2,6 +2,7 @@
 
     python tools/benchmarks/prepare.py                        # this interpreter's own sources
     python tools/benchmarks/prepare.py --corpus 'web/*.parquet' --text-column text
+    python tools/benchmarks/prepare.py --megabytes 2 --repeats 1
 
 Each figure is a fresh process's, its start included; sides take turns, `--repeats` times. Peers
 (peers.py) that are not installed are left out; they may live in an environment of their own,
@@ -10,254 +11,154 @@ Each figure is a fresh process's, its start included; sides take turns, `--repea
 
 from __future__ import annotations
 
-import argparse
 import glob
 import json
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from measure import Done, machine, run, spread
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from measure import Done, in_turns, machine, parse, ratios, run, spread
+from pipeline.text.tokenizer import Tokenizer
 from stages import breakdown
+from tools.models.tokenizers import tokenizer_json
 
 PEERS = Path(__file__).with_name("peers.py")
-MODULES = {
-    "gigatoken": "gigatoken",
-    "gigatoken-pyarrow": "gigatoken",
-    "megatron": "megatron.core",
-    "datatrove": "datatrove",
-}
-TOKENS = {"megatron": "*.bin", "datatrove": "*.ds"}  # of the others *.npy
+MODULES = {"gigatoken": "gigatoken", "megatron": "megatron.core", "datatrove": "datatrove"}
 FILES = 16
-SOURCES_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class PrepareBench:
+    """One corpus, as parquet files in FOLDER/in, and who is to prepare it."""
+
+    folder: Path
+    column: str
+    workers: int
+    peers_python: str
+
+    @property
+    def files(self) -> list[str]:
+        """The parquet files."""
+        return sorted(str(path) for path in (self.folder / "in").iterdir())
+
+    def command(self, workers: int) -> list[str]:
+        """`summer-prep` without its --out."""
+        command = [sys.executable, "-m", "pipeline.cli", "tokenize", "--source", "corpus"]
+        command += ["--data-files", str(self.folder / "in" / "*.parquet")]
+        return [*command, "--text-column", self.column, "--workers", str(workers)]
+
+    def run(self, name: str, workers: int) -> Done:
+        """One run into an empty folder."""
+        out = self.folder / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        if name == "ours":
+            return run([*self.command(workers), "--out", str(out)], workers)
+        job = {"folder": str(self.folder), "files": self.files, "column": self.column,
+               "workers": workers, "out": str(out)}  # fmt: skip
+        (self.folder / "job.json").write_text(json.dumps(job))
+        return run([self.peers_python, str(PEERS), name, str(self.folder / "job.json")], workers)
 
 
 def main() -> None:
     """Print the machine, the corpus, and a table for each question."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--corpus", metavar="GLOB", help="Parquet files; default: Python sources.")
-    parser.add_argument("--text-column", default="text", metavar="COL")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peers-python", default=sys.executable, metavar="PATH")
-    parser.add_argument("--sides", default=",".join(MODULES), help="Peers to run.")
-    parser.add_argument("--only", choices=["compare", "scaling", "stages", "memory"])
-    options = parser.parse_args()
+    options = parse(
+        __doc__,
+        corpus={"metavar": "GLOB", "help": "parquet files; default: Python sources"},
+        text_column="text",
+        megabytes={"default": 128, "help": "of Python sources"},
+        workers=2,
+        repeats=3,
+        peers_python=sys.executable,
+    )
     print(machine("sentencepiece", "pyarrow", "gigatoken", "megatron-core", "datatrove"), "\n")
     with tempfile.TemporaryDirectory() as name:
-        corpus = make_corpus(options.corpus, options.text_column, Path(name))
-        print(corpus.about, "\n")
-        sides = [
-            side for side in options.sides.split(",") if _is_installed(options.peers_python, side)
-        ]
-        bench = PrepareBench(
-            corpus, Path(name), options.workers, options.repeats, options.peers_python
-        )
-        tables = {
-            "compare": lambda: bench.compare(sides),
-            "scaling": bench.scaling,
-            "stages": lambda: breakdown(_ours(corpus.files, corpus.column, 1)[3:], options.repeats),
-            "memory": bench.memory,
-        }
-        for title, rows in tables.items():
-            if options.only in (None, title):
-                for row in rows():
-                    print(row, flush=True)
-                print()
+        bench = PrepareBench(Path(name), options.text_column, options.workers, options.peers_python)
+        n_bytes = write_inputs(bench, options.corpus, options.megabytes << 20)
+        print(f"Corpus: {n_bytes / 1e6:.1f} MB of text, {len(bench.files)} parquet files.\n")
+        print(*compare(bench, n_bytes, options.repeats), sep="\n", flush=True)
+        print("\n".join(breakdown(bench.command(1)[3:], options.repeats)))
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Parquet files under one folder, and what they hold."""
-
-    files: tuple[str, ...]
-    column: str
-    text_bytes: int
-    about: str
-    tiny: tuple[str, ...]
-    """The first document alone: what a side takes for it is its start."""
-
-
-def make_corpus(pattern: str | None, column: str, folder: Path) -> Corpus:
-    """The named files, or this interpreter's sources as parquet; read once, and counted."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    there = folder / "in"
-    there.mkdir()
+def write_inputs(bench: PrepareBench, pattern: str | None, max_bytes: int) -> int:
+    """Bytes of text in the files, which are made, or linked; read once, also as json lines."""
+    folder = bench.folder / "in"
+    folder.mkdir()
     if pattern is None:
-        column = "text"
-        texts = list(_python_sources())
-        share = -(-len(texts) // FILES)
+        texts = list(python_sources(max_bytes))
         for n in range(FILES):
-            table = pa.table({column: texts[n * share : (n + 1) * share]})
-            pq.write_table(table, there / f"{n:03d}.parquet", row_group_size=1000)
+            path = folder / f"{n:03d}.parquet"
+            pq.write_table(pa.table({bench.column: texts[n::FILES]}), path, row_group_size=1000)
     else:
-        for n, path in enumerate(sorted(glob.glob(pattern))):  # noqa: PTH207  (a user's pattern)
-            (there / f"{n:03d}.parquet").symlink_to(Path(path).absolute())
-    files = tuple(sorted(str(path) for path in there.iterdir()))
-    if not files:
+        for n, name in enumerate(sorted(glob.glob(pattern))):  # noqa: PTH207  (a user's pattern)
+            (folder / f"{n:03d}.parquet").symlink_to(Path(name).absolute())
+    if not bench.files:
         raise SystemExit(f"no file matches {pattern}")
-    n_bytes = documents = 0
-    for path in files:
-        texts = pq.read_table(path, columns=[column])[column].drop_null().combine_chunks()
-        n_bytes += pc.sum(pc.binary_length(texts)).as_py()
-        documents += len(texts)
-    tiny = folder / "tiny" / "000.parquet"
-    tiny.parent.mkdir()
-    pq.write_table(pa.table({column: texts[:1]}), tiny)
-    about = (
-        f"Corpus: {n_bytes / 1e6:.1f} MB of text in {documents:,} documents, {len(files)} parquet "
-        "files."
-    )
-    return Corpus(files, column, n_bytes, about, (str(tiny),))
+    n_bytes = 0
+    with (bench.folder / "lines.jsonl").open("w", encoding="utf-8") as lines:
+        for file in bench.files:
+            column = pq.read_table(file, columns=[bench.column])[bench.column].drop_null()
+            n_bytes += pc.sum(pc.binary_length(column)).as_py()
+            for text in column.to_pylist():
+                lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    tokenizer = Tokenizer.default()
+    (bench.folder / "tokenizer.model").write_bytes(tokenizer.model)
+    (bench.folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer)))
+    return n_bytes
 
 
-def _python_sources() -> Iterator[str]:
+def python_sources(max_bytes: int) -> Iterator[str]:
     """Installed .py files and the standard library's, each once, in a fixed disorder."""
     paths = sysconfig.get_paths()
     folders = {Path(paths[name]) for name in ("stdlib", "purelib", "platlib")}
     files = sorted({path for folder in folders for path in folder.rglob("*.py")})
     random.Random(1).shuffle(files)
     seen: set[str] = set()
-    left = SOURCES_BYTES
     for path in files:
         text = path.read_text(errors="ignore")
-        if text and text not in seen and left > 0:
+        if text and text not in seen and max_bytes > 0:
             seen.add(text)
-            left -= path.stat().st_size
+            max_bytes -= path.stat().st_size
             yield text
 
 
-@dataclass(frozen=True)
-class PrepareBench:
-    """Runs of one corpus, and the tables they make."""
-
-    corpus: Corpus
-    folder: Path
-    workers: int
-    repeats: int
-    peers_python: str
-
-    def compare(self, sides: list[str]) -> Iterator[str]:
-        """MB a second, the start's seconds, and ours over each."""
-        self._write_tokenizers()
-        names = ["ours", *sides]
-        total: dict[str, list[Done]] = {name: [] for name in names}
-        start: dict[str, list[Done]] = {name: [] for name in names}
-        for _ in range(self.repeats):
-            for name in names:
-                total[name].append(self._run(name, self.corpus.files))
-                start[name].append(self._run(name, self.corpus.tiny))
-        yield f"{self.workers} workers on {self.workers} cores, {self.repeats} processes each\n"
-        yield "| side | MB/s | ours / side | s | of it start | s of CPU | largest | tokens |"
-        yield "|---|---|---|---|---|---|---|---|"
-        ours = [done.wall_s for done in total["ours"]]
-        for name in names:
-            wall = [done.wall_s for done in total[name]]
-            pairs = [theirs / mine for theirs, mine in zip(wall, ours, strict=True)]
-            yield (
-                f"| {name} | {spread([self.corpus.text_bytes / 1e6 / s for s in wall], '')} "
-                f"| {spread(pairs, 'x') if name != 'ours' else ''} | {spread(wall, '')} "
-                f"| {statistics.median(done.wall_s for done in start[name]):.2f} "
-                f"| {statistics.median(done.cpu_s for done in total[name]):.1f} "
-                f"| {max(done.peak_mb for done in total[name]):.0f} MB "
-                f"| {total[name][0].output} |"
-            )
-
-    def scaling(self) -> Iterator[str]:
-        """Ours with one worker and with all of them."""
-        wall: dict[int, list[float]] = {1: [], self.workers: []}
-        for _ in range(self.repeats):
-            for workers, seconds in wall.items():
-                seconds.append(self._run("ours", self.corpus.files, workers).wall_s)
-        gain = [one / many for one, many in zip(wall[1], wall[self.workers], strict=True)]
-        few, many = spread(wall[1], "s"), spread(wall[self.workers], "s")
-        yield f"1 worker {few}, {self.workers} workers {many}: {spread(gain, 'times as fast')}"
-
-    def memory(self) -> Iterator[str]:
-        """The largest process on records of 8 MB, and on one line of 100 MB."""
-        text = self._lines(self.corpus.files).read_text(encoding="utf-8")[:180_000_000]
-        text *= -(-180_000_000 // len(text))
-        path = self.folder / "large" / "large.jsonl"
-        path.parent.mkdir()
-        for records, size in ((40, 8_000_000), (1, 100_000_000)):
-            with path.open("w", encoding="utf-8") as lines:
-                for n in range(records):
-                    part = text[n * 2_000_000 :][:size].encode()[:size].decode(errors="ignore")
-                    lines.write(json.dumps({"text": part}, ensure_ascii=False) + "\n")
-            done = self._run("ours", (str(path),), 1, column="text")
-            what = f"{records} records of {size / 1e6:.0f} MB"
-            yield f"{what}: largest process {done.peak_mb:.0f} MB, {done.wall_s:.1f} s  "
-
-    def _run(self, name: str, files: tuple[str, ...], workers: int = 0, column: str = "") -> Done:
-        """One run; its output is the number of tokens."""
-        workers, column = workers or self.workers, column or self.corpus.column
-        out = self.folder / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        if name == "ours":
-            done = run([*_ours(files, column, workers), "--out", str(out), "--json"], workers)
-            return _with_tokens(done, json.loads(done.output)["n_tokens"])
-        job = {
-            "files": files, "column": column, "workers": workers, "out": str(out),
-            "lines": str(self._lines(files)) if name == "megatron" else "",
-            "model": str(self.folder / "tokenizer.model"),
-            "tokenizer": str(self.folder / "tokenizer.json"),
-        }  # fmt: skip
-        (self.folder / "job.json").write_text(json.dumps(job))
-        done = run([self.peers_python, str(PEERS), name, str(self.folder / "job.json")], workers)
-        written = out.glob(TOKENS.get(name, "*.npy"))
-        return _with_tokens(done, sum(path.stat().st_size for path in written) // 2)
-
-    def _lines(self, files: tuple[str, ...]) -> Path:
-        """The same documents as json lines, which is what some read; making them is not counted."""
-        import pyarrow.parquet as pq
-
-        path = Path(files[0]).parent.with_suffix(".jsonl")
-        if not path.exists():
-            with path.open("w", encoding="utf-8") as lines:
-                for file in files:
-                    for row in pq.ParquetFile(file).iter_batches(columns=[self.corpus.column]):
-                        for text in row.column(0).drop_null().to_pylist():
-                            lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-        return path
-
-    def _write_tokenizers(self) -> None:
-        from pipeline.text.tokenizer import Tokenizer
-        from tools.models.tokenizer_json import tokenizer_json
-
-        tokenizer = Tokenizer.default()
-        (self.folder / "tokenizer.model").write_bytes(tokenizer.model)
-        (self.folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer)))
+def compare(bench: PrepareBench, n_bytes: int, repeats: int) -> Iterator[str]:
+    """MB a second and ours over each; ours with one worker, too."""
+    sides = {"ours, 1 worker": partial(bench.run, "ours", 1)}
+    for name in ("ours", *MODULES):
+        if name == "ours" or is_installed(bench.peers_python, name):
+            sides[name] = partial(bench.run, name, bench.workers)
+    done = in_turns(sides, repeats)
+    wall = {name: [one.wall_s for one in runs] for name, runs in done.items()}
+    yield f"{bench.workers} workers on as many cores, {repeats} processes each\n"
+    yield "| side | MB/s | ours / side | s | s of CPU | largest process |"
+    yield "|---|---|---|---|---|---|"
+    for name, runs in done.items():
+        yield (
+            f"| {name} | {spread([n_bytes / 1e6 / s for s in wall[name]], '')} "
+            f"| {ratios(wall[name], wall['ours']) if name != 'ours' else ''} "
+            f"| {spread(wall[name], '')} | {statistics.median(one.cpu_s for one in runs):.1f} "
+            f"| {max(one.peak_mb for one in runs):.0f} MB |"
+        )
+    yield ""
 
 
-def _ours(files: tuple[str, ...], column: str, workers: int) -> list[str]:
-    """`summer-prep` without its --out."""
-    pattern = str(Path(files[0]).with_name("*" + Path(files[0]).suffix))
-    command = [sys.executable, "-m", "pipeline.cli", "tokenize", "--source", "corpus"]
-    return [*command, "--data-files", pattern, "--text-column", column, "--workers", str(workers)]
-
-
-def _with_tokens(done: Done, tokens: int) -> Done:
-    return Done(done.wall_s, done.cpu_s, done.peak_mb, f"{tokens / 1e6:.2f} M")
-
-
-def _is_installed(python: str, side: str) -> bool:
+def is_installed(python: str, side: str) -> bool:
     """Whether a peer can be imported; says so if not."""
-    if side not in MODULES:
-        raise SystemExit(f"--sides {side}: there are {', '.join(MODULES)}")
     find = f"import importlib.util as u, sys; sys.exit(u.find_spec({MODULES[side]!r}) is None)"
-    try:
-        run([python, "-c", find])
-    except SystemExit:
+    if subprocess.run([python, "-c", find], capture_output=True).returncode:
         print(f"{side} is not installed in {python}: left out")
         return False
     return True

@@ -2,13 +2,14 @@
 
     python tools/benchmarks/stages.py tokenize --source mine --data-files 'in/*.parquet' --out out
 
-A clock is switched whenever one stage calls another, so that each has what is its own.
+A clock is switched whenever one stage calls another, so that each has what is its own. prepare.py
+prints the table.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
+import importlib
 import json
 import sys
 import tempfile
@@ -16,19 +17,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from measure import run
 
-REST = "start: imports, tokenizer, plan, end"
+REST = "reading, documents, start and end"
 LAST = ("packing", "checksums", "writing")
 STAGES = {
     "sample": ["pipeline.prepare:take_sample"],
-    "reading": ["pipeline.inputs.reading:PartReader.read"],
-    "documents: UTF-8, held out, batches": [
-        "pipeline.text.documents:DocumentMaker.documents",
-        "pipeline.units.work:in_batches",
-    ],
-    "checking ids with sentencepiece": ["pipeline.text.encode:CheckedEncoder._compare"],
     "encoding": ["pipeline.units.work:encode_documents", "pipeline.units.work:make_encoder"],
+    "checking ids with sentencepiece": ["pipeline.text.encode:CheckedEncoder._compare"],
     "packing": ["pipeline.units.work:Packer.add", "pipeline.units.work:Packer.finish",
                 "pipeline.text.encode:Encoded.choose"],
     "checksums": ["shards.writer:row_digests"],
@@ -54,71 +52,41 @@ def breakdown(arguments: list[str], repeats: int) -> Iterator[str]:
         yield f"| {stage} | {cpu:.2f} | {cpu / cpu_s:.1%} | {wall:.2f} | {wall / wall_s:.1%} |"
 
 
-class Clocks:
-    """Seconds of CPU and of the wall that each stage has had."""
+def measured(arguments: list[str]) -> dict[str, list[float]]:
+    """Seconds of CPU and of the wall by stage, of `summer-prep` with these arguments."""
+    spent = {stage: np.zeros(2) for stage in (REST, *STAGES)}
+    stage, last = REST, np.array([0.0, time.perf_counter()])  # CPU: from the start of the process
 
-    def __init__(self) -> None:
-        self.spent = {stage: [0.0, 0.0] for stage in (REST, *STAGES)}
-        self._stack = [REST]
-        self._last = (0.0, time.perf_counter())  # CPU: from the start of the process
+    def switch(to: str) -> str:
+        """Make the time from now on this stage's; returns whose it was."""
+        nonlocal stage, last
+        now = np.array([time.process_time(), time.perf_counter()])
+        spent[stage] += now - last
+        before, stage, last = stage, to, now
+        return before
 
-    def _switch(self) -> None:
-        now = (time.process_time(), time.perf_counter())
-        for place, last in enumerate(self._last):
-            self.spent[self._stack[-1]][place] += now[place] - last
-        self._last = now
-
-    def enter(self, stage: str) -> None:
-        """From now on it is this stage's time."""
-        self._switch()
-        self._stack.append(stage)
-
-    def leave(self) -> None:
-        """It is the caller's time again."""
-        self._switch()
-        self._stack.pop()
-
-    def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function on this stage's time; of a generator, each of its steps."""
-
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.enter(stage)
+            before = switch(name)
             try:
                 return function(*args, **kwargs)
             finally:
-                self.leave()
+                switch(before)
 
-        @functools.wraps(function)
-        def steps(*args: Any, **kwargs: Any) -> Any:
-            ended = object()
-            values = function(*args, **kwargs)
-            step = self.timed(stage, lambda: next(values, ended))
-            while (value := step()) is not ended:
-                yield value
+        return call
 
-        return steps if inspect.isgeneratorfunction(function) else call
-
-
-def measured(arguments: list[str]) -> dict[str, list[float]]:
-    """Seconds of CPU and of the wall by stage, of `summer-prep` with these arguments."""
-    clocks = Clocks()
-    for stage, places in STAGES.items():
+    for name, places in STAGES.items():
         for place in places:
             module, _, path = place.partition(":")
-            *parents, name = path.split(".")
-            owner: Any = functools.reduce(getattr, parents, _imported(module))
-            setattr(owner, name, clocks.timed(stage, getattr(owner, name)))
+            *parents, attribute = path.split(".")
+            owner: Any = functools.reduce(getattr, parents, importlib.import_module(module))
+            setattr(owner, attribute, timed(name, getattr(owner, attribute)))
     from pipeline.cli import main
 
     main(arguments, standalone_mode=False)
-    clocks.enter(REST)
-    return clocks.spent
-
-
-def _imported(module: str) -> Any:
-    __import__(module)
-    return sys.modules[module]
+    switch(REST)
+    return {name: seconds.tolist() for name, seconds in spent.items()}
 
 
 if __name__ == "__main__":

@@ -1,125 +1,107 @@
 """One optimizer step, ours and the peers' at equal sizes: time, memory, and where it goes.
 
     python tools/benchmarks/step.py                        # on the CPU, T = 256 and 1,024
-    python tools/benchmarks/step.py --device cuda --layers 12 --width 768 --tokens 32768
+    python tools/benchmarks/step.py --device cuda --set model.n_layers=12 model.d_model=768
+    python tools/benchmarks/step.py --context 64 --tokens 256 --turns 2 --set compile=false
 
 Each side runs forward, backward, clipping and fused AdamW under bf16 autocast over fp32 weights, on
-the same tokens. Ours has RoPE, ALiBi, LayerScale, and dropout of 0.1 on branches and embedding (and
-what `--attention-dropout` says in the kernel); the peers have RoPE alone. The sides take turns in
-one process, a few steps each, all with the C library's allocator as `summer-train` sets it; a ratio
-is taken turn by turn. Memory is that of tensors, at the height of a step. The peers' rows need
-transformers and litgpt.
+the same tokens. Ours has RoPE, ALiBi, LayerScale, and dropout of 0.1 on branches and embedding; the
+peers have RoPE alone. The sides take turns in one process, a few steps each, all with the C
+library's allocator as `summer-train` sets it; a ratio is taken turn by turn. Memory is that of
+tensors, at the height of a step. The peers' rows need transformers and litgpt.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from gpu_step import shares
-from measure import machine, spread
-from model.config import ModelConfig, flops_per_token
+from measure import in_turns, machine, parse, ratios, spread
+from model.config import flops_per_token
 from step_sides import SIDES, Side, Work
-from trainer.distributed.devices import (
-    device_name,
-    find_accelerator,
-    keep_freed_memory,
-    pick_device,
-)
+from trainer.config.config import configure
+from trainer.distributed.devices import device_name, find_accelerator, keep_freed_memory
+from trainer.distributed.world import join_world
 
-NO_PARTS = ("kernels launched", "wall, profiled")
+SHAPE = ("model.n_layers=6", "model.d_model=384", "model.d_ff=1344")
+KERNELS = {  # the first part whose word is in a kernel's name, or a CPU operator's, takes it
+    "attention": ("attention", "flash", "fmha", "sdp", "attn", "cudnn_generated"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "cublas", "cijk", "wgmma", "mm", "linear", "mkldnn"),
+    "optimizer": ("adam", "multi_tensor", "foreach", "lpnorm"),
+    "copies": ("memcpy", "memset", "copy"),
+}
+WITHIN = {
+    "linear_cross_entropy": "loss",
+    "Optimizer.step": "optimizer",
+    "finish_gradients": "optimizer",
+}
+REST = "pointwise and norms"
+Batches = list[tuple[Tensor, Tensor]]
 
 
 def main() -> None:
     """Measure what was asked for, and print tables."""
-    options = arguments()
-    torch.set_num_threads(options.threads)
+    options = parse(
+        __doc__,
+        device="auto",
+        context=[256, 1024],
+        tokens={"default": 8192, "help": "a step"},
+        turns=9,
+        steps={"default": 2, "help": "a turn"},
+        sides={"nargs": "+", "choices": SIDES, "default": list(SIDES)},
+        set={"nargs": "+", "default": [], "metavar": "KEY=VALUE", "help": "as summer-train's"},
+    )
     keep_freed_memory()
     print(machine("torch", "transformers", "litgpt"), end="\n\n")
-    for context in options.context:
-        work = work_of(options, context)
-        print(f"{describe(work)}\n")
-        print("\n".join(compare(options, work)), end="\n\n")
-        print("\n".join(breakdown(work)), end="\n\n")
-
-
-def arguments() -> argparse.Namespace:
-    """The command line's options."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=32_768)
-    parser.add_argument("--context", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--tokens", type=int, default=8192, help="a step")
-    parser.add_argument("--attention-dropout", type=float, default=0.0)
-    parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=2, help="a turn")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    return parser.parse_args()
-
-
-def work_of(options: argparse.Namespace, context: int) -> Work:
-    """The model and the rows of one comparison."""
-    config = ModelConfig(
-        vocab_size=options.vocab,
-        seq_len=context,
-        n_layers=options.layers,
-        d_model=options.width,
-        n_heads=options.heads,
-        d_ff=options.width * 7 // 2,
-        attention_dropout=options.attention_dropout,
-    )
-    rows = max(1, options.tokens // context)
-    return Work(config, rows, pick_device(options.device), not options.eager)
-
-
-def describe(work: Work) -> str:
-    """The comparison in one line."""
-    config = work.config
-    how = "compiled" if work.compiled else "eager"
-    return (
-        f"**{config.n_layers} layers, d = {config.d_model}, {config.n_heads} heads, V ="
-        f" {config.vocab_size:,}, T = {config.seq_len:,}, {work.rows} rows a step, bf16, {how},"
-        f" {device_name(work.device)}**"
-    )
+    with join_world(options.device) as world:
+        for context in options.context:
+            sets = [*SHAPE, f"model.seq_len={context}", *options.set]
+            config = configure(preset="tiny", sets=sets).config
+            work = Work(config, world, max(1, options.tokens // context))
+            model, how = config.model, "compiled" if config.compile else "eager"
+            print(
+                f"**{model.n_layers} layers, d = {model.d_model}, {model.n_heads} heads, V ="
+                f" {model.vocab_size:,}, T = {context:,}, {work.rows} rows a step, bf16, {how},"
+                f" {device_name(world.device.type)}**\n"
+            )
+            print("\n".join(compare(options, work)), end="\n\n")
 
 
 def compare(options: argparse.Namespace, work: Work) -> Iterator[str]:
-    """The table of all sides, line by line."""
-    batches = made_up(work, 4)
+    """The table of all sides, line by line, and where our step's time goes."""
+    batches = made_up(work)
     sides = dict(opened(options.sides, work))
     losses = {name: warmed(side, batches) for name, side in sides.items()}
-    took: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(options.turns):
-        order = list(sides) if turn % 2 else list(reversed(sides))
-        for name in order:
-            took[name].append(timed(sides[name], batches, options.steps))
-    yield (
-        "| side | tokens/s | ours / side | " + utilisation_header(work) + " | peak memory | loss |"
-    )
+    calls = {name: partial(timed, side, batches, options.steps) for name, side in sides.items()}
+    took = in_turns(calls, options.turns)
+    peaks = {name: peak_mb(side, batches[0], work.device) for name, side in sides.items()}
+    tokens = batches[0][0].numel()
+    yield "| side | tokens/s | ours / side | causal FLOPs | peak memory | first loss |"
     yield "|---|---|---|---|---|---|"
-    peaks = {name: peak_mb(side, batches[0], work) for name, side in sides.items()}
     for name in sides:
-        rates = [work.rows * work.config.seq_len / s for s in took[name]]
-        ratios = [theirs / mine for theirs, mine in zip(took[name], took["ours"], strict=True)]
-        ratio = "" if name == "ours" else spread(ratios, "x")
-        share = "" if name == "ours" else f" ({peaks['ours'] / peaks[name]:.2f}x)"
+        rates = [tokens / s for s in took[name]]
+        other = name != "ours" and "ours" in sides
+        ratio = ratios(took[name], took["ours"]) if other else ""
+        share = f" ({peaks['ours'] / peaks[name]:.2f}x)" if other else ""
         yield (
             f"| {name} | {spread(rates, '')} | {ratio} | {utilisation(work, rates)} |"
             f" {peaks[name]:,.0f} MB{share} | {losses[name]:.3f} |"
         )
+    if "ours" in sides:
+        parts, _ = shares(sides["ours"], batches, 4, work.device)
+        total = sum(parts.values())
+        listed = ", ".join(f"{part} {ms / total:.0%}" for part, ms in parts.items())
+        yield f"\nwhere our step of {total:,.0f} ms goes (profiled): {listed}"
 
 
 def opened(names: list[str], work: Work) -> Iterator[tuple[str, Side]]:
@@ -131,18 +113,16 @@ def opened(names: list[str], work: Work) -> Iterator[tuple[str, Side]]:
             print(f"left out, {name}: {lack}\n")
 
 
-def made_up(work: Work, n: int) -> list[tuple[Tensor, Tensor]]:
-    """Batches of random tokens, with targets that follow from them."""
+def made_up(work: Work) -> Batches:
+    """Four batches of random tokens, with targets that follow from them."""
     generator = torch.Generator().manual_seed(0)
-    shape = (work.rows, work.config.seq_len)
-    tokens = [
-        torch.randint(work.config.vocab_size, shape, generator=generator).to(work.device)
-        for _ in range(n)
-    ]
+    model = work.config.model
+    shape = (4, work.rows, model.seq_len)
+    tokens = torch.randint(model.vocab_size, shape, generator=generator).to(work.device)
     return [(batch, batch.roll(-1, dims=1)) for batch in tokens]
 
 
-def warmed(side: Side, batches: list[tuple[Tensor, Tensor]]) -> float:
+def warmed(side: Side, batches: Batches) -> float:
     """The first step's loss, after two rounds of all batches."""
     first = float(side.step(*batches[0]).detach())
     for batch in batches[1:] * 2:
@@ -150,7 +130,7 @@ def warmed(side: Side, batches: list[tuple[Tensor, Tensor]]) -> float:
     return first
 
 
-def timed(side: Side, batches: list[tuple[Tensor, Tensor]], steps: int) -> float:
+def timed(side: Side, batches: Batches, steps: int) -> float:
     """Seconds a step. One step first, as another side has just had the caches."""
     side.step(*batches[-1])
     settle()
@@ -167,57 +147,71 @@ def settle() -> None:
         torch.cuda.synchronize()
 
 
-def utilisation_header(work: Work) -> str:
-    """The name of the column of utilisation, with its convention."""
-    known = find_accelerator(device_name(work.device))
-    return f"causal MFU of {known.bf16_tflops:g} TFLOP/s" if known else "causal TFLOP/s"
-
-
 def utilisation(work: Work, rates: list[float]) -> str:
-    """Model FLOPs utilisation where the device's peak is known, else the FLOPs alone."""
-    known = find_accelerator(device_name(work.device))
-    flops = statistics.median(rates) * flops_per_token(work.config, work.config.seq_len)
-    return f"{flops / known.bf16_tflops / 1e12:.1%}" if known else f"{flops / 1e12:.3f}"
+    """Model FLOPs utilisation where the device's peak is known, else TFLOP/s."""
+    known = find_accelerator(device_name(work.device.type))
+    model = work.config.model
+    flops = statistics.median(rates) * flops_per_token(model, model.seq_len)
+    if known is None:
+        return f"{flops / 1e12:.3f} TFLOP/s"
+    return f"{flops / known.bf16_tflops / 1e12:.1%} of {known.bf16_tflops:g} TFLOP/s"
 
 
-def peak_mb(side: Side, batch: tuple[Tensor, Tensor], work: Work) -> float:
-    """MB of tensors at a step's height: weights and moments, and what the step adds to them."""
+def peak_mb(side: Side, batch: tuple[Tensor, Tensor], device: torch.device) -> float:
+    """MB of tensors at a step's height, by the allocator's account: held, and what it adds."""
     held = [*side.model.parameters(), *side.model.buffers()]
     for state in side.optimizer.state.values():
         held += [value for value in state.values() if isinstance(value, Tensor)]
     kept = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    return (kept + added_by_a_step(side, batch, work)) / 2**20
-
-
-def added_by_a_step(side: Side, batch: tuple[Tensor, Tensor], work: Work) -> int:
-    """Bytes of tensors that a step holds at once at most, by the allocator's own account."""
-    if work.device == "cuda":
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         side.step(*batch)
-        return torch.cuda.max_memory_allocated() - before
+        return (kept + torch.cuda.max_memory_allocated() - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         side.step(*batch)
     assert profiler.profiler is not None
-    changes = [
+    changes = sorted(
         (event.start_ns(), int(event.nbytes()))
         for event in profiler.profiler.kineto_results.events()
         if event.name() == "[memory]"
-    ]
-    return max(itertools.accumulate(n_bytes for _, n_bytes in sorted(changes)))
+    )
+    return (kept + max(itertools.accumulate(n_bytes for _, n_bytes in changes))) / 2**20
 
 
-def breakdown(work: Work) -> Iterator[str]:
-    """Where our step's time goes, by the profiler."""
-    side, batches = SIDES["ours"](work), made_up(work, 4)
-    warmed(side, batches)
-    found = shares(lambda n: side.step(*batches[n % 4]), 4, torch.device(work.device))
-    parts = {part: ms for part, ms in found.items() if part not in NO_PARTS}
-    total = sum(parts.values())
-    listed = ", ".join(f"{part} {ms / total:.0%}" for part, ms in parts.items())
-    yield f"where our step of {total:,.0f} ms goes (profiled): {listed}"
+def shares(
+    side: Side, batches: Batches, steps: int, device: torch.device
+) -> tuple[dict[str, float], float]:
+    """Milliseconds a step of each part, and kernels launched a step, by the profiler."""
+    on_gpu = device.type == "cuda"
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=kinds) as profiler:
+        for number in range(steps):
+            side.step(*batches[number % len(batches)])
+        settle()
+    took: Counter[str] = Counter()
+    launches = 0
+    for event in profiler.events() or ():
+        if on_gpu:
+            for kernel in event.kernels:  # those that this operator itself launched
+                took[part_of(event, kernel.name)] += kernel.duration
+                launches += 1
+        else:
+            took[part_of(event, event.name)] += event.self_cpu_time_total
+    return {part: us / 1e3 / steps for part, us in took.most_common()}, launches / steps
+
+
+def part_of(event: Any, kernel: str) -> str:
+    """The part of the step that this kernel of an operator belongs to."""
+    ancestor = event
+    while ancestor is not None:
+        for word, part in WITHIN.items():
+            if word in ancestor.name:
+                return part
+        ancestor = ancestor.cpu_parent
+    name = kernel.lower()
+    return next((part for part, words in KERNELS.items() if any(w in name for w in words)), REST)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    main()

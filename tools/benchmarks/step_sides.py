@@ -1,4 +1,4 @@
-"""The sides of step.py: ours as `train` makes it, two variants of it, and two peers."""
+"""The sides of step.py and gpu.py: ours as `summer-train` makes it, two variants, two peers."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.profiler import record_function
 
-from attention_sides import alibi_mask
+from attention import alibi_mask
 from model.attention import Attention, LayerCache, fold
-from model.config import ModelConfig
 from model.positions import Positions
-from model.transformer import Transformer
-from trainer.optimizer.optimizer import OptimConfig, finish_gradients, make_optimizer, update
-
-LR: Final = 3e-4
+from tools.models.llama import config_to_llama
+from trainer.config.config import RunConfig
+from trainer.distributed.world import World
+from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
+from trainer.session.network import Network, autocast, build_network
 
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a side: a model of this shape, `rows` rows of its context a step."""
+    """The work of a side: a step of the run's model on `rows` rows of its context."""
 
-    config: ModelConfig
+    config: RunConfig
+    world: World
     rows: int
-    device: str
-    compiled: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is done."""
+        return self.world.device
 
 
 @dataclass(frozen=True)
@@ -43,29 +47,29 @@ class Side:
 
 
 def ours(work: Work) -> Side:
-    """The model and the step of `summer-train`."""
-    torch.manual_seed(0)
-    with torch.device(work.device):
-        model = Transformer(work.config)
-    return _our_side(work, model)
+    """The network and the step of `summer-train`."""
+    return _our_side(work, build_network(work.config, work.world))
 
 
 def without_alibi(work: Work) -> Side:
     """The same without ALiBi: what the fold costs."""
-    return ours(replace(work, config=replace(work.config, alibi=False)))
+    return ours(replace(work, config=rope_alone(work.config)))
+
+
+def rope_alone(config: RunConfig) -> RunConfig:
+    """The same run without ALiBi."""
+    return replace(config, model=replace(config.model, alibi=False))
 
 
 def with_a_mask(work: Work) -> Side:
     """The same with ALiBi as a bf16 mask [H, T, T], made once and shared by all layers."""
-    torch.manual_seed(0)
-    with torch.device(work.device):
-        model = Transformer(replace(work.config, alibi=False))
-    mask = alibi_mask(work.config, torch.device(work.device))
-    for module in model.modules():
+    network = build_network(rope_alone(work.config), work.world)
+    mask = alibi_mask(work.config.model, work.device)
+    for module in network.bare.modules():
         if isinstance(module, Attention):
-            module.__class__ = MaskedAttention
+            module.__class__ = MaskedAttention  # before the first call, which compiles it
             module.register_buffer("mask", mask, persistent=False)
-    return _our_side(work, model)
+    return _our_side(work, network)
 
 
 class MaskedAttention(Attention):
@@ -88,54 +92,35 @@ class MaskedAttention(Attention):
         return out
 
 
-def _our_side(work: Work, model: Transformer) -> Side:
-    if work.compiled:
-        model.compile_parts()
-    optim = OptimConfig(lr=LR)
-    optimizer = make_optimizer(model, optim)
-    key = torch.arange(2 * work.rows, dtype=torch.int32, device=work.device).view(work.rows, 2)
-    not_rejected = torch.zeros((), device=work.device)
+def _our_side(work: Work, network: Network) -> Side:
+    optim, device = work.config.optim, work.device
+    optimizer = make_optimizer(network.bare, optim)
+    key = torch.arange(2 * work.rows, dtype=torch.int32, device=device).view(work.rows, 2)
+    not_rejected = torch.zeros((), device=device)
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        n_targets = torch.tensor(float(tokens.numel()), device=work.device)
-        with torch.autocast(work.device, torch.bfloat16):
-            loss: Tensor = model(tokens, targets, key) / tokens.numel()
+        n_targets = torch.tensor(float(tokens.numel()), device=device)
+        with autocast(work.config, device):
+            loss: Tensor = network.model(tokens, targets, key) / tokens.numel()
         torch.autograd.backward(loss)
         with record_function("finish_gradients"):
             finish_gradients(optimizer, tokens.numel(), n_targets, optim)
         update(optimizer, not_rejected)
         return loss
 
-    return Side(model, optimizer, step)
+    return Side(network.bare, optimizer, step)
 
 
 def hugging_face(work: Work) -> Side:
     """LlamaForCausalLM of transformers, attention through SDPA, its own loss, all compiled."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = work.config
-    torch.manual_seed(0)
+    shape = config_to_llama(work.config.model)
     with torch.device(work.device):
         model = LlamaForCausalLM(
-            LlamaConfig(  # type: ignore[call-arg]  # of a dataclass with more behind it
-                vocab_size=config.vocab_size,
-                hidden_size=config.d_model,
-                intermediate_size=config.d_ff,
-                num_hidden_layers=config.n_layers,
-                num_attention_heads=config.n_heads,
-                num_key_value_heads=config.kv_heads,
-                max_position_embeddings=config.seq_len,
-                tie_word_embeddings=config.tie_embeddings,
-                use_cache=False,
-                attn_implementation="sdpa",
-            )
+            LlamaConfig(**shape, use_cache=False, attn_implementation="sdpa")  # type: ignore[call-arg]
         )
-
-    def loss_of(called: Any, tokens: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = called(input_ids=tokens, labels=targets).loss
-        return loss
-
-    return _peer_side(work, model, loss_of)
+    return _peer_side(work, model, lambda llama, ids, labels: llama(ids, labels=labels).loss)
 
 
 def litgpt(work: Work) -> Side:
@@ -144,8 +129,7 @@ def litgpt(work: Work) -> Side:
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
-    config = work.config
-    torch.manual_seed(0)
+    config = work.config.model
     with torch.device(work.device):
         model = GPT(
             Config(
@@ -166,25 +150,18 @@ def litgpt(work: Work) -> Side:
         )
     if config.tie_embeddings:
         model.transformer.wte.weight = model.lm_head.weight
-
-    def loss_of(called: Any, tokens: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = chunked_cross_entropy(called(tokens), targets)
-        return loss
-
-    return _peer_side(work, model, loss_of)
+    return _peer_side(work, model, lambda gpt, ids, labels: chunked_cross_entropy(gpt(ids), labels))
 
 
-def _peer_side(
-    work: Work, model: nn.Module, loss_of: Callable[[Any, Tensor, Tensor], Tensor]
-) -> Side:
+def _peer_side(work: Work, model: nn.Module, loss_of: Callable[[Any, Tensor, Tensor], Any]) -> Side:
     """Clipping and fused AdamW as torch has them: more than either peer's script does on a CPU."""
-    called: Any = torch.compile(model, dynamic=False) if work.compiled else model
-    optimizer = AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    called: Any = torch.compile(model, dynamic=False) if work.config.compile else model
+    optimizer = AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(work.device, torch.bfloat16), warnings.catch_warnings():
+        with autocast(work.config, work.device), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loss = loss_of(called, tokens, targets)
+            loss: Tensor = loss_of(called, tokens, targets)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

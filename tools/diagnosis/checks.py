@@ -7,24 +7,26 @@ training steps are timed, a file is written to the disk.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from model.config import ModelError
 from shards.errors import SummerError
 from shards.reader import find_sources
-from tools.diagnosis import data, host, software, speed
+from tools.diagnosis import data, machine, speed
 from tools.diagnosis.results import CheckResult, Context
 from trainer.config.config import configure
 from trainer.distributed.devices import pick_device
 
-CHECKS: Final[tuple[Callable[[Context], Iterator[CheckResult]], ...]] = (
-    software.versions, host.devices, host.other_work, host.memory_fits, software.attention,
-    speed.products, speed.bandwidth, speed.all_reduce, host.numa_balancing, host.shared_memory,
-    host.open_files, data.disk, software.environment, speed.expected, data.shards,
+Check = Callable[[Context], Iterator[CheckResult]]
+CHECKS: Final[tuple[Check, ...]] = (
+    machine.versions, machine.devices, machine.memory_fits, machine.attention, speed.products,
+    speed.bandwidth, speed.all_reduce, machine.numa_balancing, data.disk, machine.environment,
+    speed.expected, data.shards,
 )  # fmt: skip
 
 
@@ -46,12 +48,13 @@ def make_context(
     return Context(config=config, device=kind, folder=out, nproc=n_ranks, shards=shards)
 
 
-def run_checks(context: Context) -> Iterator[CheckResult]:
+def run_checks(context: Context, checks: Sequence[Check] = CHECKS) -> Iterator[CheckResult]:
     """All results, as they come; a check that raises an exception is a failure too."""
-    for check in CHECKS:
+    for check in checks:
         try:
             yield from check(context)
         except Exception as error:  # a broken driver can raise anything, and that is the news
             text = " ".join(str(error).split())
-            topic = check.__name__.replace("_", " ")
-            yield CheckResult("fail", topic, f"{type(error).__name__}: {text}"[:300])
+            if not isinstance(error, SummerError | ModelError):
+                text = f"{type(error).__name__}: {text}"
+            yield CheckResult("fail", check.__name__.replace("_", "-"), text[:300])

@@ -57,19 +57,14 @@ def write_rate(folder: Path, n_bytes: int) -> float:
 
 
 def shards(context: Context) -> Iterator[CheckResult]:
-    """For each source: its files opened, sequences of each verified, others read for a while.
+    """For each source: sequences of each file verified, others read for a while.
 
     It is a sample: `summer-prep verify` reads every byte.
     """
     if context.shards is None:
         yield CheckResult("note", "shards", "not checked", "give --shards FOLDER")
         return
-    try:
-        sources = find_sources(context.shards)
-    except ShardError as error:
-        yield CheckResult("fail", "shards", str(error))
-        return
-    for name, manifest in sources.items():
+    for name, manifest in find_sources(context.shards).items():
         split: Split = "train" if manifest.n_rows > manifest.n_val_rows else "val"
         reader = ShardReader(context.shards / name, split, manifest)
         try:
@@ -78,7 +73,15 @@ def shards(context: Context) -> Iterator[CheckResult]:
         except (ShardError, OSError) as error:
             yield CheckResult("fail", "shards", str(error))
             continue
-        yield _rated(context, f"{name}: {checked} verified", reader, rate)
+        text = f"{name}: {checked} verified, {rate / 1e6:,.1f} M tokens/s a process"
+        wanted = context.measured.get("tokens_per_s", 0.0)
+        readers = context.nproc * max(1, context.config.loader.num_workers)
+        fast, fix = rate * readers >= _LEAST_HEADROOM * wanted, ""
+        if not fast:
+            text = f"{text}; {readers} of them may be too slow for {wanted:,.0f} tokens/s"
+            fix = "a faster disk, or loader.num_workers"
+        figures = {"tokens_per_s": rate}
+        yield CheckResult("ok" if fast else "warn", "shards", text, fix, figures=figures)
 
 
 def _check_files(reader: ShardReader) -> str:
@@ -101,16 +104,3 @@ def read_rate(reader: ShardReader) -> float:
         reader.rows(generator.integers(0, reader.n_rows, _READ_AT_ONCE))
         n_rows += _READ_AT_ONCE
     return n_rows * reader.seq_len / (time.perf_counter() - start)
-
-
-def _rated(context: Context, checked: str, reader: ShardReader, rate: float) -> CheckResult:
-    """What one process reads, and whether all of them are fast enough for the run."""
-    n_bytes = np.dtype(reader.manifest.facts.dtype).itemsize * rate
-    text = f"{checked}, {rate / 1e6:,.1f} M tokens/s ({n_bytes / 1e6:,.0f} MB/s) a process"
-    figures = {"tokens_per_s": rate, "bytes_per_s": n_bytes}
-    wanted = context.measured.get("tokens_per_s", 0.0)
-    readers = context.nproc * max(1, context.config.loader.num_workers)
-    if rate * readers >= _LEAST_HEADROOM * wanted:
-        return CheckResult("ok", "shards", text, figures=figures)
-    text = f"{text}; {readers} of them may be too slow for {wanted:,.0f} tokens/s"
-    return CheckResult("warn", "shards", text, "a faster disk, or loader.num_workers", "", figures)

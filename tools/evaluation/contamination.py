@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.text.tokenizer import Tokenizer
-from shards.format import TOKENIZER, Manifest
+from shards.format import TOKENIZER
 from shards.reader import ShardReader, find_sources
 from tools.errors import EvaluationError
+from tools.evaluation.cards import Result
 from tools.evaluation.datasets import read_questions, read_records
 from tools.evaluation.ngrams import BARRIER, N_WORDS, Wanted, grams_of, normalised
-from tools.evaluation.results import Result
 from tools.evaluation.scoring import Progress
 from tools.evaluation.tasks import CORPORA, TASKS, TaskOptions
 from tools.evaluation.wikitext import pages_of, read_text
-from tools.tracing.provenance import document_name
-from tools.tracing.run_trace import RunTrace
+from tools.tracing.run_trace import RunTrace, document_name
 from trainer.checkpoint.storage import read_record
 
 _ROWS_AT_ONCE: Final = 64
@@ -43,10 +42,11 @@ def contamination(task: str, options: TaskOptions, progress: Progress | None = N
     the run names itself. `in_shards` and `seen` are what `_search` returns.
     """
     items, checkpoint = items_of(task, options.data)[: options.limit], options.seen_by
-    shards = options.shards
     wanted = Wanted(items)
-    manifests = find_sources(shards)
-    readers = {name: ShardReader(shards / name, "train", m) for name, m in manifests.items()}
+    manifests = find_sources(options.shards)
+    readers = {
+        name: ShardReader(options.shards / name, "train", m) for name, m in manifests.items()
+    }
     every = {name: np.arange(reader.n_rows) for name, reader in readers.items()}
     seen, next_index = None, None
     if checkpoint is not None:
@@ -57,7 +57,7 @@ def contamination(task: str, options: TaskOptions, progress: Progress | None = N
         "of": task,
         "items": len(items),
         "too_short": len(items) - n_long,
-        "shards": str(shards),
+        "shards": str(options.shards),
         "roots": {name: manifest.root for name, manifest in manifests.items()},
         "in_shards": _search(wanted, readers, every, apart=False, progress=progress),
         "checkpoint": None if checkpoint is None else str(checkpoint),
@@ -81,14 +81,10 @@ def with_contamination(results: Sequence[Result], overlap: Result) -> list[Resul
     line += overlap["shards"]
     if overlap["seen"] is not None:
         line += f", {overlap['seen']['share']:.2%} with what {overlap['checkpoint']} had seen"
-    carried = overlap.to_json()
+    note, carried = f"overlap   {line}", {"contamination": overlap.to_json()}
     return [
-        replace(
-            result,
-            settings={**result.settings, "contamination": carried},
-            notes=[*result.notes, f"overlap   {line}"],
-        )
-        for result in results
+        replace(each, settings={**each.settings, **carried}, notes=[*each.notes, note])
+        for each in results
     ]
 
 
@@ -111,15 +107,14 @@ def _seen_rows(
     """
     next_index = int(read_record(checkpoint)["next_index"])
     trace = RunTrace(checkpoint.resolve().parents[1])
-    drawn = {
-        name: np.zeros(n_rows, np.bool_)
-        for name, n_rows in zip(trace.order.sources, trace.order.rows, strict=True)
-    }
+    order = trace.order
+    drawn = [np.zeros(n_rows, np.bool_) for n_rows in order.rows]
     for begin in range(0, next_index, _SAMPLES_AT_ONCE):
-        located = trace.order.locate(np.arange(begin, min(begin + _SAMPLES_AT_ONCE, next_index)))
-        for number, name in enumerate(trace.order.sources):
-            drawn[name][located.row[located.source == number]] = True
-    rows = {name: np.flatnonzero(mask) for name, mask in drawn.items() if name in trace.readers}
+        located = order.locate(np.arange(begin, min(begin + _SAMPLES_AT_ONCE, next_index)))
+        for number, mask in enumerate(drawn):
+            mask[located.row[located.source == number]] = True
+    masks = dict(zip(order.sources, drawn, strict=True))
+    rows = {name: np.flatnonzero(masks[name]) for name in order.sources if name in trace.readers}
     return trace.readers, rows, next_index
 
 
@@ -139,25 +134,20 @@ def _search(
     started = time.monotonic()
     found = np.zeros(len(wanted.hashes), np.bool_)
     examples: dict[int, dict[str, Any]] = {}
-    n_bytes, done = 0, 0
-    total = sum(map(len, rows.values()))
-    decoders: dict[str, _Decoder] = {}
+    n_bytes, done, total = 0, 0, sum(map(len, rows.values()))
     for name, indices in rows.items():
-        reader = readers[name]
-        sha256 = reader.manifest.facts.tokenizer.sha256
-        if sha256 not in decoders:
-            decoders[sha256] = _Decoder(reader.folder, reader.manifest)
-        for block in _blocks(reader, decoders[sha256], indices, apart):
+        for block in _blocks(readers[name], indices, apart):
             n_bytes += len(block.text) - block.carried
             grams = grams_of(block.text)
             places, numbers = wanted.find(grams.hashes[:-1])  # the last may end in half a word
             for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
-                if len(examples) < _EXAMPLES and not found[number]:
-                    item = int(wanted.items_of(number)[0])
-                    words = block.text[grams.begins[place] : grams.ends[place]]
-                    row = block.row_at(int(grams.ends[place]) - 1)
-                    examples.setdefault(item, _example(reader, name, row, item, words))
-                found[number] = True
+                if len(examples) == _EXAMPLES:
+                    break
+                item = int(wanted.items_of(number)[0])
+                if not found[number] and item not in examples:
+                    span = int(grams.begins[place]), int(grams.ends[place])
+                    examples[item] = _example(readers[name], block, span, item)
+            found[numbers] = True
             done += len(block.rows)
             if progress is not None:
                 progress(done, total)
@@ -172,8 +162,7 @@ def _search(
     }
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
     """The normalised text of some rows, behind what was carried over from the rows before."""
 
     text: bytes
@@ -181,16 +170,10 @@ class _Block:
     rows: npt.NDArray[np.int64]
     row_ends: npt.NDArray[np.int64]
 
-    def row_at(self, byte: int) -> int:
-        """The row that a byte of the text is in."""
-        place = int(np.searchsorted(self.row_ends, byte - self.carried, side="right"))
-        return int(self.rows[min(place, len(self.rows) - 1)])
 
-
-def _blocks(
-    reader: ShardReader, decoder: _Decoder, indices: npt.NDArray[np.int64], apart: bool
-) -> Iterator[_Block]:
+def _blocks(reader: ShardReader, indices: npt.NDArray[np.int64], apart: bool) -> Iterator[_Block]:
     """The rows' text a megabyte at a time; without `apart`, sequences run on between them."""
+    decoder = _Decoder(reader)
     carried = b""
     for begin in range(0, len(indices), _ROWS_AT_ONCE):
         chosen = indices[begin : begin + _ROWS_AT_ONCE]
@@ -201,21 +184,18 @@ def _blocks(
         is_last = begin + _ROWS_AT_ONCE >= len(indices)
         text = carried + decoder.decode(ids.ravel()) + (BARRIER if is_last else b"")
         yield _Block(text, len(carried), chosen, ends)
-        carried = b"" if apart else _tail(text)
-
-
-def _tail(text: bytes) -> bytes:
-    """The last 13 words, of which the last may be half a word."""
-    words = text.rsplit(None, N_WORDS)
-    return text if len(words) <= N_WORDS else text[len(words[0]) :]
+        if not apart:  # the last 13 words, of which the last may be half a word
+            words = text.rsplit(None, N_WORDS)
+            carried = text[len(words[0]) :] if len(words) > N_WORDS else text
 
 
 class _Decoder:
     """Ids -> normalised text, by one gather of bytes (joining pieces takes three times as long)."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        pieces = [normalised(p) for p in Tokenizer.load(folder / TOKENIZER).token_bytes]
-        self.barrier_id = manifest.facts.tokenizer.bos_id
+    def __init__(self, reader: ShardReader) -> None:
+        tokenizer = Tokenizer.load(reader.folder / TOKENIZER)
+        pieces = [normalised(piece) for piece in tokenizer.token_bytes]
+        self.barrier_id = tokenizer.bos_id
         pieces[self.barrier_id] = BARRIER
         self.sizes = np.array([len(piece) for piece in pieces], np.int32)
         self._starts = np.cumsum(self.sizes, dtype=np.int32) - self.sizes
@@ -231,13 +211,18 @@ class _Decoder:
         return decoded
 
 
-def _example(reader: ShardReader, source: str, row: int, item: int, words: bytes) -> dict[str, Any]:
+def _example(
+    reader: ShardReader, block: _Block, span: tuple[int, int], item: int
+) -> dict[str, Any]:
     """An item that was found: the words, and the document that the row with them begins in."""
+    words = block.text[slice(*span)].split()
+    place = int(np.searchsorted(block.row_ends, span[1] - 1 - block.carried, side="right"))
+    row = int(block.rows[min(place, len(block.rows) - 1)])
     _, part, record = reader.origin(row)
     return {
         "item": item,
-        "words": b" ".join(words.split()).decode(errors="replace"),
-        "source": source,
+        "words": b" ".join(words).decode(errors="replace"),
+        "source": reader.manifest.facts.source,
         "row": row,
         "document": document_name(reader.manifest, part, record),
     }

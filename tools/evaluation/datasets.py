@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.errors import SourceError
 from pipeline.inputs.hub import hub_inputs
-from pipeline.inputs.inputs import InputFile, Inputs, layout_of, local_inputs
+from pipeline.inputs.inputs import Inputs, layout_of, local_inputs
 from pipeline.inputs.reading import decompressed, open_parquet
 from pipeline.inputs.sources import Source
 from tools.errors import EvaluationError
@@ -28,10 +28,8 @@ class EvaluationSet(NamedTuple):
 
 def sha256_of_rows(rows: Sequence[Record]) -> str:
     """SHA-256 over rows as JSON lines with sorted keys, whatever file held them."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()
+    lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_questions(task: Task, records: EvaluationSet) -> list[Question]:
@@ -64,13 +62,9 @@ def read_records(data: Path | None, table: HubTable) -> EvaluationSet:
 
 def _from_hub(table: HubTable) -> EvaluationSet:
     source = Source(
-        name=table.dataset.rpartition("/")[2],
-        about="an evaluation set",
-        licence="",
-        dataset=table.dataset,
-        config=table.config,
-        split=table.split,
-    )
+        name=table.dataset.rpartition("/")[2], about="an evaluation set", licence="",
+        dataset=table.dataset, config=table.config, split=table.split,
+    )  # fmt: skip
     try:
         inputs = hub_inputs(source)
         return EvaluationSet(_rows(inputs), f"{table} at {inputs.revision[:12]}")
@@ -82,30 +76,26 @@ def _rows(inputs: Inputs) -> tuple[Record, ...]:
     rows: list[Record] = []
     for file in inputs.files:
         try:
-            if file.layout.kind == "parquet":
-                with inputs.open(file.path) as raw:
+            with inputs.open(file.path) as raw:
+                if file.layout.kind == "parquet":
                     rows += open_parquet(raw).read().to_pylist()
-            else:
-                rows += _json_lines(inputs, file)
+                else:
+                    rows += _json_lines(file.path, decompressed(raw, file).read())
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise EvaluationError(f"{file.path}: damaged ({error}): fetch it again") from error
     return tuple(rows)
 
 
-def _json_lines(inputs: Inputs, file: InputFile) -> list[Record]:
-    with inputs.open(file.path) as raw:
-        lines = decompressed(raw, file).read().split(b"\n")
-    rows: list[Record] = []
-    for number, line in enumerate(lines, 1):
+def _json_lines(path: str, data: bytes) -> Iterator[Record]:
+    for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
             raise EvaluationError(
-                f"{file.path}: line {number} is no JSON ({error}): fetch the file again"
+                f"{path}: line {number} is no JSON ({error}): fetch the file again"
             ) from error
         if not isinstance(row, dict):
-            raise EvaluationError(f"{file.path}: line {number} is no JSON object")
-        rows.append(row)
-    return rows
+            raise EvaluationError(f"{path}: line {number} is no JSON object")
+        yield row

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from shards.errors import SummerError
-from tools.evaluation.results import Result, write_results
+from tools.evaluation.cards import Result, write_results
 from trainer.checkpoint.runs import EVALUATIONS, checkpoints, step_of
 from trainer.config.config import load_config
 

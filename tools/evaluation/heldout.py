@@ -9,17 +9,14 @@ best case). All are divided by the UTF-8 bytes of the documents' text.
 
 from __future__ import annotations
 
-import functools
 import lzma
 import math
-import operator
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +24,13 @@ import numpy.typing as npt
 from shards.format import Manifest
 from shards.reader import ShardReader, find_sources
 from tools.errors import EvaluationError
+from tools.evaluation.cards import Result
 from tools.evaluation.perplexity import perplexity
 from tools.evaluation.protocols import Ids, Window, document_windows
-from tools.evaluation.results import Result
 from tools.evaluation.scoring import Progress, Scorer, check_context, score
+from tools.evaluation.tasks import TaskOptions
 from tools.models.loading import LoadedModel
-from tools.models.vocabulary import Vocabulary
+from tools.models.tokenizers import Vocabulary
 
 _ROWS_AT_ONCE: Final = 256
 _GZIP_WINDOW: Final = 16 + zlib.MAX_WBITS
@@ -41,66 +39,25 @@ _COMPRESSORS_SEE: Final = "the documents of a source run together"
 _COLUMNS: Final = ("documents", "tokens", "bytes", "model", "unigram", "gzip", "xz")
 
 
-@dataclass(frozen=True)
-class Unigram:
-    """A model of single tokens: the nats of each, whatever is before it. [V]"""
-
-    nats: npt.NDArray[np.float64]
-
-    @classmethod
-    def from_counts(cls, counts: npt.ArrayLike) -> Unigram:
-        """The counted frequencies, smoothed so that no token is impossible.
-
-        Witten and Bell's estimate (1991, method C of Bell, Cleary and Witten's book): as many
-        counts as there are different tokens are set aside for the unseen, which share them. On
-        small sources it is a harder baseline than adding one to every count (by 1.5 % for pydoc's
-        topics).
-        """
-        found = np.array(counts, dtype=np.float64)
-        n_seen = int(np.count_nonzero(found))
-        n_unseen = len(found) - n_seen
-        if not n_seen:
-            return cls(np.full(len(found), math.log(len(found))))
-        set_aside = n_seen if n_unseen else 0
-        found[found == 0] = set_aside / max(1, n_unseen)
-        return cls(math.log(found.sum()) - np.log(found))
-
-    def total_nats(self, ids: npt.ArrayLike) -> float:
-        """Nats of a sequence of tokens."""
-        return float(self.nats[np.asarray(ids, dtype=np.int64)].sum())
-
-
-@dataclass(frozen=True)
-class _HeldOut:
+class _HeldOut(NamedTuple):
     """What one source, or several together, give to the evaluation.
 
-    Its documents' windows, their UTF-8 bytes as they are and as `gzip -9` and `xz -9e` make them,
-    and the unigram's nats.
+    `counts` are documents, tokens to score, and UTF-8 bytes as they are and as `gzip -9` and
+    `xz -9e` make them. [5]
     """
 
     source: str
-    n_documents: int
     windows: list[Window]
-    sizes: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
     unigram_nats: float
-
-    def __add__(self, other: _HeldOut) -> _HeldOut:
-        return _HeldOut(
-            "all",
-            self.n_documents + other.n_documents,
-            self.windows + other.windows,
-            self.sizes + other.sizes,
-            self.unigram_nats + other.unigram_nats,
-        )
 
     def figures(self, nats: npt.NDArray[np.float64]) -> dict[str, Any]:
         """Counts, and bits per byte of each coder, given the model's nats of each window."""
-        n_bytes, gzip, xz = self.sizes.tolist()
-        tokens = sum(len(window.targets) for window in self.windows)
+        documents, tokens, n_bytes, gzip, xz = self.counts.tolist()
         total = float(nats.sum())
         return {
             "source": self.source,
-            "documents": self.n_documents,
+            "documents": documents,
             "tokens": tokens,
             "bytes": n_bytes,
             "model": total / math.log(2) / n_bytes,
@@ -112,25 +69,19 @@ class _HeldOut:
 
 
 def evaluate_heldout(
-    loaded: LoadedModel,
-    shards: Path,
-    *,
-    context: int | None = None,
-    limit: int | None = None,
-    batch_tokens: int | None = None,
-    progress: Progress | None = None,
+    loaded: LoadedModel, options: TaskOptions, progress: Progress | None = None
 ) -> Result:
     """The model's score on the held-out documents of every source in a folder of shards.
 
     `limit` takes the first documents of each source; `context` is the training length by default.
     EvaluationError where nothing is held out or the shards' tokenizer is not the model's.
     """
-    context = loaded.trained_context if context is None else context
+    shards, context = options.shards, options.context or loaded.trained_context
     check_context(loaded, context)
     started = time.monotonic()
     manifests = find_sources(shards)
     held_out = [
-        _collect(loaded.vocabulary, shards / name, manifest, context, limit)
+        _collect(loaded.vocabulary, shards / name, manifest, context, options.limit)
         for name, manifest in manifests.items()
         if manifest.n_val_rows
     ]
@@ -139,13 +90,21 @@ def evaluate_heldout(
             f"{shards}: no document is held out in {', '.join(manifests)}: prepare them again "
             "with a larger --val-fraction"
         )
-    together = functools.reduce(operator.add, held_out)
-    scorer = Scorer.of(loaded)
-    nats = score(scorer, together.windows, batch_tokens=batch_tokens, progress=progress).nats
-    ends = np.cumsum([len(source.windows) for source in held_out])[:-1]
-    nats_a_source = np.split(nats, ends)
-    sources = [each.figures(part) for each, part in zip(held_out, nats_a_source, strict=True)]
-    total = together.figures(nats)
+    together = _HeldOut(
+        source="all",
+        windows=[window for each in held_out for window in each.windows],
+        counts=np.sum([each.counts for each in held_out], axis=0),
+        unigram_nats=sum(each.unigram_nats for each in held_out),
+    )
+    scored = score(
+        Scorer.of(loaded),
+        together.windows,
+        batch_tokens=options.batch_tokens,
+        progress=progress,
+    )
+    parts = np.split(scored.nats, np.cumsum([len(source.windows) for source in held_out])[:-1])
+    sources = [each.figures(part) for each, part in zip(held_out, parts, strict=True)]
+    total = together.figures(scored.nats)
     settings = {
         "sources": sources,
         "total": total,
@@ -170,19 +129,31 @@ def held_out_documents(folder: Path, manifest: Manifest) -> Iterator[Ids]:
     """The held-out documents of a source, each from its BOS to the next, without padding."""
     reader = ShardReader(folder, "val", manifest)
     tokenizer = manifest.facts.tokenizer
-    begun: list[Ids] = []
+    begun = np.empty(0, np.int64)
     for begin in range(0, reader.n_rows, _ROWS_AT_ONCE):
         indices = np.arange(begin, min(begin + _ROWS_AT_ONCE, reader.n_rows))
-        ids = reader.rows(indices)[0].ravel().astype(np.int64)
+        ids = np.concatenate([begun, reader.rows(indices)[0].ravel()], dtype=np.int64)
         ids = ids[ids != tokenizer.pad_id]
-        pieces = np.split(ids, np.flatnonzero(ids == tokenizer.bos_id))
-        begun.append(pieces[0])
-        for piece in pieces[1:]:
-            if document := [part for part in begun if len(part)]:
-                yield np.concatenate(document)
-            begun = [piece]
-    if document := [part for part in begun if len(part)]:
-        yield np.concatenate(document)
+        *complete, begun = np.split(ids, np.flatnonzero(ids == tokenizer.bos_id))
+        yield from filter(len, complete)
+    if len(begun):
+        yield begun
+
+
+def unigram_nats(counts: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Nats of each token by itself, from how often each was counted; none is impossible. [V]
+
+    Witten and Bell's estimate (1991, method C of Bell, Cleary and Witten's book): as many counts
+    as there are different tokens are set aside for the unseen, which share them. On small sources
+    it is a harder baseline than adding one to every count (by 1.5 % for pydoc's topics).
+    """
+    found = np.array(counts, dtype=np.float64)
+    n_seen = int(np.count_nonzero(found))
+    n_unseen = len(found) - n_seen
+    if not n_seen:
+        return np.full(len(found), math.log(len(found)))
+    found[found == 0] = n_seen / max(1, n_unseen)
+    return np.asarray(math.log(found.sum()) - np.log(found))
 
 
 def count_training_ids(
@@ -226,13 +197,14 @@ def _collect(
             f"{vocabulary.name} ({vocabulary.sha256[:12]}): name the shards that it was trained on"
         )
     documents = list(islice(held_out_documents(folder, manifest), limit))
-    unigram = Unigram.from_counts(count_training_ids(folder, manifest, len(vocabulary)))
+    nats = unigram_nats(count_training_ids(folder, manifest, len(vocabulary)))
+    sizes = compressed_sizes(vocabulary.decode(ids.tolist()).encode() for ids in documents)
+    n_tokens = sum(len(ids) - 1 for ids in documents)
     return _HeldOut(
         source=manifest.facts.source,
-        n_documents=len(documents),
         windows=[window for ids in documents for window in document_windows(ids, context)],
-        sizes=compressed_sizes(vocabulary.decode(ids.tolist()).encode() for ids in documents),
-        unigram_nats=sum(unigram.total_nats(ids[1:]) for ids in documents),
+        counts=np.array([len(documents), n_tokens, *sizes]),
+        unigram_nats=sum(float(nats[ids[1:]].sum()) for ids in documents),
     )
 
 
@@ -242,8 +214,9 @@ def _table(scores: list[dict[str, Any]]) -> list[list[str]]:
          for name in _COLUMNS]
         for each in scores
     ]  # fmt: skip
-    names = [each["source"] for each in scores]
-    return [["held out", *_COLUMNS], *([name, *row] for name, row in zip(names, rows, strict=True))]
+    return [["held out", *_COLUMNS]] + [
+        [each["source"], *row] for each, row in zip(scores, rows, strict=True)
+    ]
 
 
 def _notes(below_unigram: float, found: dict[str, Any]) -> list[str]:

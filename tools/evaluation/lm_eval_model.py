@@ -56,8 +56,8 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__()
-        named = (None if path is None else Path(path) for path in (run, checkpoint, hf))
-        where = dict(zip(("run", "checkpoint", "hf"), named, strict=True))
+        named = {"run": run, "checkpoint": checkpoint, "hf": hf}
+        where = {name: Path(path) for name, path in named.items() if path is not None}
         if device == DEFAULT_DEVICE and not torch.cuda.is_available():
             device = None
         self.loaded = load(ModelSpec(**where, device=device or "auto", dtype=dtype))
@@ -123,18 +123,17 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         sampled = settings.get("do_sample")
         temperature = float(settings.get("temperature", 0.0)) if sampled else 0.0
         room = min(int(settings.get("max_gen_toks", 256)), self.max_length - 1)
-        ids = self.tok_encode(context)[room - self.max_length :] or [self._first_id()]
+        ids = self.tok_encode(context)[room - self.max_length :]
+        if not ids:
+            if self.prefix_token_id is None:
+                raise EvaluationError("this tokenizer has no BOS to start an empty context with")
+            ids = [self.prefix_token_id]
         options = Generation(max_tokens=room, sampling=Sampling(temperature=temperature))
         text = write(self.loaded, ids, options, opens_text=False).text
         stops = settings.get("until") or ()
         for stop in [stops] if isinstance(stops, str) else stops:
             text = text.partition(stop)[0] if stop else text
         return text
-
-    def _first_id(self) -> int:
-        if self.prefix_token_id is None:
-            raise EvaluationError("this tokenizer has no BOS to start an empty context with")
-        return self.prefix_token_id
 
 
 @one_line_failures(ModelError)

@@ -17,19 +17,20 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tools.errors import EvaluationError
+from tools.evaluation.cards import Metric, Result
 from tools.evaluation.datasets import read_questions, read_records, sha256_of_rows
 from tools.evaluation.protocols import IGNORED, Window
-from tools.evaluation.results import Metric, Result
-from tools.evaluation.scoring import Progress, Scored, Scorer, check_context, score
+from tools.evaluation.scoring import Progress, Scorer, check_context, score
 from tools.evaluation.tasks import Question, Task, TaskOptions
 from tools.models.loading import LoadedModel
-from tools.models.vocabulary import Vocabulary
+from tools.models.tokenizers import Vocabulary
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -84,11 +85,15 @@ def evaluate_task(
     questions = every[: options.limit]
     examples, examples_from = _examples(task, options, every)
     pairs = [pair for q in questions for pair in pairs_of(task, q, examples(q))]
-    bos_id = _bos(loaded, options)
+    bos_id = loaded.vocabulary.bos_id if options.bos in ("start", "window") else None
+    if bos_id is None and options.bos in ("start", "window"):
+        raise EvaluationError("bos 'start': this tokenizer has no BOS; choose never")
     windows, truncated = windows_of(loaded.vocabulary, pairs, context, bos_id)
     scorer = Scorer.of(loaded)
     scored = score(scorer, windows, batch_tokens=options.batch_tokens, progress=progress)
-    answers = _answers(questions, scored)
+    ends = np.cumsum([len(question.choices) for question in questions])[:-1]
+    shares = np.split(-scored.nats, ends), np.split(scored.greedy, ends)
+    answers = list(map(Answer, questions, *shares))
     settings = {
         "subjects": _by_subject(answers),
         "items": len(questions),
@@ -135,13 +140,19 @@ def windows_of(
     vocabulary has none), for the first scored token needs an input.
     """
     encode: Encode = functools.lru_cache(maxsize=64)(vocabulary.encode)  # contexts come back
+    in_front = [bos_id, vocabulary.bos_id, vocabulary.eos_id]
     windows, truncated = [], 0
     for before, after in pairs:
         ids, n_scored = encode_pair(encode, before, after)
         if not n_scored:
             raise EvaluationError(f"nothing is left to score of {after!r} behind {before[-40:]!r}")
         if bos_id is not None or not before:
-            ids = [_first_id(vocabulary) if bos_id is None else bos_id, *ids]
+            first = next((number for number in in_front if number is not None), None)
+            if first is None:
+                raise EvaluationError(
+                    f"{vocabulary.name} has neither BOS nor EOS to put before a text"
+                )
+            ids = [first, *ids]
         truncated += len(ids) > context + 1
         windows.append(pair_window(ids, n_scored, context))
     return windows, truncated
@@ -165,20 +176,6 @@ def encode_pair(encode: Encode, before: str, after: str) -> tuple[list[int], int
     return ids, max(0, len(ids) - len(encode(kept)))
 
 
-def _first_id(vocabulary: Vocabulary) -> int:
-    """What is put before a text: BOS, or EOS where there is none."""
-    for number in (vocabulary.bos_id, vocabulary.eos_id):
-        if number is not None:
-            return number
-    raise EvaluationError(f"{vocabulary.name} has neither BOS nor EOS to put before a text")
-
-
-def _answers(questions: Sequence[Question], scored: Scored) -> list[Answer]:
-    ends = np.cumsum([len(question.choices) for question in questions])[:-1]
-    shares = zip(np.split(-scored.nats, ends), np.split(scored.greedy, ends), strict=True)
-    return [Answer(q, *share) for q, share in zip(questions, shares, strict=True)]
-
-
 def _examples(
     task: Task, options: TaskOptions, questions: Sequence[Question]
 ) -> tuple[Callable[[Question], Sequence[Question]], str]:
@@ -192,15 +189,16 @@ def _examples(
     if own:
         pool, where = questions, "the first other questions of the same file"
     else:
-        records = read_records(options.fewshot_data, task.example_table)
+        table = task.table._replace(split=task.examples)
+        records = read_records(options.fewshot_data, table)
         pool, where = read_questions(task, records), records.where
     by_subject: dict[str, list[Question]] = defaultdict(list)
     for candidate in pool:
         by_subject[candidate.subject].append(candidate)
 
     def choose(question: Question) -> Sequence[Question]:
-        first = by_subject[question.subject][: n + own]
-        chosen = [other for other in first if not own or other != question][:n]
+        same = by_subject[question.subject]
+        chosen = list(islice((other for other in same if not own or other != question), n))
         if len(chosen) < n:
             about = f" about {question.subject}" if question.subject else ""
             raise EvaluationError(
@@ -209,15 +207,6 @@ def _examples(
         return chosen
 
     return choose, where
-
-
-def _bos(loaded: LoadedModel, options: TaskOptions) -> int | None:
-    """The id that is put before every pair; None for none."""
-    if options.bos not in ("start", "window"):
-        return None
-    if loaded.vocabulary.bos_id is None:
-        raise EvaluationError("bos 'start': this tokenizer has no BOS; choose never")
-    return loaded.vocabulary.bos_id
 
 
 def _notes(found: Mapping[str, Any]) -> list[str]:
@@ -240,14 +229,6 @@ def _mean(values: Sequence[float]) -> Metric:
     return Metric(float(np.mean(values)), stderr)
 
 
-def _accuracy(answers: Sequence[Answer]) -> Metric:
-    return _mean([float(answer.is_right) for answer in answers])
-
-
-def _accuracy_by_length(answers: Sequence[Answer]) -> Metric:
-    return _mean([float(answer.chosen_by_length == answer.question.gold) for answer in answers])
-
-
 def _perplexity(answers: Sequence[Answer]) -> Metric:
     """exp of the mean; its standard error by the derivative."""
     mean = _mean([-float(answer.log_likelihoods[0]) for answer in answers])
@@ -258,8 +239,10 @@ def _perplexity(answers: Sequence[Answer]) -> Metric:
 
 
 METRICS: Final[Mapping[str, Callable[[Sequence[Answer]], Metric]]] = {
-    "acc": _accuracy,
-    "acc_norm": _accuracy_by_length,
+    "acc": lambda answers: _mean([float(each.is_right) for each in answers]),
+    "acc_norm": lambda answers: _mean(
+        [float(each.chosen_by_length == each.question.gold) for each in answers]
+    ),
     "perplexity": _perplexity,
 }
 

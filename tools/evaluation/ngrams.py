@@ -28,6 +28,7 @@ BARRIER: Final = b" \xff "
 """Separates documents: a byte that no UTF-8 holds is a word that no text has."""
 
 _BASE: Final = 0x9E3779B97F4A7C15  # odd, so that its powers have inverses modulo 2^64
+_INVERSE: Final = pow(_BASE, -1, 1 << 64)
 _FILTER_BITS: Final = 24
 _TABLE: Final = bytes(
     byte if byte >= 0x80 or chr(byte).isalnum() else 0x20 for byte in bytes(range(256)).lower()
@@ -50,9 +51,7 @@ class Grams(NamedTuple):
 def grams_of(text: bytes) -> Grams:
     """Every sequence of 13 words in a normalised text, in order."""
     characters = np.frombuffer(text, np.uint8)
-    in_word = np.empty(len(characters) + 2, np.bool_)
-    in_word[0] = in_word[-1] = False
-    np.not_equal(characters, ord(" "), out=in_word[1:-1])
+    in_word = np.pad(characters != ord(" "), 1)
     edges = np.flatnonzero(in_word[1:] != in_word[:-1])
     begins, ends = edges[::2], edges[1::2]
     if len(begins) < N_WORDS:
@@ -65,19 +64,16 @@ def grams_of(text: bytes) -> Grams:
 
 def _differences(values: npt.NDArray[np.unsignedinteger], begins: Places, ends: Places) -> Hashes:
     """The polynomial hash of values[begin:end] for each pair, whatever stands before."""
-    powers, inverses = _powers(1 << len(values).bit_length())
+    n = 1 << len(values).bit_length()
     running = np.zeros(len(values) + 1, np.uint64)
-    np.cumsum(values * powers[: len(values)], out=running[1:])
-    return np.asarray((running[ends] - running[begins]) * inverses[begins], np.uint64)
+    np.cumsum(values * _powers(_BASE, n)[: len(values)], out=running[1:])
+    hashes = (running[ends] - running[begins]) * _powers(_INVERSE, n)[begins]
+    return np.asarray(hashes, np.uint64)
 
 
-@functools.lru_cache(maxsize=32)
-def _powers(n: int) -> tuple[Hashes, Hashes]:
-    """base^i and base^-i modulo 2^64, for i below n."""
-    return _geometric(_BASE, n), _geometric(pow(_BASE, -1, 1 << 64), n)
-
-
-def _geometric(base: int, n: int) -> Hashes:
+@functools.lru_cache(maxsize=64)
+def _powers(base: int, n: int) -> Hashes:
+    """base^i modulo 2^64, for i below n."""
     factors = np.full(n, base, np.uint64)
     factors[0] = 1
     return np.cumprod(factors)
@@ -88,8 +84,8 @@ class Wanted:
 
     def __init__(self, items: Sequence[str]) -> None:
         found = [grams_of(normalised(item.encode())).hashes for item in items]
-        self.n_items = len(items)
-        self.items = np.repeat(np.arange(len(items)), [len(hashes) for hashes in found])
+        self._sizes = np.array([len(hashes) for hashes in found], np.int64)
+        self._items = np.repeat(np.arange(len(items)), self._sizes)
         joined = np.concatenate([np.empty(0, np.uint64), *found])
         self.hashes, self._number = np.unique(joined, return_inverse=True)
         self._filter = np.zeros(1 << _FILTER_BITS, np.bool_)
@@ -98,9 +94,7 @@ class Wanted:
     @property
     def measurable(self) -> npt.NDArray[np.bool_]:
         """Which items have 13 words at all. [n_items]"""
-        has = np.zeros(self.n_items, np.bool_)
-        has[self.items] = True
-        return has
+        return self._sizes > 0
 
     def find(self, hashes: Hashes) -> tuple[Places, Places]:
         """Places in `hashes` that are wanted, and the number of each among all wanted."""
@@ -114,12 +108,12 @@ class Wanted:
 
     def per_item(self, found: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
         """The share of each item's sequences that were found, given which were. [n_items]"""
-        hits = np.bincount(self.items, found[self._number], minlength=self.n_items)
-        return np.asarray(hits / np.maximum(1, np.bincount(self.items, minlength=self.n_items)))
+        hits = np.bincount(self._items, found[self._number], minlength=len(self._sizes))
+        return np.asarray(hits / np.maximum(1, self._sizes))
 
     def items_of(self, number: int) -> Places:
         """The items that hold a wanted sequence."""
-        return np.unique(self.items[self._number == number])
+        return np.unique(self._items[self._number == number])
 
 
 def _filter_place(hashes: Hashes) -> Hashes:

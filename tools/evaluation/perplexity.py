@@ -10,9 +10,8 @@ different counts:
 
 Words and bytes are those of the raw text (tools/evaluation/wikitext.py). Where a protocol leaves
 tokens out (a dropped tail, the first one of a window, `--limit`), both are scaled by the scored
-tokens' share of the text: the bytes that the scored tokens stand for over the bytes that all stand
-for, exactly. The standard errors say how far a metric would move on other windows of the same kind
-of text.
+tokens' share of the text, in the bytes that tokens stand for. The standard errors say how far a
+metric would move on other windows of the same kind of text.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from typing import Any, Final, cast
 import numpy as np
 
 from tools.errors import EvaluationError
+from tools.evaluation.cards import Metric, Result
 from tools.evaluation.protocols import (
     PLANS,
     BosPolicy,
@@ -34,12 +34,11 @@ from tools.evaluation.protocols import (
     WindowPlan,
     plan_windows,
 )
-from tools.evaluation.results import Metric, Result
 from tools.evaluation.scoring import Progress, Scorer, check_context, score
 from tools.evaluation.tasks import TaskOptions
 from tools.evaluation.wikitext import READ_AS, EvaluationText, Piece, read_text
 from tools.models.loading import LoadedModel
-from tools.models.vocabulary import Vocabulary
+from tools.models.tokenizers import Vocabulary
 
 _LARGEST_EXPONENT: Final = 709.0
 
@@ -52,15 +51,10 @@ def evaluate_corpus(
     if every and (options.stride or options.bos or options.protocol != "disjoint"):
         raise EvaluationError("--all-protocols takes each as it is: leave the others' options out")
     text = read_text(options.data, name)
+    given = {each: getattr(options, each) for each in ("limit", "batch_tokens")}
     return [
         measure(
-            loaded,
-            text,
-            _protocol(each, loaded, options),
-            task=name,
-            limit=options.limit,
-            batch_tokens=options.batch_tokens,
-            progress=progress,
+            loaded, text, _protocol(each, loaded, options), task=name, **given, progress=progress
         )
         for each in (PLANS if every else [options.protocol])
     ]
@@ -137,7 +131,7 @@ def encode(vocabulary: Vocabulary, pieces: Sequence[Piece]) -> list[Ids]:
 
 def scored_share(plan: WindowPlan, vocabulary: Vocabulary) -> float:
     """The scored tokens' share of the text, in bytes that tokens stand for."""
-    sizes = vocabulary.n_bytes()[plan.ids]
+    sizes = np.array([len(piece) for piece in vocabulary.pieces])[plan.ids]
     return float(sizes[plan.scored_places()].sum() / sizes.sum())
 
 

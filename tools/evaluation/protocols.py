@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, NamedTuple, get_args, overload
+from typing import Final, Literal, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -65,18 +65,17 @@ class Protocol:
     bos_id: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(ProtocolName):
+        if self.name not in PLANS:
             raise EvaluationError(f"protocol {self.name!r}: choose one of {', '.join(PLANS)}")
-        if self.bos is not None and self.bos not in BOS_POLICIES[self.name]:
+        allowed, least = BOS_POLICIES[self.name], 3 if self.name == "llama.cpp" else 2
+        if self.bos is not None and self.bos not in allowed:
             raise EvaluationError(
-                f"bos {self.bos!r}: choose one of {', '.join(BOS_POLICIES[self.name])} for the "
-                f"protocol {self.name}"
+                f"bos {self.bos!r}: choose one of {', '.join(allowed)} for the protocol {self.name}"
             )
-        least = 3 if self.name == "llama.cpp" else 2
         if self.context < least:
             raise EvaluationError(f"context {self.context}: a window needs at least {least} tokens")
         if self.resolved_bos != "never" and self.bos_id is None:
-            fix = "choose never" if "never" in BOS_POLICIES[self.name] else "choose disjoint"
+            fix = "choose never" if "never" in allowed else "choose disjoint"
             raise EvaluationError(f"bos {self.resolved_bos!r}: this tokenizer has no BOS; {fix}")
         if self.name != "stride" and self.stride is not None:
             raise EvaluationError(
@@ -92,11 +91,9 @@ class Protocol:
     @property
     def resolved_bos(self) -> BosPolicy:
         """The BOS policy that is followed."""
-        if self.bos is not None:
-            return self.bos
-        if self.name == "llama.cpp" and self.bos_id is None:
+        if self.bos is None and self.name == "llama.cpp" and self.bos_id is None:
             return "never"
-        return BOS_POLICIES[self.name][0]
+        return self.bos or BOS_POLICIES[self.name][0]
 
     @property
     def resolved_stride(self) -> int:
@@ -106,21 +103,19 @@ class Protocol:
         return self.context // 2 if self.stride is None else self.stride
 
     @property
+    def replaces_by_bos(self) -> bool:
+        """Whether a window's first id gives way to BOS."""
+        return self.name == "llama.cpp" and self.resolved_bos == "window"
+
+    @property
     def room(self) -> int:
         """Ids of the stream that fit into a window."""
-        return self.context - (
-            self.name in ("disjoint", "stride") and self.resolved_bos == "window"
-        )
+        return self.context - (self.resolved_bos == "window" and not self.replaces_by_bos)
 
     @property
     def starts_with_bos(self) -> bool:
         """Whether a BOS is in front of each text's ids."""
         return self.resolved_bos == "start" or self.replaces_by_bos
-
-    @property
-    def replaces_by_bos(self) -> bool:
-        """Whether a window's first id gives way to BOS."""
-        return self.name == "llama.cpp" and self.resolved_bos == "window"
 
 
 class Window(NamedTuple):
@@ -185,13 +180,13 @@ class WindowPlan(Sequence[Window]):
 def plan_windows(texts: Sequence[Ids], protocol: Protocol) -> WindowPlan:
     """The windows of several texts, none of which reaches from one into the next."""
     bos = np.full(int(protocol.starts_with_bos), protocol.bos_id or 0, np.int64)
-    streams, own, spans = [], [], []
-    begin = 0
+    streams, own, spans, begin = [], [], [], 0
     for ids in texts:
-        streams += [bos, ids]
-        own += [np.zeros(len(bos), np.bool_), np.ones(len(ids), np.bool_)]
-        spans.append(begin + PLANS[protocol.name](len(bos) + len(ids), protocol))
-        begin += len(bos) + len(ids)
+        stream = np.concatenate([bos, ids])
+        streams.append(stream)
+        own.append(np.arange(len(stream)) >= len(bos))
+        spans.append(begin + PLANS[protocol.name](len(stream), protocol))
+        begin += len(stream)
     if not sum(map(len, spans)):
         raise EvaluationError(
             f"the text has {sum(map(len, texts))} tokens, too few for one {protocol.name} window "
@@ -205,11 +200,16 @@ def plan_windows(texts: Sequence[Ids], protocol: Protocol) -> WindowPlan:
     )
 
 
-def disjoint_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
-    """Full windows side by side; what is left over at the end belongs to none. [n, 3]"""
+def full_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
+    """Full windows side by side; what is left over at the end belongs to none. [n, 3]
+
+    Of llama.cpp's (those of its perplexity tool without its own stride) the second half is scored.
+    """
     begins = np.arange(length // protocol.room, dtype=np.int64) * protocol.room
-    first_scored = begins + (protocol.resolved_bos != "window")
-    return np.stack([begins, begins + protocol.room, first_scored], axis=1)
+    skipped = int(protocol.resolved_bos != "window")
+    if protocol.name == "llama.cpp":
+        skipped = protocol.context // 2 + 1
+    return np.stack([begins, begins + protocol.room, begins + skipped], axis=1)
 
 
 def stride_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
@@ -236,21 +236,11 @@ def lm_eval_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
     return np.stack([np.maximum(0, ends - protocol.context - 1), ends, first_scored], axis=1)
 
 
-def llama_cpp_spans(length: int, protocol: Protocol) -> npt.NDArray[np.int64]:
-    """Full windows side by side, of which the second half is scored. [n, 3]
-
-    The windows of llama.cpp's perplexity tool without its own stride.
-    """
-    begins = np.arange(length // protocol.context, dtype=np.int64) * protocol.context
-    first_scored = begins + protocol.context // 2 + 1
-    return np.stack([begins, begins + protocol.context, first_scored], axis=1)
-
-
 PLANS: Final[dict[str, Callable[[int, Protocol], npt.NDArray[np.int64]]]] = {
-    "disjoint": disjoint_spans,
+    "disjoint": full_spans,
     "stride": stride_spans,
     "lm-eval": lm_eval_spans,
-    "llama.cpp": llama_cpp_spans,
+    "llama.cpp": full_spans,
 }
 
 

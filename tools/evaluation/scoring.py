@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.nn.utils.rnn import pad_sequence
 
 from tools.errors import EvaluationError
-from tools.evaluation.protocols import IGNORED, Window
+from tools.evaluation.protocols import IGNORED, Ids, Window
 from tools.models.loading import DTYPES, LoadedModel, max_context
 
 Progress = Callable[[int, int], None]
@@ -85,13 +86,8 @@ class Scorer:
     @classmethod
     def of(cls, loaded: LoadedModel) -> Scorer:
         """A scorer of a loaded model where it is; bf16 means autocast, as in training."""
-        weight = loaded.model.head_weight
-        return cls(
-            loaded.model.hidden,
-            lambda rows: linear(rows, weight),
-            weight.device,
-            DTYPES[loaded.dtype],
-        )
+        weight, dtype = loaded.model.head_weight, DTYPES[loaded.dtype]
+        return cls(loaded.model.hidden, lambda rows: linear(rows, weight), weight.device, dtype)
 
     def nll(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """-log softmax(logits)[target] in fp32, 0 where the target is -100: [B, T] -> [B, T].
@@ -144,8 +140,16 @@ def score(
             done += len(places)
             if number % world_size != rank:
                 continue
-            inputs, targets = _stack([windows[place] for place in places])
-            nats, greedy = _nll_within_memory(scorer, inputs, targets)
+            chosen = [windows[place] for place in places]
+            inputs = _padded([window.inputs for window in chosen], 0)
+            targets = _padded([window.targets for window in chosen], IGNORED)
+            try:
+                nats, greedy = scorer.nll(inputs, targets)
+            except torch.OutOfMemoryError as error:
+                raise EvaluationError(
+                    f"{inputs.numel():,} tokens at a time do not fit into the memory of "
+                    f"{scorer.device}: choose a smaller --batch-tokens, or a smaller --context"
+                ) from error
             sums[0, places] = nats.cpu().double().sum(dim=1)
             sums[1, places] = (targets != IGNORED).sum(dim=1).numpy()
             sums[2, places] = greedy.all(dim=1).cpu()
@@ -153,7 +157,11 @@ def score(
                 progress(done, len(windows))
     if world_size > 1:
         dist.all_reduce(torch.from_numpy(sums))  # elsewhere zeros: nothing is counted twice
-    _check_finite(sums[0])
+    if len(bad := np.flatnonzero(~np.isfinite(sums[0]))):
+        raise EvaluationError(
+            f"window {bad[0]}: the model's log-likelihood is {-sums[0, bad[0]]}; its weights are "
+            "damaged, or bf16 is too narrow for them (try --dtype fp32)"
+        )
     return Scored(sums[0], sums[1].astype(np.int64), sums[2] > 0)
 
 
@@ -167,24 +175,9 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         begin += together
 
 
-def _nll_within_memory(scorer: Scorer, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        return scorer.nll(inputs, targets)
-    except torch.OutOfMemoryError as error:
-        raise EvaluationError(
-            f"{inputs.numel():,} tokens at a time do not fit into the memory of {scorer.device}: "
-            "choose a smaller --batch-tokens, or a smaller --context"
-        ) from error
-
-
-def _stack(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [B, T], filled up on the right with id 0 and -100."""
-    shape = len(windows), max(len(window.inputs) for window in windows)
-    inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
-    for row, window in enumerate(windows):
-        inputs[row, : len(window.inputs)] = window.inputs
-        targets[row, : len(window.targets)] = window.targets
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
+def _padded(rows: Sequence[Ids], filler: int) -> Tensor:
+    """[B, T], filled up on the right."""
+    return pad_sequence(list(map(torch.from_numpy, rows)), batch_first=True, padding_value=filler)
 
 
 def check_context(loaded: LoadedModel, context: int) -> None:
@@ -195,13 +188,3 @@ def check_context(loaded: LoadedModel, context: int) -> None:
             f"context {context:,}: with ALiBi this model is exact up to {limit:,} tokens; "
             f"choose --context {limit} or less"
         )
-
-
-def _check_finite(nats: npt.NDArray[np.float64]) -> None:
-    if np.isfinite(nats).all():
-        return
-    worst = int(np.flatnonzero(~np.isfinite(nats))[0])
-    raise EvaluationError(
-        f"window {worst}: the model's log-likelihood is {-nats[worst]}; its weights are "
-        "damaged, or bf16 is too narrow for them (try --dtype fp32)"
-    )

@@ -21,9 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-_TITLE: Final = re.compile(r" \[title\]")
-_BRACKETED: Final = re.compile(r"\[.*?\]")
-
 Record = Mapping[str, Any]
 
 
@@ -103,11 +100,6 @@ class Task:
     metrics: tuple[str, ...] = ("acc", "acc_norm")
     delimiter: str = " "
     description: Callable[[str], str] = lambda _: ""
-
-    @property
-    def example_table(self) -> HubTable:
-        """Where few-shot examples come from on the Hub."""
-        return self.table._replace(split=self.examples)
 
 
 def _lambada(row: Record) -> Question:
@@ -197,8 +189,8 @@ def _with_choices(context: str, row: Record) -> Question:
 
 def _without_markup(text: str) -> str:
     """HellaSwag's texts from WikiHow without their bracketed marks."""
-    text = _TITLE.sub(". ", text.strip())
-    return _BRACKETED.sub("", text).replace("  ", " ")
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 _TABLE: Final = (

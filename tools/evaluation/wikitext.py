@@ -32,27 +32,24 @@ from tools.evaluation.tasks import CORPORA
 JOIN: Final = "\n\n"
 _BLANK_LINE: Final = " \n"
 
-_DETOKENIZED: Final = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        ("s '", "s'"),
-        ("/' [0-9]/", "/'[0-9]/"),
-        *((f" @{re.escape(mark)}@ ", mark) for mark in "-,."),
-        *((f" {re.escape(mark)} ", f"{mark} ") for mark in ":;.!?,"),
-        (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
-        (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
-        (r"{\s*([^}]*?)\s*}", r"{\1}"),
-        (r'"\s*([^"]*?)\s*"', r'"\1"'),
-        (r"'\s*([^']*?)\s*'", r"'\1'"),
-        ("= = = =", "===="),
-        ("= = =", "==="),
-        ("= =", "=="),
-        (" ° ", "°"),
-        (" \n", "\n"),
-        ("\n ", "\n"),
-        (" N ", " 1 "),
-        (" 's", "'s"),
-    )
+_DETOKENIZED: Final = (
+    ("s '", "s'"),
+    ("/' [0-9]/", "/'[0-9]/"),
+    *((f" @{re.escape(mark)}@ ", mark) for mark in "-,."),
+    *((f" {re.escape(mark)} ", f"{mark} ") for mark in ":;.!?,"),
+    (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"{\s*([^}]*?)\s*}", r"{\1}"),
+    (r'"\s*([^"]*?)\s*"', r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+    ("= = = =", "===="),
+    ("= = =", "==="),
+    ("= =", "=="),
+    (" ° ", "°"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
 )
 """What lm-evaluation-harness does to a page, one after the other (it has the list from Megatron).
 
@@ -127,14 +124,13 @@ def pages_of(raw: str) -> list[str]:
 def detokenized(page: str) -> str:
     """A page as it would be written: spaces before punctuation and inside brackets taken out."""
     for pattern, replacement in _DETOKENIZED:
-        page = pattern.sub(replacement, page)
+        page = re.sub(pattern, replacement, page)
     return page
 
 
 def from_raw(raw: str) -> EvaluationText:
     """The evaluation text of a raw file's contents."""
-    lines = raw.split("\n")
-    rows = [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+    rows = re.findall(r"[^\n]*\n|[^\n]+", raw)
     return EvaluationText(raw, JOIN.join(row if row.strip() else "" for row in rows))
 
 
@@ -153,13 +149,11 @@ def read_text(data: Path | None = None, corpus: str = "wikitext2") -> Evaluation
 
     A parquet or jsonl file holds rows (column `text`); any other is taken as raw text.
     """
-    if data is None:
-        return from_rows(_texts(read_records(None, CORPORA[corpus])))
+    layout = None if data is None else layout_of(data.name)
+    if data is None or (layout is not None and layout.kind != "text" and not data.is_dir()):
+        return from_rows(_texts(read_records(data, CORPORA[corpus])))
     if data.is_dir():
         raise EvaluationError(f"{data} is a folder: name the file in it that holds the test split")
-    layout = layout_of(data.name)
-    if layout is not None and layout.kind != "text":
-        return from_rows(_texts(read_records(data, CORPORA[corpus])))
     try:
         return from_raw(data.read_bytes().decode())
     except UnicodeDecodeError as error:
@@ -170,7 +164,6 @@ def read_text(data: Path | None = None, corpus: str = "wikitext2") -> Evaluation
 
 def _texts(records: EvaluationSet) -> list[str]:
     """Every row's text, in order; EvaluationError at one that has none."""
-    texts = []
     for number, row in enumerate(records.rows):
         try:
             row["text"].encode()  # a lone surrogate is no text either
@@ -178,5 +171,4 @@ def _texts(records: EvaluationSet) -> list[str]:
             raise EvaluationError(
                 f"{records.where}: row {number} has no text: fetch the file again"
             ) from error
-        texts.append(row["text"])
-    return texts
+    return [row["text"] for row in records.rows]

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from model.kv_cache import KVCache
 from tools.errors import GenerationError
 from tools.models.loading import DTYPES, LoadedModel, max_context
-from tools.models.vocabulary import Vocabulary
+from tools.models.tokenizers import Vocabulary
 
 OnText = Callable[[str], None]
 
@@ -74,23 +74,40 @@ def generate(
 
     `on_token` is called with each as it is drawn: tokens that stand for text, and EOS.
     """
-    ids = list(prompt)
+    model, ids = loaded.model, list(prompt)
     room = _room(loaded, len(ids), options.max_tokens)
-    cache = _new_cache(loaded, len(ids) + room) if options.use_cache else None
-    never = _never_drawn(loaded)
+    cache = None
+    if options.use_cache:
+        length, dtype = len(ids) + room, DTYPES[loaded.dtype]
+        cache = KVCache(model.config, 1, length, loaded.device, dtype)
+    drawable = loaded.vocabulary.may_be_drawn(model.config.vocab_size)
+    never = ~torch.tensor(drawable, device=loaded.device)
     generator = options.sampling.generator()
-    unread = ids
     with loaded.autocast():
         while len(ids) < len(prompt) + room:
-            logits = _next_logits(loaded, ids if cache is None else unread, cache)
+            unread = ids if cache is None else ids[cache.length :]
+            hidden = model.hidden(torch.tensor([unread], device=loaded.device), cache=cache)
+            logits = linear(hidden[0, -1:], model.head_weight).float()[0]
             drawn = draw(logits.masked_fill(never, -torch.inf), options.sampling, generator)
             if drawn == loaded.vocabulary.eos_id:
                 break
             ids.append(drawn)
-            unread = [drawn]
             if on_token is not None:
                 on_token(drawn)
     return ids[len(prompt) :]
+
+
+def _room(loaded: LoadedModel, n_prompt: int, max_tokens: int) -> int:
+    """Tokens that may follow a prompt; GenerationError if it fills the context already."""
+    limit = max_context(loaded.model.config)
+    if limit is None:
+        return max_tokens
+    if n_prompt >= limit:
+        raise GenerationError(
+            f"the prompt has {n_prompt:,} tokens and this model is exact up to {limit:,}: "
+            "shorten it"
+        )
+    return min(max_tokens, limit - n_prompt)
 
 
 class Written(NamedTuple):
@@ -200,37 +217,3 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     uniform = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
     place = torch.searchsorted(cumulative, uniform, right=True)
     return int(ids[place.clamp_max(len(cumulative) - 1)])
-
-
-def _room(loaded: LoadedModel, n_prompt: int, max_tokens: int) -> int:
-    """Tokens that may follow a prompt; GenerationError if it fills the context already."""
-    limit = max_context(loaded.model.config)
-    if limit is None:
-        return max_tokens
-    if n_prompt >= limit:
-        raise GenerationError(
-            f"the prompt has {n_prompt:,} tokens and this model is exact up to {limit:,}: "
-            "shorten it"
-        )
-    return min(max_tokens, limit - n_prompt)
-
-
-def _new_cache(loaded: LoadedModel, length: int) -> KVCache:
-    return KVCache(loaded.model.config, 1, length, loaded.device, DTYPES[loaded.dtype])
-
-
-def _never_drawn(loaded: LoadedModel) -> Tensor:
-    """True for ids that are neither text nor EOS. [V]"""
-    vocabulary = loaded.vocabulary
-    allowed = torch.zeros(loaded.model.config.vocab_size, dtype=torch.bool)
-    allowed[: len(vocabulary)] = torch.tensor([bool(piece) for piece in vocabulary.pieces])
-    if vocabulary.eos_id is not None:
-        allowed[vocabulary.eos_id] = True
-    return ~allowed.to(loaded.device)
-
-
-def _next_logits(loaded: LoadedModel, ids: Sequence[int], cache: KVCache | None) -> Tensor:
-    """Logits [V] of the token after `ids`, which follow those that the cache holds."""
-    tokens = torch.tensor([list(ids)], device=loaded.device)
-    last = loaded.model.hidden(tokens, cache=cache)[:, -1]
-    return linear(last, loaded.model.head_weight).float()[0]

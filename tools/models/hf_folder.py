@@ -9,7 +9,6 @@ SentencePiece file where there is one, else tokenizer.json.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -37,8 +36,12 @@ from tools.models.llama import (
     weights_from_llama,
     weights_to_llama,
 )
-from tools.models.tokenizer_json import piece_bytes, tokenizer_config, tokenizer_json
-from tools.models.vocabulary import Vocabulary
+from tools.models.tokenizers import (
+    TOKENIZER_JSON,
+    Vocabulary,
+    tokenizer_config,
+    tokenizer_json,
+)
 from trainer.config.config import from_stored
 from trainer.errors import ConfigError
 
@@ -46,7 +49,6 @@ CONFIG: Final = "config.json"
 MODELING: Final = "modeling_summerlm.py"
 OWN: Final = "summerlm"
 """Our architecture's `model_type`."""
-TOKENIZER_JSON: Final = "tokenizer.json"
 _THEIRS: Final = frozenset((
     "architectures", "auto_map", "model_type", "bos_token_id", "eos_token_id", "pad_token_id",
     "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings", "head_dim", "use_cache",
@@ -74,8 +76,7 @@ def is_own_architecture(folder: Path) -> bool:
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], Vocabulary]:
     """Shape, weights by our names in fp32, and vocabulary; ConversionError where it is no Llama."""
     config, weights = read_model(folder)
-    vocabulary = read_vocabulary(folder, config.vocab_size)
-    return config, weights, vocabulary
+    return config, weights, read_vocabulary(folder, config.vocab_size)
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -87,16 +88,13 @@ def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         theirs: dict[str, Tensor] = {}
         for path in _weight_files(folder):
             theirs |= load_file(path)
-        weights = (
-            {name: tensor.float() for name, tensor in theirs.items()}
-            if is_own
-            else weights_from_llama(config, theirs)
-        )
-    except ConversionError as error:
-        raise ConversionError(f"{folder}: {error}") from error
+        if is_own:
+            return config, {name: tensor.float() for name, tensor in theirs.items()}
+        return config, weights_from_llama(config, theirs)
     except SafetensorError as error:
         raise ConversionError(f"{folder}: damaged weights ({error}): fetch it again") from error
-    return config, weights
+    except ConversionError as error:
+        raise ConversionError(f"{folder}: {error}") from error
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
@@ -107,15 +105,14 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     if (folder / TOKENIZER).is_file():
         vocabulary = Vocabulary.of_sentencepiece(read_sentencepiece(folder))
     elif (folder / TOKENIZER_JSON).is_file():
-        vocabulary = _of_tokenizer_json(folder)
+        vocabulary = Vocabulary.of_tokenizer_json(folder)
     else:
         raise ConversionError(
             f"{folder}: neither {TOKENIZER} nor {TOKENIZER_JSON} is there: add the tokenizer"
         )
-    missing = vocab_size - len(vocabulary)
-    if not 0 < missing < _MOST_FILLED_UP:
-        return vocabulary  # which fits, or is rejected
-    return replace(vocabulary, pieces=vocabulary.pieces + missing * (b"",))
+    if 0 < (missing := vocab_size - len(vocabulary)) < _MOST_FILLED_UP:
+        return replace(vocabulary, pieces=vocabulary.pieces + missing * (b"",))
+    return vocabulary  # which fits, or is rejected
 
 
 def read_sentencepiece(folder: Path) -> Tokenizer:
@@ -152,7 +149,8 @@ def write_folder(
         for name, code in model_code().items():
             publish_bytes(folder / name, code.encode())
     publish_json(folder / CONFIG, {**described, **ends, "dtype": "float32", WRITER_KEY: VERSION})
-    no_text = [i for i in range(config.vocab_size) if not _is_text(tokenizer, i)]
+    drawn = Vocabulary.of_sentencepiece(tokenizer).may_be_drawn(config.vocab_size)
+    no_text = [number for number, may_be in enumerate(drawn) if not may_be]
     publish_json(folder / "generation_config.json", {**ends, "suppress_tokens": no_text})
     publish_bytes(folder / TOKENIZER, tokenizer.model)
     publish_json(folder / TOKENIZER_JSON, tokenizer_json(tokenizer))
@@ -201,12 +199,6 @@ def _config_from_own(described: Mapping[str, Any], folder: Path) -> ModelConfig:
         ) from error
 
 
-def _is_text(tokenizer: Tokenizer, number: int) -> bool:
-    """Whether generation may draw an id: text, or the end of it."""
-    within = number < tokenizer.vocab_size
-    return number == tokenizer.eos_id or (within and bool(tokenizer.token_bytes[number]))
-
-
 def _write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
     files = split_torch_state_dict_into_shards(dict(weights), max_shard_size=_FILE_BYTES)
     for name, keys in files.filename_to_tensors.items():
@@ -242,38 +234,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(described, dict):
         raise ConversionError(f"{path.name} holds no JSON object: fetch it again")
     return described
-
-
-def _of_tokenizer_json(folder: Path) -> Vocabulary:
-    """A vocabulary that transformers encodes with; special tokens in a text stay text."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ConversionError(
-            f"{folder}: reading {TOKENIZER_JSON} needs transformers: pip install 'summerlm[hf]'"
-        ) from error
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    raw = (folder / TOKENIZER_JSON).read_bytes()
-    spelled = piece_bytes(json.loads(raw))
-    pieces = tuple(spelled.get(number, b"") for number in range(max(spelled) + 1))
-
-    def encode(text: str) -> list[int]:
-        ids = tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        ).input_ids
-        return list(ids)
-
-    first = encode("a")
-    return Vocabulary(
-        name=folder.name,
-        encode=encode,
-        decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        pieces=pieces,
-        bos_id=tokenizer.bos_token_id,
-        eos_id=tokenizer.eos_token_id,
-        sha256=hashlib.sha256(raw).hexdigest(),
-        space_first=pieces[first[0]].startswith(b" "),
-        chat=None,
-    )

@@ -7,7 +7,7 @@ that joining and cutting is all there is to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any, Final
 
@@ -38,17 +38,15 @@ _KNOWN: Final = {
     *_SHAPE, *_OPTIONS, "rope", "rope_theta", "alibi", "layer_scale", "dropout",
     "attention_dropout", "z_loss",
 }  # fmt: skip
-_SAME: Final = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "attention.out.weight": "self_attn.o_proj.weight",
-    "ffn.down.weight": "mlp.down_proj.weight",
-}
-_JOINED: Final = {
+_LAYER: Final = {  # a matrix of ours, and theirs that it is made of, one below the other
+    "attention_norm.weight": ("input_layernorm.weight",),
+    "ffn_norm.weight": ("post_attention_layernorm.weight",),
     "attention.qkv.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
+    "attention.out.weight": ("self_attn.o_proj.weight",),
     "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "ffn.down.weight": ("mlp.down_proj.weight",),
 }
-_SCALES: Final = {"attention.out.weight": "attention_scale", "ffn.down.weight": "ffn_scale"}
+_SCALED: Final = (".out.weight", ".down.weight")  # what LayerScale follows
 
 
 def config_from_llama(theirs: Mapping[str, Any]) -> ModelConfig:
@@ -111,13 +109,7 @@ def weights_from_llama(config: ModelConfig, theirs: Mapping[str, Tensor]) -> dic
                 f"the weights have no {name}: the folder is incomplete, or no Llama"
             ) from None
 
-    ours = {our: take(their) for our, their in _outer_names(config).items()}
-    for layer in range(config.n_layers):
-        prefix, their_prefix = f"blocks.{layer}.", f"model.layers.{layer}."
-        for our, their in _SAME.items():
-            ours[prefix + our] = take(their_prefix + their)
-        for our, parts in _JOINED.items():
-            ours[prefix + our] = torch.cat([take(their_prefix + part) for part in parts])
+    ours = {our: torch.cat([*map(take, parts)]) for our, parts in _names(config)}
     if left:
         raise ConversionError(
             f"the weights hold {next(iter(left))}, which a Llama does not have: this model cannot"
@@ -129,26 +121,27 @@ def weights_from_llama(config: ModelConfig, theirs: Mapping[str, Tensor]) -> dic
 def weights_to_llama(config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their state dict from ours; LayerScale goes into the matrices that it follows."""
     heads = [config.n_heads * config.head_dim] + 2 * [config.kv_heads * config.head_dim]
-    rows = {"attention.qkv.weight": heads, "ffn.gate_up.weight": 2 * [config.d_ff]}
-    theirs = {their: ours[our] for our, their in _outer_names(config).items()}
-    for layer in range(config.n_layers):
-        prefix, their_prefix = f"blocks.{layer}.", f"model.layers.{layer}."
-        for our, their in _SAME.items():
-            weight = ours[prefix + our]
-            if config.layer_scale and our in _SCALES:
-                weight = ours[prefix + _SCALES[our]][:, None] * weight
-            theirs[their_prefix + their] = weight
-        for our, parts in _JOINED.items():
-            pieces = torch.split(ours[prefix + our], rows[our])
-            theirs |= {
-                their_prefix + part: w.clone() for part, w in zip(parts, pieces, strict=True)
-            }
+    rows = {2: 2 * [config.d_ff], 3: heads}
+    theirs: dict[str, Tensor] = {}
+    for our, parts in _names(config):
+        weight = ours[our]
+        if config.layer_scale and our.endswith(_SCALED):
+            branch = our.removesuffix(".out.weight").removesuffix(".down.weight")
+            weight = ours[f"{branch}_scale"][:, None] * weight
+        pieces = torch.split(weight, rows[len(parts)]) if len(parts) > 1 else [weight]
+        theirs |= {part: piece.clone() for part, piece in zip(parts, pieces, strict=True)}
     return theirs
 
 
-def _outer_names(config: ModelConfig) -> dict[str, str]:
-    names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    return names if config.tie_embeddings else names | {"head.weight": "lm_head.weight"}
+def _names(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each of our tensors with those of theirs that it is made of, one below the other."""
+    yield "embedding.weight", ("model.embed_tokens.weight",)
+    yield "norm.weight", ("model.norm.weight",)
+    if not config.tie_embeddings:
+        yield "head.weight", ("lm_head.weight",)
+    for layer in range(config.n_layers):
+        for our, parts in _LAYER.items():
+            yield f"blocks.{layer}.{our}", tuple(f"model.layers.{layer}.{part}" for part in parts)
 
 
 def _rope(theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pipeline.text.tokenizer import Tokenizer
 from shards.format import TOKENIZER
 from tools.errors import LoadingError
 from tools.models.hf_folder import read_folder
-from tools.models.vocabulary import Vocabulary
+from tools.models.tokenizers import Vocabulary
 from trainer.checkpoint.runs import (
     CONFIG,
     RECORD,
@@ -33,8 +33,7 @@ from trainer.distributed.devices import keep_freed_memory, pick_device
 
 Precision = Literal["auto", "bf16", "fp32"]
 DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
-VOCAB_MULTIPLE: Final = 128
-"""A model's vocabulary is its tokenizer's, rounded up to a multiple of this."""
+VOCAB_MULTIPLE: Final = 128  # of a tokenizer's entries, rounded up to it, is a model's vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,24 +93,23 @@ class LoadedModel:
         }
 
 
-_Parts = tuple[str, ModelConfig, Mapping[str, Tensor], Vocabulary]
-
-
 def load(spec: ModelSpec) -> LoadedModel:
     """The chosen model in evaluation mode; LoadingError where there is none or parts do not fit."""
     named = [path for path in (spec.run, spec.checkpoint, spec.hf) if path is not None]
     if len(named) > 1:
         raise LoadingError(f"{named[0]} and {named[1]}: name one of --run, --checkpoint and --hf")
-    device = resolve_device(spec.device)
+    if spec.device.startswith("cuda") and not torch.cuda.is_available():
+        raise LoadingError(f"device {spec.device}: torch sees no GPU here; use --device cpu")
+    device = torch.device(pick_device(spec.device))
     if device.type == "cpu":
         keep_freed_memory()
-    name, config, weights, vocabulary = (
-        (str(spec.hf), *read_folder(spec.hf))
-        if spec.hf is not None
-        else _from_checkpoint(spec.checkpoint or newest_checkpoint(spec.run or newest_run()))
-    )
+    if spec.hf is not None:
+        name, config, weights, vocabulary = str(spec.hf), *read_folder(spec.hf)
+    else:
+        checkpoint = spec.checkpoint or newest_checkpoint(spec.run or newest_run())
+        name, config, weights, vocabulary = _from_checkpoint(checkpoint)
     check_fit(name, config, weights, vocabulary)
-    dtype = spec.dtype if spec.dtype != "auto" else _natural_dtype(device)
+    natural: Literal["bf16", "fp32"] = "bf16" if device.type == "cuda" else "fp32"
     with torch.device("meta"):  # never initialised at random on the way
         model = Transformer(config)
     model.to_empty(device=device).load_state_dict(weights)
@@ -120,11 +118,13 @@ def load(spec: ModelSpec) -> LoadedModel:
         model=model.eval(),
         vocabulary=vocabulary,
         weights_sha256=sha256_of_weights(weights),
-        dtype=dtype,
+        dtype=natural if spec.dtype == "auto" else spec.dtype,
     )
 
 
-def _from_checkpoint(checkpoint: Path) -> _Parts:
+def _from_checkpoint(
+    checkpoint: Path,
+) -> tuple[str, ModelConfig, dict[str, Tensor], Vocabulary]:
     """A checkpoint inside its run, which holds the configuration and the tokenizer."""
     if not is_checkpoint(checkpoint):
         raise LoadingError(
@@ -139,7 +139,8 @@ def _from_checkpoint(checkpoint: Path) -> _Parts:
                 "folder (as checkpoints/step-N) into one folder"
             )
     vocabulary = Vocabulary.of_sentencepiece(Tokenizer.load(run / TOKENIZER))
-    name = f"{_relative(run)}, step {step_of(checkpoint.resolve()):,}"
+    shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    name = f"{shown}, step {step_of(checkpoint.resolve()):,}"
     return name, load_config(run).model, load_weights(checkpoint), vocabulary
 
 
@@ -173,13 +174,6 @@ def max_context(config: ModelConfig) -> int | None:
     return MAX_ALIBI_CONTEXT if config.alibi else None
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` is an accelerator if torch sees one, else the CPU."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise LoadingError(f"device {name}: torch sees no GPU here; use --device cpu")
-    return torch.device(pick_device(name))
-
-
 def sha256_of_weights(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes and fp32 values in order of name, whatever files held them."""
     digest = hashlib.sha256()
@@ -188,12 +182,3 @@ def sha256_of_weights(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {list(values.shape)}\n".encode())
         digest.update(values.numpy().data)
     return digest.hexdigest()
-
-
-def _natural_dtype(device: torch.device) -> Literal["bf16", "fp32"]:
-    return "bf16" if device.type == "cuda" else "fp32"
-
-
-def _relative(path: Path) -> str:
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -44,9 +44,7 @@ class SummerLMConfig(PretrainedConfig):  # type: ignore[misc, no-untyped-call, u
 
     def __init__(self, **kwargs: Any) -> None:
         shape = ModelConfig(**{name: kwargs.pop(name) for name in OPTIONS if name in kwargs})
-        for name, value in asdict(shape).items():
-            setattr(self, name, value)
-        self.n_kv_heads = shape.kv_heads
+        vars(self).update(asdict(shape), n_kv_heads=shape.kv_heads)
         derived = {"head_dim": shape.head_dim, "tie_word_embeddings": shape.tie_embeddings}
         super().__init__(**(kwargs | derived))
 
@@ -76,15 +74,16 @@ class SummerLMModel(PreTrainedModel):  # type: ignore[misc, no-untyped-call, unu
     blocks: nn.ModuleList
     positions: PositionTables
     head: nn.Module
+    _input_embed_layer = "embedding"
     _no_split_modules = ["Block"]  # noqa: RUF012  # the library wants a list
     _supports_sdpa = True
     supports_gradient_checkpointing = True
+    gradient_checkpointing = False
 
     def __init__(self, config: SummerLMConfig) -> None:
         super().__init__(config)
         for name, part in Transformer(config.shape()).named_children():
             self.add_module(name, part)
-        self.gradient_checkpointing = False
         self.post_init()  # type: ignore[no-untyped-call, unused-ignore]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -94,14 +93,6 @@ class SummerLMModel(PreTrainedModel):  # type: ignore[misc, no-untyped-call, unu
                 module.make_buffers(buffer.device)
         else:
             super()._init_weights(module)  # type: ignore[no-untyped-call, unused-ignore]
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The table of token vectors."""
-        return self.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Put another table in its place."""
-        self.embedding = value
 
     def forward(
         self,
@@ -121,12 +112,9 @@ class SummerLMModel(PreTrainedModel):  # type: ignore[misc, no-untyped-call, unu
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if use_cache is None:
-            use_cache = not self.training
         recompute = self.gradient_checkpointing and self.training and past_key_values is None
-        if past_key_values is None and use_cache and not recompute:
+        wants_cache = not self.training if use_cache is None else use_cache
+        if past_key_values is None and wants_cache and not recompute:
             past_key_values = DynamicCache()
         x = (self.embedding(input_ids) if inputs_embeds is None else inputs_embeds).float()
         start = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -139,13 +127,12 @@ class SummerLMModel(PreTrainedModel):  # type: ignore[misc, no-untyped-call, unu
         states: list[Tensor] = []
 
         def call(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
-            if output_hidden_states:
-                states.append(x)
-            out: Tensor
-            if recompute:
-                out = self._gradient_checkpointing_func(block.__call__, x, *rest)
-            else:
-                out = block(x, *rest)
+            states.append(x)
+            out: Tensor = (
+                self._gradient_checkpointing_func(block.__call__, x, *rest)
+                if recompute
+                else block(x, *rest)
+            )
             return out
 
         caches = None
@@ -153,6 +140,8 @@ class SummerLMModel(PreTrainedModel):  # type: ignore[misc, no-untyped-call, unu
             caches = [LayerOfCache(past_key_values, n) for n in range(len(self.blocks))]
         itself: Any = self  # which has all that a Transformer's body uses
         last = Transformer.body(itself, x, positions, caches=caches, call=call)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=past_key_values,
@@ -175,20 +164,14 @@ class SummerLMForCausalLM(SummerLMModel, GenerationMixin):  # type: ignore[misc,
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V] fp32, with the mean loss where there are labels."""
-        read = super().forward(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
-        )
+        read = super().forward(input_ids, attention_mask, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        head = Transformer.head_weight.__get__(self)
-        logits = F.linear(read[0][:, kept], head).float()
+        logits = F.linear(read[0][:, kept], Transformer.head_weight.__get__(self)).float()
         loss = None
         if labels is not None:
             size = self.config.vocab_size
@@ -212,8 +195,7 @@ def padding_mask(start: int, x: Tensor, attention_mask: Tensor | None) -> Tensor
         raise ValueError("attention_mask: give [batch, length], 0 for padding, and no static cache")
     if attention_mask.all():
         return None
-    T = x.shape[1]
-    S = start + T
-    triangle = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(start)
+    S = start + x.shape[1]
+    triangle = torch.ones(x.shape[1], S, dtype=torch.bool, device=x.device).tril(start)
     itself = triangle ^ triangle.tril(start - 1)
     return (triangle & attention_mask[:, None, None, :S].bool()) | itself

@@ -35,7 +35,7 @@ from tools.rehearsal.certificate import (
     FaultResult,
     publish,
 )
-from tools.rehearsal.runs import compare_checkpoints, last_step, record_of, train_with_faults
+from tools.rehearsal.processes import compare_checkpoints, last_step, record_of, train_with_faults
 from trainer.checkpoint.runs import EVENTS, newest_checkpoint
 from trainer.checkpoint.storage import read_record
 from trainer.metrics.metrics import RunEvent, read_events
@@ -211,12 +211,12 @@ def run_guarded(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Fau
 def score(rehearsal: Rehearsal, name: str) -> float:
     """Held-out bits per byte of a run's last checkpoint."""
     from tools.evaluation.heldout import evaluate_heldout
+    from tools.evaluation.tasks import TaskOptions
     from tools.models.loading import ModelSpec, load
 
     run = rehearsal.out / name
-    result = evaluate_heldout(
-        load(ModelSpec(run=run, device="cpu")), rehearsal.out / "shards", limit=20
-    )
+    options = TaskOptions(shards=rehearsal.out / "shards", limit=20)
+    result = evaluate_heldout(load(ModelSpec(run=run, device="cpu")), options)
     return float(result["total"]["model"])
 
 

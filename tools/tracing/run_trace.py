@@ -4,30 +4,36 @@ No step is recorded for this: the data order is a pure function, so any step, pa
 be looked up, and so can any row. What is recorded is where the order was restarted: the events of
 a start and of each resumption (after a rollback too) hold the step, the sample, the samples left
 out, how a step is divided among ranks, and the phases of the mixture.
+
+A document is named FILE:RECORD. A file that was read in several parts (the row groups of a parquet
+file, 64 MiB of lines) numbers the records of each from 0: `web.parquet#2:17` is in its third part.
 """
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, groupby, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.text.tokenizer import Tokenizer
 from shards.format import TOKENIZER, Manifest
 from shards.reader import ShardReader, find_sources
 from tools.errors import TraceError
-from tools.tracing.provenance import document_name, rows_of_document
 from trainer.checkpoint.runs import checkpoints
 from trainer.checkpoint.storage import read_record
 from trainer.config.config import RunConfig, load_config
 from trainer.data.batches import StepRange
 from trainer.data.mixture import BatchShape, DataOrder, Phase, leave_out
 from trainer.metrics.metrics import read_events
+
+_NAME: Final = re.compile(r"(?P<file>.+?)(?:#(?P<part>\d+))?:(?P<record>\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +59,17 @@ class _Section(NamedTuple):
     skipped: tuple[tuple[int, int], ...]
     shape: BatchShape
 
-    def indices(self, seed: int, step: int, rank: int, micro_step: int) -> list[int]:
-        """The samples of one micro-batch of a step."""
+    def places(self, seed: int, step: int) -> Iterator[tuple[int, int, int]]:
+        """Rank, micro-step and sample of everything that a step computes on, in that order."""
         n_steps = step - self.after_step
-        stretch = StepRange(
-            first_index=self.next_index,
-            n_steps=n_steps,
-            shape=self.shape,
-            rank=rank,
-            skipped=self.skipped,
-        )
-        number = (n_steps - 1) * self.shape.grad_accum_steps + micro_step
-        samples: list[int] = stretch.indices(seed, number).tolist()
-        return samples
+        for rank in range(self.shape.world_size):
+            steps = StepRange(
+                first_index=self.next_index, n_steps=n_steps, shape=self.shape, rank=rank,
+                skipped=self.skipped, done=(n_steps - 1) * self.shape.grad_accum_steps,
+            )  # fmt: skip
+            for micro_step, number in enumerate(steps.numbers):
+                for index in steps.indices(seed, number).tolist():
+                    yield rank, micro_step, index
 
     def first_index(self, step: int) -> int:
         """The sample that a step begins with."""
@@ -92,7 +96,9 @@ class RunTrace:
             for name, folder in folders.items()
             if name in manifests
         }
-        self._sections = _sections(begun) or [_planned(self.config)]
+        n_rows = max(1, self.config.global_batch_tokens // self.config.model.seq_len)
+        shape = BatchShape(n_rows, self.config.micro_batch_size or n_rows, 1)
+        self._sections = _sections(begun) or [_Section(0, 0, (), shape)]  # has not begun
         anneal = (record or {}).get("anneal")
         self.last_step = min(self.config.max_steps, sum(anneal or [self.config.max_steps]))
         path = run / TOKENIZER
@@ -106,14 +112,13 @@ class RunTrace:
             raise TraceError(
                 f"--step {step}: this run has the steps {first} to {self.last_step}{before}"
             )
-        section = self._section(step)
+        section = next(each for each in reversed(self._sections) if each.after_step < step)
         if rank is not None and not 0 <= rank < section.shape.world_size:
             last = section.shape.world_size - 1
             raise TraceError(f"--rank {rank}: this run has the ranks 0 to {last} at step {step}")
-        for number in range(section.shape.world_size) if rank is None else (rank,):
-            for micro_step in range(section.shape.grad_accum_steps):
-                for index in section.indices(self.config.seed, step, number, micro_step):
-                    yield self._row(step, number, micro_step, index)
+        for place in section.places(self.config.seed, step):
+            if rank in (None, place[0]):
+                yield self._row(step, *place)
 
     def of_document(self, name: str) -> Iterator[TracedRow]:
         """Every step up to the run's end at which a row with a piece of FILE:RECORD is seen."""
@@ -130,13 +135,13 @@ class RunTrace:
         end = self._sections[-1].first_index(self.last_step + 1)
         indices = []
         for source, row in found:
-            epoch = 0
-            while (index := self.order.find(source, epoch, row)) is not None and index < end:
+            for epoch in count():
+                index = self.order.find(source, epoch, row)
+                if index is None or index >= end:
+                    break
                 indices.append(index)
-                epoch += 1
         for index in sorted(indices):
-            if (place := self._find(index)) is not None:
-                yield self._row(*place, index)
+            yield from self._seen_at(index)
 
     def _row(self, step: int, rank: int, micro_step: int, index: int) -> TracedRow:
         located = self.order.locate(np.array([index], np.int64))
@@ -167,22 +172,17 @@ class RunTrace:
         pieces = [tokenizer.decode(ids[first:last]) for first, last in pairwise(begins)]
         return "<s>".join(pieces)
 
-    def _section(self, step: int) -> _Section:
-        return next(each for each in reversed(self._sections) if each.after_step < step)
-
-    def _find(self, index: int) -> tuple[int, int, int] | None:
-        """Step, rank and micro-step that compute on a sample; None if it is left out or later."""
+    def _seen_at(self, index: int) -> Iterator[TracedRow]:
+        """The step that computes on a sample; none if it is left out or later."""
         ends = [*(each.after_step for each in self._sections[1:]), self.last_step]
         for section, end in zip(self._sections, ends, strict=True):
             steps = range(section.after_step + 1, end + 1)
             number = bisect_right(steps, index, key=section.first_index)
             for step in steps[max(0, number - 1) : number]:
-                for rank, micro_step in np.ndindex(
-                    section.shape.world_size, section.shape.grad_accum_steps
-                ):
-                    if index in section.indices(self.config.seed, step, rank, micro_step):
-                        return step, rank, micro_step
-        return None
+                for place in section.places(self.config.seed, step):
+                    if place[2] == index:
+                        yield self._row(step, *place)
+                        return
 
 
 def _sections(begun: Sequence[Mapping[str, Any]]) -> list[_Section]:
@@ -194,12 +194,6 @@ def _sections(begun: Sequence[Mapping[str, Any]]) -> list[_Section]:
         shape = BatchShape(**event["shape"])
         sections.append(_Section(event["step"], event["next_index"], skipped, shape))
     return sections
-
-
-def _planned(config: RunConfig) -> _Section:
-    """The one section of a run that has not begun, on one rank."""
-    n_rows = max(1, config.global_batch_tokens // config.model.seq_len)
-    return _Section(0, 0, (), BatchShape(n_rows, config.micro_batch_size or n_rows, 1))
 
 
 def _order_facts(
@@ -217,3 +211,72 @@ def _order_facts(
             )
         rows[name] = facts["n_rows"]
     return [Phase(int(first), weights) for first, weights in record["phases"]], rows
+
+
+def document_name(manifest: Manifest, part: int, record: int) -> str:
+    """FILE:RECORD, or FILE#PART:RECORD where the file has several parts."""
+    parts = _parts_of(manifest, manifest.parts[part].file)
+    which = f"#{parts.index(part)}" if len(parts) > 1 else ""
+    return f"{manifest.parts[part].file}{which}:{record}"
+
+
+def rows_of_document(reader: ShardReader, name: str) -> list[int]:
+    """The training rows that hold a piece of the document; none if its file is another source's.
+
+    A row's sidecar names the document of its first token. A document's rows are those that begin
+    inside it, and the row before, unless the first of them begins with the document's BOS. One
+    that no row begins in lies inside the row before it, unless it was held out or rejected, which
+    the rows alone cannot say.
+    """
+    wanted = _key_of(reader.manifest, name)
+    if wanted is None:
+        return []
+    begun = [(keys, first) for keys, first in _units(reader) if keys[0] <= wanted]
+    if not begun:
+        return []
+    keys, first_row = max(begun, key=lambda unit: int(unit[0][0]))
+    left, right = (int(np.searchsorted(keys, wanted, side)) for side in ("left", "right"))
+    if 0 < left < right:
+        tokens, _ = reader.rows(np.array([first_row + left], np.int64))
+        left -= int(tokens[0, 0]) != reader.manifest.facts.tokenizer.bos_id
+    elif left == right:
+        left -= 1
+    return list(range(first_row + left, first_row + max(right, left + 1)))
+
+
+def _key_of(manifest: Manifest, name: str) -> int | None:
+    """Part and record of a named document as one sortable number."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise TraceError(f"--document {name}: write it as FILE:RECORD, as --step shows it")
+    files = {part.file for part in manifest.parts}
+    file, record = match["file"], int(match["record"])
+    named = [file] if file in files else [each for each in files if each.endswith(f"/{file}")]
+    if len(named) > 1:
+        raise TraceError(f"{file}: there are several, {', '.join(sorted(named)[:3])}: name one")
+    if not named:
+        return None
+    parts = _parts_of(manifest, named[0])
+    if match["part"] is None and len(parts) > 1:
+        raise TraceError(f"{file} was read in {len(parts)} parts: write {file}#PART:{record}")
+    number = int(match["part"] or 0)
+    if number >= len(parts):
+        raise TraceError(f"{file}#{number}: that file has the parts 0 to {len(parts) - 1}")
+    return parts[number] << 32 | record
+
+
+def _parts_of(manifest: Manifest, file: str) -> list[int]:
+    return [number for number, part in enumerate(manifest.parts) if part.file == file]
+
+
+def _units(reader: ShardReader) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+    """Of each unit: the key of each of its training rows, ascending, and the first row's number."""
+    first_row = 0
+    by_unit = groupby(reader.manifest.split("train"), key=lambda shard: shard.stem.split("-")[0])
+    for _, shards in by_unit:
+        files = [reader.folder / f"{shard.stem}.rows.npy" for shard in shards]
+        records = np.concatenate([np.load(file, allow_pickle=False) for file in files])
+        if len(records):
+            keys = records["part"].astype(np.int64) << 32 | records["record"].astype(np.int64)
+            yield keys, first_row
+        first_row += len(records)

@@ -1,10 +1,9 @@
-"""Versions, the attention kernel, and environment variables that harm a run."""
+"""Versions, devices, memory, the attention kernel, and settings that harm a run."""
 
 from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -13,11 +12,16 @@ import torch
 from torch.utils import collect_env
 
 from model.attention import self_test
-from model.config import ModelError
 from tools.diagnosis.results import CheckResult, Context
+from trainer.config import memory
+from trainer.distributed.devices import device_memory_bytes
 
-OLDEST_PYTHON: Final = (3, 11)
 OLDEST_TORCH: Final = (2, 9)
+NUMA_BALANCING: Final = Path("/proc/sys/kernel/numa_balancing")
+_MI300X_GUIDE: Final = (
+    "AMD Instinct MI300X workload optimization (rocm.docs.amd.com/en/latest/how-to/rocm-for-ai/"
+    "inference-optimization/workload.html)"
+)
 _NCCL: Final = (
     "NCCL User Guide, Environment Variables "
     "(docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html)"
@@ -59,14 +63,12 @@ HARMFUL: Final = (
 
 
 def versions(context: Context) -> Iterator[CheckResult]:
-    """Python, torch and the driver."""
-    recent = sys.version_info[:2] >= OLDEST_PYTHON
-    yield CheckResult("ok" if recent else "fail", "python", platform.python_version())
+    """Torch, and the driver."""
     release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     recent = release >= OLDEST_TORCH
     wanted = "" if recent else f" is too old: install {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer"
     yield CheckResult("ok" if recent else "fail", "torch", f"{torch.__version__}{wanted}")
-    yield CheckResult("note", "driver", _driver())
+    yield CheckResult("note", "driver", f"{_driver()}; Python {platform.python_version()}")
 
 
 def _driver() -> str:
@@ -81,21 +83,55 @@ def _driver() -> str:
     return "none: this torch is built for the CPU"
 
 
+def devices(context: Context) -> Iterator[CheckResult]:
+    """What torch sees, and whether all of it is the same."""
+    size = f"{device_memory_bytes(context.device) / 1e9:.0f} GB"
+    if context.device != "cuda":
+        threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        yield CheckResult("note", "devices", f"{context.device}, {threads}, {size}")
+        return
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    if len(names) < context.nproc:
+        text = f"{len(names)} for {context.nproc} ranks"
+        yield CheckResult("fail", "devices", text, f"--nproc {len(names)}")
+    alike = len(set(names)) == 1
+    text = f"{len(names)} x {names[0]}, {size}" if alike else f"mixed: {', '.join(names)}"
+    yield CheckResult("ok" if alike else "warn", "devices", text)
+
+
+def memory_fits(context: Context) -> Iterator[CheckResult]:
+    """Whether the preset, training on one sequence at a time, fits into a device."""
+    parts = memory.memory_by_part(context.config, 1, context.device)
+    limit = device_memory_bytes(context.device, context.nproc)
+    needed, fits = sum(parts.values()), memory.fits(parts, limit)
+    text = f"{context.config.preset} needs {needed / 1e9:.1f} GB for one sequence a device"
+    text = f"{text}, of {limit / 1e9:.1f} GB"
+    fix = "" if fits else "a smaller preset, activation_checkpointing=full, or shard_degree"
+    figures = {"needed_bytes": needed, "device_bytes": limit}
+    yield CheckResult("ok" if fits else "fail", "memory", text, fix, figures=figures)
+
+
 def attention(context: Context) -> Iterator[CheckResult]:
-    """Whether the attention kernel computes the configured model, in the run's precision."""
+    """The error of attention in the run's precision; ModelError if it computes another model."""
     bf16 = context.config.precision == "bf16"
     if bf16 and context.device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         yield CheckResult("ok" if native else "fail", "bf16", "native" if native else "emulated")
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    try:
-        error = self_test(context.device, dtype, context.config.model)
-    except ModelError as failure:
-        yield CheckResult("fail", "attention", str(failure))
+    error = self_test(
+        context.device, torch.bfloat16 if bf16 else torch.float32, context.config.model
+    )
+    text = f"{error:.1e} nats from fp32 math (limit 1e-3), {context.config.preset}'s heads"
+    yield CheckResult("ok", "attention", f"{text} in {context.config.precision}")
+
+
+def numa_balancing(context: Context) -> Iterator[CheckResult]:
+    """Whether the kernel moves pages about while the ranks work."""
+    if not NUMA_BALANCING.exists() or NUMA_BALANCING.read_text().strip() == "0":
+        yield CheckResult("ok", "numa", "automatic NUMA balancing is off")
         return
-    shape = f"{context.config.preset}'s heads in {str(dtype).removeprefix('torch.')}"
-    text = f"{error:.1e} nats from fp32 math (limit 1e-3), {shape}"
-    yield CheckResult("ok", "attention", text)
+    text = "automatic NUMA balancing is on: times vary, and collectives are slower"
+    fix = "sudo sysctl kernel.numa_balancing=0"
+    yield CheckResult("warn", "numa", text, fix, _MI300X_GUIDE)
 
 
 def environment(

@@ -65,14 +65,15 @@ class Result:
 
 def to_text(results: Sequence[Result]) -> list[str]:
     """One result of a task in lines for people; several of them, side by side."""
-    first = results[0]
-    if len(results) > 1:
-        lines = aligned(_comparison(results))
-        notes = [note for note in first.notes if all(note in each.notes for each in results)]
+    first, model = results[0], results[0].model
+    notes = [note for note in first.notes if all(note in each.notes for each in results)]
+    if len(results) > 1 or first.table:
+        lines = aligned(_comparison(results) if len(results) > 1 else first.table)
     else:
-        lines = aligned(first.table) if first.table else _metrics(first)
-        notes = list(first.notes)
-    return [_title(first), *lines, *notes, *_provenance(results)]
+        lines = [f"  {name:<17} {_cell(metric)}" for name, metric in first.metrics.items()]
+    name = f"{model['model']} ({model['parameters']:,} parameters)" if model else ""
+    title = f"{first.task}: {'; '.join(filter(None, (name, first.about)))}"
+    return [title, *lines, *notes, *_provenance(results)]
 
 
 def write_results(path: Path, tasks: Sequence[Sequence[Result]]) -> None:
@@ -103,27 +104,11 @@ def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
     ]
 
 
-def _title(result: Result) -> str:
-    model = result.model
-    name = f"{model['model']} ({model['parameters']:,} parameters)" if model else ""
-    return f"{result.task}: {'; '.join(filter(None, (name, result.about)))}"
-
-
-def _metrics(result: Result) -> list[str]:
-    return [f"  {name:<17} {_spelled(metric)}" for name, metric in result.metrics.items()]
-
-
 def _comparison(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """A row for each result: what may differ between them, and the metrics."""
     names = (*_COMPARED, *results[0].metrics)
-    rows = [
-        tuple(
-            _spelled(each.metrics[name]) if name in each.metrics else _setting(each.settings[name])
-            for name in names
-        )
-        for each in results
-    ]
-    return [names, *rows]
+    rows = [{**each.settings, **each.metrics} for each in results]
+    return [names, *(tuple(_cell(row[name]) for name in names) for row in rows)]
 
 
 def _provenance(results: Sequence[Result]) -> list[str]:
@@ -137,12 +122,13 @@ def _provenance(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def _setting(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value).replace("\n", "\\n")
-
-
-def _spelled(metric: Metric | float | None) -> str:
-    return str(metric if isinstance(metric, Metric) else Metric(metric))
+def _cell(value: Metric | float | str | None) -> str:
+    """A metric, or (integers and texts) a setting."""
+    if isinstance(value, str):
+        return value.replace("\n", "\\n")
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value if isinstance(value, Metric) else Metric(value))
 
 
 def _number(value: float | None) -> str:

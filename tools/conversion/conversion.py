@@ -6,14 +6,14 @@ its name when both have read the same ids and computed the same logits.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 
 from model.config import count_params
 from pipeline.inputs.inputs import embedded_inputs
@@ -21,20 +21,20 @@ from pipeline.inputs.sources import find
 from pipeline.text.tokenizer import Tokenizer
 from shards.files import fsync_folder, publish_bytes
 from shards.format import TOKENIZER
-from tools.conversion.model_card import model_card
+from shards.versions import VERSION
 from tools.errors import ConversionError
 from tools.models.hf_folder import (
-    TOKENIZER_JSON,
     is_hub_folder,
     is_own_architecture,
     read_model,
     read_sentencepiece,
     write_folder,
 )
+from tools.models.llama import is_llama
 from tools.models.loading import LoadedModel, ModelSpec, check_fit, load
-from tools.models.vocabulary import Vocabulary
-from trainer.checkpoint.runs import is_checkpoint, newest_checkpoint
-from trainer.checkpoint.storage import save
+from tools.models.tokenizers import TOKENIZER_JSON, Vocabulary
+from trainer.checkpoint.runs import EVALUATIONS, is_checkpoint, newest_checkpoint
+from trainer.checkpoint.storage import read_record, save
 from trainer.config.config import RunConfig, save_config
 from trainer.distributed.world import World
 
@@ -47,44 +47,49 @@ _PROBES: Final = (
     " a leading space, a trailing one ",
     "naïve façade, 東京, Ελλάδα, 😀, \u2028 and \x00",
 )
+_CARD: Final = Path(__file__).with_name("model_card.jinja")
 
 
-class Comparison(NamedTuple):
-    """A model whose logits were compared, and how far they are from the original's."""
+class Converted(NamedTuple):
+    """What was made, of which model, and how far its logits are from the original's."""
 
+    made: Format
     source: str
     parameters: int
     largest_difference: float
     limit: float
 
 
-def convert(source: Path, target: Path, wanted: Format | None = None) -> tuple[Format, Comparison]:
+def convert(source: Path, target: Path, wanted: Format | None = None) -> Converted:
     """Convert a run (or one of its checkpoints) or a Hugging Face folder into the other kind.
 
-    Returns what was made. ConversionError where the model has no equal on the other side, or where
-    the logits differ.
+    ConversionError where the model has no equal on the other side, or where the logits differ.
     """
     is_hub = is_hub_folder(source)
-    made: Format = "summer" if is_hub else "hf"
-    if wanted not in (None, made):
+    if wanted not in (None, "summer" if is_hub else "hf"):
         raise ConversionError(
             f"{source} is of format {wanted!r} already: leave --format out, or name another folder"
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConversionError(f"{target} exists: give --to a new folder")
     _transformers()  # before work starts, not after it
-    with _published_as(target) as folder:
-        compared = (_to_summer if is_hub else _to_hugging_face)(source, folder)
-        if not compared.largest_difference <= compared.limit:  # so that NaN fails too
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{target.name}.converting-", dir=target.parent) as temporary:
+        folder = Path(temporary) / target.name
+        folder.mkdir()
+        converted = (_to_summer if is_hub else _to_hugging_face)(source, folder)
+        if not converted.largest_difference <= converted.limit:  # so that NaN fails too
             raise ConversionError(
                 f"{source}: the converted model's logits differ by"
-                f" {compared.largest_difference:.2g} (limit {compared.limit:.2g}), so nothing was"
+                f" {converted.largest_difference:.2g} (limit {converted.limit:.2g}), so nothing was"
                 " kept: this is a bug of ours, please report it with the folder's config.json"
             )
-    return made, compared
+        folder.rename(target)
+        fsync_folder(target.parent)
+    return converted
 
 
-def _to_summer(source: Path, folder: Path) -> Comparison:
+def _to_summer(source: Path, folder: Path) -> Converted:
     """A run with one checkpoint, at step 0: `--run` reads it and `init_from` trains on from it."""
     config, weights = read_model(source)
     tokenizer = read_sentencepiece(source)
@@ -99,10 +104,10 @@ def _to_summer(source: Path, folder: Path) -> Comparison:
     theirs = _transformers().AutoModelForCausalLM
     if is_own_architecture(source):  # our own code: the folder's copy might be anybody's
         from tools.models.modeling_summerlm import SummerLMForCausalLM as theirs  # noqa: N813
-    return _compare_logits(str(source), made, theirs.from_pretrained(source, **_LOCAL))
+    return _compare_logits("summer", str(source), made, theirs.from_pretrained(source, **_LOCAL))
 
 
-def _to_hugging_face(source: Path, folder: Path) -> Comparison:
+def _to_hugging_face(source: Path, folder: Path) -> Converted:
     if not source.is_dir():
         raise ConversionError(f"{source}: no such folder: name a run or a Hugging Face folder")
     checkpoint = source if is_checkpoint(source) else newest_checkpoint(source)
@@ -112,11 +117,9 @@ def _to_hugging_face(source: Path, folder: Path) -> Comparison:
     publish_bytes(folder / "README.md", model_card(checkpoint, loaded).encode())
     _compare_ids(folder, tokenizer)
     theirs = _transformers().AutoModelForCausalLM.from_pretrained(
-        folder,
-        trust_remote_code=is_own_architecture(folder),
-        **_LOCAL,  # code just written
-    )
-    return _compare_logits(loaded.name, loaded, theirs)
+        folder, trust_remote_code=is_own_architecture(folder), **_LOCAL
+    )  # code just written
+    return _compare_logits("hf", loaded.name, loaded, theirs)
 
 
 def _compare_ids(folder: Path, tokenizer: Tokenizer) -> None:
@@ -137,8 +140,7 @@ def _compare_ids(folder: Path, tokenizer: Tokenizer) -> None:
 def _real_texts() -> Iterator[str]:
     """About a megabyte of this interpreter's library, code and prose."""
     room = _REAL_TEXT_BYTES
-    for source in ("python-docs", "python-code"):
-        inputs = embedded_inputs(find(source))
+    for inputs in map(embedded_inputs, map(find, ("python-docs", "python-code"))):
         for file in inputs.files:
             with inputs.open(file.path) as opened:
                 text = opened.read(_REAL_TEXT_BYTES // 20).decode(errors="ignore")
@@ -148,7 +150,7 @@ def _real_texts() -> Iterator[str]:
                 return
 
 
-def _compare_logits(name: str, ours: LoadedModel, theirs: Any) -> Comparison:
+def _compare_logits(made: Format, source: str, ours: LoadedModel, theirs: Any) -> Converted:
     """How far our logits are from those of transformers' model.
 
     On random ids and on real text, as long as the model's context up to 512 ids. The limit is 1e-4,
@@ -163,7 +165,7 @@ def _compare_logits(name: str, ours: LoadedModel, theirs: Any) -> Comparison:
         expected = theirs.eval()(tokens).logits
         difference = (ours.model.logits(tokens) - expected).abs().max().item()
     limit = 1e-4 * max(1.0, expected.abs().max().item())
-    return Comparison(name, count_params(ours.model.config), difference, limit)
+    return Converted(made, source, count_params(ours.model.config), difference, limit)
 
 
 def _transformers() -> Any:
@@ -180,14 +182,60 @@ def _transformers() -> Any:
     return hub
 
 
-@contextlib.contextmanager
-def _published_as(target: Path) -> Iterator[Path]:
-    """A folder that becomes `target` if all goes well, and vanishes if not."""
-    folder = target.parent / f".{target.name}.converting-{os.getpid()}"
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.rename(target)
-        fsync_folder(target.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def model_card(checkpoint: Path, loaded: LoadedModel) -> str:
+    """The README.md of a folder with the checkpoint's weights."""
+    config, record = loaded.model.config, read_record(checkpoint)
+    run = checkpoint.resolve().parents[1]
+    head = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["summerlm"]
+    )
+    card = ModelCard.from_template(
+        head,
+        template_path=str(_CARD),
+        name=run.name,
+        parameters=count_params(config),
+        code="" if is_llama(config) else ", trust_remote_code=True",
+        chats=loaded.vocabulary.chat is not None,
+        facts=list(_facts(run, record, loaded)),
+        data=list(_data(record)),
+        results=_evaluations(run, checkpoint),
+    )
+    return str(card)
+
+
+def _facts(run: Path, record: Mapping[str, Any], loaded: LoadedModel) -> Iterator[tuple[str, str]]:
+    config = loaded.model.config
+    yield "run", f"{run.name}, step {record['step']:,}"
+    yield "shape", ", ".join(f"{name} {value}" for name, value in asdict(config).items())
+    if "converted_from" in record:
+        yield "converted from", str(record["converted_from"])
+    if start := record.get("config", {}).get("init_from"):
+        yield "started from", str(start)
+    if "ledger" in record:
+        seen = sum(source["tokens"] for source in record["ledger"].values())
+        yield "tokens seen", f"{seen:,}"
+    if "time_s" in record:
+        devices = record.get("world_size", 1)
+        yield "training time", f"{record['time_s'] / 3600:,.2f} h of {devices} devices"
+        rate = record.get("config", {}).get("dollars_per_hour", 0.0)
+        cost = f"${record['time_s'] / 3600 * rate:,.2f} at ${rate:g} an hour"
+        yield "cost", cost if rate else "not recorded (dollars_per_hour was 0)"
+    yield "weights sha256", loaded.weights_sha256
+    yield "tokenizer", f"{loaded.vocabulary.name}, sha256 {loaded.vocabulary.sha256}"
+    made = record.get("versions", {})
+    yield "trained with", ", ".join(f"{name} {value}" for name, value in made.items() if value)
+    yield "exported by", f"summerlm {VERSION}"
+
+
+def _data(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """What the run read until then: each source by the hash that names its contents."""
+    for name, seen in record["ledger"].items() if {"data", "ledger"} <= record.keys() else ():
+        read = f"{seen['rows']:,}", f"{seen['tokens']:,}", f"{seen['epochs']:.3g}"
+        yield name, *read, f"`{record['data'][name]['root']}`"
+
+
+def _evaluations(run: Path, checkpoint: Path) -> list[str]:
+    """The cards that are kept in the run: those of this checkpoint, and those in its own folder."""
+    found = [*sorted((run / EVALUATIONS / checkpoint.name).glob("*.md")), *sorted(run.glob("*.md"))]
+    cards = [path.read_text(encoding="utf-8").strip() for path in found]
+    return [card.replace("## ", "### ", 1) for card in cards]

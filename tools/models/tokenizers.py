@@ -1,0 +1,207 @@
+"""Tokenizers: a SentencePiece model or a tokenizer.json as evaluation and generation see it.
+
+transformers can turn a `.model` file into a tokenizer.json, but with other ids for some texts (a
+first space, rare pairs of merges), so the file is written here: the normaliser puts SentencePiece's
+dummy prefix in front, and the merges are ordered by the scores that SentencePiece goes by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.errors import TokenizerError
+from pipeline.text.chat import ChatTemplate
+from pipeline.text.tokenizer import CHAT_PIECES, Tokenizer
+from tools.errors import ConversionError
+
+TOKENIZER_JSON: Final = "tokenizer.json"
+SPACE: Final = "▁"
+
+_CHAT: Final = Path(__file__).with_name("chat.jinja")
+"""pipeline/text/chat.py for transformers. There markers are put in by id and texts stay text; here
+a text that spells one would forge it, so it is rejected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Ids <-> text. `encode` adds no BOS and no EOS.
+
+    `pieces` holds the UTF-8 bytes that each id stands for in a text; ids that are not text (BOS,
+    EOS, other control pieces, `<unk>`) stand for none. With `space_first` a text's first piece
+    begins with a space that is not in the text (SentencePiece's dummy prefix). `chat` holds the
+    ids of the chat template's markers, None where the vocabulary has none.
+    """
+
+    name: str
+    encode: Callable[[str], Sequence[int]]
+    decode: Callable[[Iterable[int]], str]
+    pieces: tuple[bytes, ...]
+    bos_id: int | None
+    eos_id: int | None
+    sha256: str
+    space_first: bool
+    chat: ChatTemplate | None
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def may_be_drawn(self, n_ids: int) -> list[bool]:
+        """Whether each of `n_ids` ids may be generated: it stands for text, or ends it."""
+        is_text = [*map(bool, self.pieces), *[False] * n_ids][:n_ids]
+        return [text or number == self.eos_id for number, text in enumerate(is_text)]
+
+    @classmethod
+    def of_sentencepiece(cls, tokenizer: Tokenizer) -> Vocabulary:
+        """The vocabulary of a SentencePiece model."""
+        chat = None
+        with contextlib.suppress(TokenizerError):
+            chat = ChatTemplate.of(tokenizer)
+        return cls(
+            name=tokenizer.name,
+            encode=tokenizer.encode,
+            decode=tokenizer.decode,
+            pieces=tokenizer.token_bytes,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            sha256=tokenizer.info.sha256,
+            space_first=bool(tokenizer.proto.normalizer_spec.add_dummy_prefix),
+            chat=chat,
+        )
+
+    @classmethod
+    def of_tokenizer_json(cls, folder: Path) -> Vocabulary:
+        """One that transformers encodes with; special tokens in a text stay text."""
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise ConversionError(
+                f"{folder}: reading {TOKENIZER_JSON} needs transformers: pip install 'summerlm[hf]'"
+            ) from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        raw = (folder / TOKENIZER_JSON).read_bytes()
+        spelled = piece_bytes(json.loads(raw))
+        pieces = tuple(spelled.get(number, b"") for number in range(max(spelled) + 1))
+        how = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+
+        def encode(text: str) -> list[int]:
+            return list(tokenizer(text, **how).input_ids)
+
+        return cls(
+            name=folder.name,
+            encode=encode,
+            decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+            pieces=pieces,
+            bos_id=tokenizer.bos_token_id,
+            eos_id=tokenizer.eos_token_id,
+            sha256=hashlib.sha256(raw).hexdigest(),
+            space_first=pieces[encode("a")[0]].startswith(b" "),
+            chat=None,
+        )
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The vocabulary as a tokenizer.json."""
+    from tokenizers import AddedToken, decoders, models, normalizers, processors  # with [hf] alone
+    from tokenizers import Tokenizer as FastTokenizer
+
+    pieces = tokenizer.proto.pieces
+    bos, unk = pieces[tokenizer.bos_id].piece, pieces[tokenizer.pad_id].piece
+    vocab = {entry.piece: number for number, entry in enumerate(pieces)}
+    model = models.BPE(vocab, _merges(tokenizer), unk_token=unk, fuse_unk=True, byte_fallback=True)
+    normalize: list[Any] = [normalizers.Replace(" ", SPACE)]
+    decode: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if tokenizer.proto.normalizer_spec.add_dummy_prefix:
+        normalize = [normalizers.Prepend(SPACE), *normalize]
+        decode = [*decode, decoders.Strip(" ", 1, 0)]
+    fast = FastTokenizer(model)
+    fast.add_special_tokens(
+        [AddedToken(piece, normalized=False, special=True) for piece in _markers(tokenizer)]
+    )
+    fast.normalizer = normalizers.Sequence(normalize)
+    fast.decoder = decoders.Sequence(decode)
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, tokenizer.bos_id)],
+    )
+    described: dict[str, Any] = json.loads(fast.to_str())
+    return described
+
+
+def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
+    """The tokenizer_config.json that goes with it."""
+    pieces, markers = tokenizer.proto.pieces, _markers(tokenizer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": pieces[tokenizer.bos_id].piece,
+        "eos_token": pieces[tokenizer.eos_id].piece,
+        "unk_token": pieces[tokenizer.pad_id].piece,
+        "pad_token": pieces[tokenizer.pad_id].piece,
+        "padding_side": "left",
+        "model_max_length": context,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add a third
+        "clean_up_tokenization_spaces": False,
+    }
+    if not set(CHAT_PIECES) <= set(markers):
+        return config
+    return {
+        **config,
+        "chat_template": _CHAT.read_text("utf-8").strip().replace("MARKERS", json.dumps(markers)),
+    }
+
+
+def _markers(tokenizer: Tokenizer) -> list[str]:
+    """The pieces that stand for something else than their spelling."""
+    kinds = tokenizer.proto.SentencePiece
+    special = (kinds.CONTROL, kinds.UNKNOWN)
+    return [entry.piece for entry in tokenizer.proto.pieces if entry.type in special]
+
+
+def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Every pair of pieces that joins into a piece, the best score first."""
+    kinds = tokenizer.proto.SentencePiece
+    scores = {e.piece: e.score for e in tokenizer.proto.pieces if e.type == kinds.NORMAL}
+    merges: list[tuple[str, str]] = []
+    for piece in sorted(scores, key=lambda piece: -scores[piece]):
+        cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        merges += [(left, right) for left, right in cuts if left in scores and right in scores]
+    return merges
+
+
+def piece_bytes(description: Mapping[str, Any]) -> dict[int, bytes]:
+    """What each id of a tokenizer.json stands for in a text, in UTF-8; special ids for nothing."""
+    byte_level = "ByteLevel" in str(description.get("decoder"))
+    spell = _byte_level_spelling if byte_level else _sentencepiece_spelling
+    pieces = {number: spell(piece) for piece, number in description["model"]["vocab"].items()}
+    for added in description.get("added_tokens", ()):
+        pieces[added["id"]] = b"" if added["special"] else added["content"].encode()
+    return pieces
+
+
+def _sentencepiece_spelling(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:-1], 16)])
+    return piece.replace(SPACE, " ").encode()
+
+
+def _byte_level_spelling(piece: str) -> bytes:
+    return bytes(_BYTE_OF[character] for character in piece)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's (Radford et al. 2019): a printable byte is itself, the others follow from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF: Final = _byte_alphabet()
