@@ -1,7 +1,6 @@
 """`summer-prep`: text -> shards. Each command parses, calls the library, echoes.
 
-Only click and the table of sources are imported here; the rest is imported by the command that
-needs it, so that --help answers at once.
+Each imports what it needs, so that --help answers at once.
 """
 
 from __future__ import annotations

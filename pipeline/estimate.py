@@ -46,7 +46,7 @@ class TextSample:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The work ahead, and the seconds it takes if `workers` share it."""
+    """The work ahead, and the seconds it takes."""
 
     units: Mapping[int, int]
     """The planned bytes of text of every unit that is still to be done, by position."""
@@ -55,7 +55,6 @@ class Estimate:
     read_bytes: int
     tokens: int
     disk_bytes: int
-    workers: int
     seconds: float
 
 
@@ -119,7 +118,6 @@ def estimate(
         read_bytes=round(share * sum(plan.units[position].read_bytes for position in positions)),
         tokens=round(wanted),
         disk_bytes=round(wanted * sample.token_bytes * ROOM_FACTOR),
-        workers=workers,
         seconds=share * text_bytes * sample.seconds_per_byte / workers,
     )
 

@@ -67,8 +67,7 @@ def prepare(
                 raise
             reason = error.strerror or "no space left on the device"
             raise PrepareError(
-                f"{folder}: {reason}: make room and start the same command again, it goes on where "
-                "it stopped"
+                f"{folder}: {reason}: make room and start the same command again, it goes on"
             ) from error
         finally:
             remove_abandoned(folder)
@@ -93,8 +92,7 @@ def load_or_create_plan(request: PrepareRequest, folder: Path) -> tuple[Inputs, 
     if plan is not None and plan.recipe["tokenizer"]["sha256"] != tokenizer.info.sha256:
         raise PrepareError(
             f"{folder} was begun with another tokenizer than {tokenizer.name}: give that one "
-            f"(--tokenizer {folder / TOKENIZER}), choose another --out, or delete the folder to "
-            "start over"
+            f"(--tokenizer {folder / TOKENIZER}), or choose another --out"
         )
     inputs = inputs_from_plan(request, plan) or open_inputs(request.source, request.data_files)
     recipe = recipe_of(request, inputs)
@@ -121,12 +119,11 @@ def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def inputs_from_plan(request: PrepareRequest, plan: PreparePlan | None) -> HubInputs | None:
     """The Hub's files as an existing plan lists them: the same commit, without asking the Hub."""
     source = request.source
-    if plan is None or request.data_files or source.embedded or source.unavailable:
+    if plan is None or request.data_files or source.dataset != plan.source.dataset:
         return None
-    recipe = plan.recipe
-    if source.revision not in ("", recipe["revision"]) or source.dataset != recipe["dataset"]:
+    if source.revision not in ("", plan.source.revision):
         return None
-    return HubInputs(source.dataset, recipe["revision"], plan.files, recipe["licence"])
+    return HubInputs(source.dataset, plan.source.revision, plan.files, plan.source.licence)
 
 
 def _run(
@@ -153,7 +150,7 @@ def _run(
         if request.limit == NO_LIMIT:
             run_all(missing, submit, executor.at_once, listener.unit_done)
             return len(plan.units)
-        limited = LimitedRun(job.folder, plan.units, request.limit, submit, executor.at_once)
+        limited = LimitedRun(job, request.limit, submit, executor.at_once)
         return limited.run(done, listener.unit_done)
 
 
@@ -177,6 +174,5 @@ def _check_not_empty(folder: Path, plan: PreparePlan, n_units: int) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in made.rejected.items())
         raise PrepareError(
             f"not one document came of the {len(plan.files)} files ({reasons or 'no records'}): "
-            f"see {folder}/*.rejected.jsonl, then delete the folder and give other files or "
-            "--text-column"
+            f"see {folder}/*.rejected.jsonl, delete the folder, name other files or --text-column"
         )

@@ -133,7 +133,6 @@ class PrepareDisplay(PrepareListener):
     def planned(self, job: PrepareJob, ahead: Estimate, note: str) -> None:
         """Show what the work will take."""
         facts = job.plan.facts
-        on = "one worker" if ahead.workers == 1 else f"{ahead.workers} workers"
         for line in (
             f"{facts.source}: {len(job.plan.files):,} files of {facts.dataset}"
             + (f" at {facts.revision[:12]}" if facts.revision else ""),
@@ -143,7 +142,7 @@ class PrepareDisplay(PrepareListener):
             f"  to write   about {ahead.tokens / 1e6:,.1f} M tokens, {decimal(ahead.disk_bytes)} "
             f"into {job.folder}",
             f"  tokenizer  {facts.tokenizer.name}, {facts.tokenizer.vocab_size:,} entries, {note}",
-            f"  time       about {duration(ahead.seconds)} on {on}, at the rate of a first sample",
+            f"  time       about {duration(ahead.seconds)}, at the rate of a first sample",
         ):
             self._console.print(line, markup=False)
         self._estimator, self._ahead = ProgressEstimator(ahead), ahead

@@ -69,8 +69,7 @@ def publish_json(path: Path, value: object) -> None:
 def create_once(path: Path, data: bytes) -> bool:
     """True if this call published `data` as `path`, False if `path` was there already.
 
-    The first of several writers wins, and the others never see half of what it wrote: the name is
-    given by link(2), which fails for an existing one, to a temporary that is already complete.
+    The name is given by link(2), which fails for an existing one, to a complete temporary.
     """
     with _temporary(path) as (file, temporary):
         file.write(data)
@@ -85,10 +84,7 @@ def create_once(path: Path, data: bytes) -> bool:
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """A block that no other process is in for the same file; the dead do not block it.
-
-    `waiting` is called if there is one to wait for.
-    """
+    """A block that no other process is in for the same file; `waiting` is called if one is."""
     with path.open("r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -65,10 +65,7 @@ def read_unit_record(path: Path) -> UnitRecord:
 
 
 def find_sources(root: Path) -> dict[str, Manifest]:
-    """The finished sources in a folder of shards, by folder name, in order of name.
-
-    ShardError when there are none; it names those whose preparation has not finished.
-    """
+    """The finished sources in a folder of shards, by folder name; ShardError if there are none."""
     folders = sorted(path for path in root.glob("*") if path.is_dir()) if root.is_dir() else []
     found = {path.name: read_manifest(path) for path in folders if (path / MANIFEST).exists()}
     if found:

@@ -72,15 +72,15 @@ def _whole(path: str, folder: Any) -> str:
 
 def serve() -> None:
     for line in sys.stdin:
-        wish = {"ranks": 1, "dies": 0, "port": 0, **json.loads(line)}
+        request = {"ranks": 1, "dies": 0, "port": 0, **json.loads(line)}
         ours, theirs = os.pipe()
         ranks: list[int] = []
-        for rank in range(wish["ranks"]):
+        for rank in range(request["ranks"]):
             if not (pid := os.fork()):
-                _run(wish, rank, theirs)
+                _run(request, rank, theirs)
             ranks.append(pid)
         os.close(theirs)
-        _, status = os.waitpid(ranks.pop(wish["dies"]), 0)
+        _, status = os.waitpid(ranks.pop(request["dies"]), 0)
         for other in ranks:
             if status:
                 os.kill(other, signal.SIGKILL)
@@ -91,25 +91,26 @@ def serve() -> None:
         print(json.dumps([os.waitstatus_to_exitcode(status), int(seen or 0)]), flush=True)
 
 
-def _run(wish: Any, rank: int, pipe: int) -> None:
-    code, dies = 1, rank == wish["dies"]
+def _run(request: Any, rank: int, pipe: int) -> None:
+    code, dies = 1, rank == request["dies"]
     try:
         torch.set_num_threads(1)
-        if wish["ranks"] > 1:
-            become(rank, wish["ranks"], wish["port"])
+        if request["ranks"] > 1:
+            become(rank, request["ranks"], request["port"])
         plan = make_plan(
-            configure(preset="tiny", sets=wish["set"], shards=wish["shards"]), wish["ranks"]
+            configure(preset="tiny", sets=request["set"], shards=request["shards"]),
+            request["ranks"],
         )
         advance = State.advance
 
         def stop_then(self: State, n_rows: int, seconds: float) -> None:
             advance(self, n_rows, seconds)
-            if self.step + 1 == wish["stop_at"]:  # read a step later
+            if self.step + 1 == request["stop_at"]:  # read a step later
                 os.kill(os.getpid(), signal.SIGTERM)
 
         State.advance = stop_then  # type: ignore[method-assign]
-        points = Points(wish["watch"], wish["point"] if dies else -1)
-        train(plan, Path(wish["run"]))
+        points = Points(request["watch"], request["point"] if dies else -1)
+        train(plan, Path(request["run"]))
         if dies:
             os.write(pipe, str(points.seen).encode())
         code = 0

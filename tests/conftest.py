@@ -32,3 +32,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small sources of random ids, fineweb and pg19."""
+    from trainer_samples import make_shards
+
+    return make_shards(tmp_path_factory.mktemp("shards"))

@@ -25,7 +25,7 @@ def ahead(n_units: int, limit: Limit = NO_LIMIT) -> Estimate:
     """Units of 64 MB."""
     return Estimate(
         units=dict.fromkeys(range(n_units), 64 * MB), limit=limit, read_bytes=0,
-        tokens=0, disk_bytes=0, workers=1, seconds=0,
+        tokens=0, disk_bytes=0, seconds=0,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from shards.reader import ShardReader
 from shards.writer import ShardWriter, write_manifest
 from shards_samples import TOKENIZER, sample_facts
 from trainer.checkpoint.runs import newest_checkpoint
-from trainer.config.plan import TrainPlan
+from trainer.config.train_plan import TrainPlan
 from trainer.data.mixture import DataOrder, Phase
 from trainer.metrics.metrics import read_lines
 from trainer.optimizer.optimizer import update

@@ -337,7 +337,7 @@ def test_harmful_variables_are_warned_of_and_secrets_stay_out(context: Context) 
     (warned,) = machine.environment(context, chosen)
     assert warned.verdict == "warn" and "NCCL_P2P_DISABLE=1" in warned.detail
     assert (warned.fix, "NCCL" in warned.source) == ("unset NCCL_P2P_DISABLE", True)
-    assert all(variable.effect and variable.source for variable in machine.HARMFUL)
+    assert all(effect and source for _, effect, source in machine.HARMFUL)
 
 
 def test_an_old_torch_is_not_ready(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
-"""A checkpoint that is written while training goes on is that of its step; what happens is told."""
+"""A checkpoint that is written while training goes on is that of its step; failures are logged."""
 
+import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,16 +16,11 @@ from trainer.errors import CheckpointError
 from trainer.metrics.metrics import read_lines
 from trainer.session import save as checkpoints
 from trainer.train import train
-from trainer_samples import Said, events_of, make_shards, small_plan, tensor_files
+from trainer_samples import RecordingDisplay, events_of, small_plan, tensor_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LIMIT_S = 60
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("shards"))
 
 
 def steps_made(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], bool]:
@@ -54,19 +51,19 @@ def test_the_values_are_those_of_the_step(
         "checkpoint__keep_last": 9,
     }
     train(small_plan(shards, **changes), tmp_path / "waiting")
-    write, wait_for = storage.save_from_any_thread, steps_made(monkeypatch)
+    write, wait_for = storage.save, steps_made(monkeypatch)
     later: list[bool] = []
 
     def late(run: Path, share: Any, record: Any, world: Any) -> Path:
         later.append(wait_for(min(record["step"] + 3, 9)))  # not before training has gone on
         return write(run, share, record, world)
 
-    monkeypatch.setattr(storage, "save_from_any_thread", late)
-    said = Said()
+    monkeypatch.setattr(storage, "save", late)
+    said = RecordingDisplay()
     plan = small_plan(shards, checkpoint__asynchronous="true", **changes)
-    train(plan, tmp_path / "beside", display=said)
+    train(plan, tmp_path / "asynchronous", display=said)
     assert later == [True] * 3
-    ours, theirs = saved(tmp_path / "beside"), saved(tmp_path / "waiting")
+    ours, theirs = saved(tmp_path / "asynchronous"), saved(tmp_path / "waiting")
     assert [checkpoint.name for checkpoint in ours] == ["step-4", "step-8", "step-9"]
     for one, other in zip(ours, theirs, strict=True):
         assert tensor_files(one) == tensor_files(other), one.name
@@ -74,13 +71,13 @@ def test_the_values_are_those_of_the_step(
     assert [(record["step"], record["next_index"]) for record in records] == [
         (4, 32), (8, 64), (9, 72)
     ]  # fmt: skip
-    assert "checkpoints are written beside training, with 0.0" in said
+    assert "checkpoints are asynchronous, with 0.0" in said
 
 
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
     """What is written when, on a disk that takes its time."""
-    write, diary = storage.save_from_any_thread, list[tuple[str, int]]()
+    write, diary = storage.save, list[tuple[str, int]]()
 
     def slow(run: Path, share: Any, record: Any, world: Any) -> Path:
         diary.append(("begin", record["step"]))
@@ -89,7 +86,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]
         diary.append(("end", record["step"]))
         return folder
 
-    monkeypatch.setattr(storage, "save_from_any_thread", slow)
+    monkeypatch.setattr(storage, "save", slow)
     yield diary
 
 
@@ -124,22 +121,24 @@ def test_a_checkpoint_under_way_outlives_an_error(
     assert events_of(tmp_path) == ["start", "checkpoint"]
 
 
-def test_a_checkpoint_that_fails_in_the_thread_is_told(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_checkpoint_that_fails_is_reported_and_outlived(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
-    write = storage.save_from_any_thread
+    write = storage.save
 
     def full(run: Path, share: Any, record: Any, world: Any) -> Path:
         if record["step"] == 4:
-            assert threading.current_thread() is not threading.main_thread()
-            raise CheckpointError("no room; older checkpoints stand: make room")
+            assert (threading.current_thread() is threading.main_thread()) is not asynchronous
+            raise CheckpointError("no room; older checkpoints are intact: make room")
         return write(run, share, record, world)
 
-    monkeypatch.setattr(storage, "save_from_any_thread", full)
-    said = Said()
-    changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
+    monkeypatch.setattr(storage, "save", full)
+    said = RecordingDisplay()
+    changes: dict[str, Any] = {"checkpoint__interval_steps": 2}
+    changes["checkpoint__asynchronous"] = str(asynchronous).lower()
     train(small_plan(shards, max_steps=6, **changes), tmp_path, display=said)
-    assert "! no room; older checkpoints stand: make room; TRAINING GOES ON" in said
+    assert "! no room; older checkpoints are intact: make room; TRAINING GOES ON" in said
     assert [checkpoint.name for checkpoint in saved(tmp_path)] == ["step-2", "step-6"]
     [refused] = [
         e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "checkpoint failed"
@@ -152,15 +151,37 @@ def test_without_memory_for_a_copy_training_waits(
 ) -> None:
     monkeypatch.setattr(checkpoints, "available_memory_bytes", lambda: 1000)
     threads = set()
-    write = storage.save_from_any_thread
+    write = storage.save
 
     def seen(*args: Any) -> Path:
         threads.add(threading.current_thread())
         return write(*args)
 
-    monkeypatch.setattr(storage, "save_from_any_thread", seen)
-    said = Said()
+    monkeypatch.setattr(storage, "save", seen)
+    said = RecordingDisplay()
     changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "checkpoint__asynchronous": "true"}
     train(small_plan(shards, max_steps=4, **changes), tmp_path, display=said)
     assert threads == {threading.main_thread()}
     assert "of host memory, and 1e-06 GB are free" in said
+
+
+def test_a_last_checkpoint_that_fails_is_an_error(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    plan = small_plan(shards, max_steps=2)
+    train(plan, tmp_path)
+    monkeypatch.setattr("trainer.checkpoint.storage.os.fsync", full)
+    monkeypatch.setattr("trainer.session.resume.save_config", lambda run, config: None)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        train(small_plan(shards, max_steps=4), tmp_path)
+    assert [checkpoint.name for checkpoint in saved(tmp_path)] == ["step-2"]
+
+
+def test_checkpoint_by_the_clock(shards: Path, tmp_path: Path) -> None:
+    plan = small_plan(shards, max_steps=6, checkpoint__interval_minutes=1e-9)
+    train(plan, tmp_path)
+    # a step's flag is read, like all its numbers, one step later: at 2, 4 and 6
+    assert events_of(tmp_path) == ["start", *["checkpoint"] * 3, "done"]

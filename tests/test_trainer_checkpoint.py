@@ -1,4 +1,4 @@
-"""A checkpoint is whole and proven, or it does not exist."""
+"""A checkpoint is complete and verified, or it does not exist."""
 
 import ast
 import errno
@@ -84,10 +84,10 @@ def test_weights_alone(tmp_path: Path) -> None:
 
 def test_200_flips_and_cuts_fall_back_and_say_so(tmp_path: Path) -> None:
     older, newer = saved(tmp_path, 3), saved(tmp_path, 6, seed=1)
-    whole, generator = tmp_path / "whole", random.Random(0)
-    newer.rename(whole)
+    good, generator = tmp_path / "good", random.Random(0)
+    newer.rename(good)
     for _ in range(200):
-        shutil.copytree(whole, newer)
+        shutil.copytree(good, newer)
         path = generator.choice(sorted(newer.iterdir()))
         data = bytearray(path.read_bytes())
         if generator.random() < 0.2:
@@ -97,7 +97,7 @@ def test_200_flips_and_cuts_fall_back_and_say_so(tmp_path: Path) -> None:
         path.write_bytes(data)
         found = newest_intact(*resumable(tmp_path), ALONE)
         assert found is not None
-        assert found[0] == older, path
+        assert found[0] == older and checkpoints(tmp_path) == [older], path
         [complaint] = found[2]
         assert str(path) in complaint and "\n" not in complaint
         shutil.rmtree(newer)
@@ -148,27 +148,7 @@ def test_nothing_unpickles() -> None:
                     assert "weights_only=True" in call, path
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path) -> None:
-    older, newer = saved(tmp_path, 3), saved(tmp_path, 6)
-    victim = sorted(newer.glob("*.safetensors"))[0]
-    victim.write_bytes(victim.read_bytes()[:-1])
-    found = newest_intact(*resumable(tmp_path), ALONE)
-    assert found is not None
-    assert found[0] == older
-    assert found[2] == [
-        f"{victim} is damaged or missing (its digest differs); use another checkpoint"
-    ]
-    assert checkpoints(tmp_path) == [older]  # the damaged one counts no more
-
-
-def test_no_checkpoint_is_whole(tmp_path: Path) -> None:
-    checkpoint = saved(tmp_path, 3)
-    (checkpoint / RECORD).write_text("{")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is intact"):
-        newest_intact(*resumable(tmp_path), ALONE)
-
-
-def test_without_a_mark_nothing_is_saved(tmp_path: Path) -> None:
+def test_without_a_record_nothing_is_saved(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, 3)
     (checkpoint / RECORD).unlink()
     assert newest_intact(*resumable(tmp_path), ALONE) is None
@@ -190,7 +170,7 @@ def test_a_future_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert checkpoints(tmp_path) == [checkpoint]  # it is not damaged, and not marked so
 
 
-def test_no_room_is_told_before_anything_is_written(
+def test_no_room_is_an_error_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = saved(tmp_path, 3)

@@ -21,7 +21,7 @@ from model.dropout import CounterDropout, keep_mask, row_state
 from trainer.config.config import configure
 from trainer.session import network as parallel
 from trainer.session.network import build_network
-from trainer_samples import ALONE, log_of, make_shards, set_texts, small_plan
+from trainer_samples import ALONE, log_of, set_texts, small_plan
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -39,11 +39,6 @@ RUN: dict[str, Any] = {
     "validation__rows": 3,  # less than a batch
     "optim__lr": 1e-2,
 }
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("shards"))
 
 
 def losses(shards: Path, run: Path, **changes: Any) -> list[float]:

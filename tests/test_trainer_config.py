@@ -8,7 +8,6 @@ import pytest
 
 from model.config import count_params
 from trainer.config.config import (
-    RunConfig,
     configure,
     differences,
     load_config,
@@ -150,7 +149,3 @@ def test_fine_tuning_starts_from_the_newest_run_that_was_not_fine_tuned(
         os.utime(mark, (age, age))
         save_config(Path("runs", name), replace(tiny, init_from=start))
     assert configure(preset="chat").config.init_from == str(Path("runs", "base"))
-
-
-def test_the_defaults_are_valid() -> None:
-    assert RunConfig().max_steps == 80_000

@@ -1,4 +1,4 @@
-"""What a loss of power leaves of a checkpoint: its mark comes last, and goes first."""
+"""What a loss of power leaves of a checkpoint: its record comes last, and goes first."""
 
 import os
 import shutil
@@ -54,28 +54,28 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
     return seen
 
 
-def assert_mark_comes_last(events: Events, checkpoint: Path) -> None:
-    marked = events.index(("rename", checkpoint / RECORD))
+def assert_record_comes_last(events: Events, checkpoint: Path) -> None:
+    written = events.index(("rename", checkpoint / RECORD))
     files = [events.index(("flush", path)) for path in checkpoint.glob("*.safetensors")]
-    assert files and max(files) < marked
+    assert files and max(files) < written
     assert all(FLUSHED[path] == path.read_bytes() for path in checkpoint.glob("*.safetensors"))
-    assert ("flush", checkpoint) in events[max(files) : marked]  # their names, too
-    assert ("flush", checkpoint) in events[marked:]  # the mark's name
-    assert ("flush", checkpoint.parent) in events[marked:]  # and the checkpoint's own
+    assert ("flush", checkpoint) in events[max(files) : written]  # their names, too
+    assert ("flush", checkpoint) in events[written:]  # the record's name
+    assert ("flush", checkpoint.parent) in events[written:]  # and the checkpoint's own
 
 
-def test_a_checkpoint_is_on_the_disk_before_its_mark(tmp_path: Path, events: Events) -> None:
-    assert_mark_comes_last(events, save(tmp_path, tensors(0), {"step": 3}, ALONE))
+def test_a_checkpoint_is_on_the_disk_before_its_record(tmp_path: Path, events: Events) -> None:
+    assert_record_comes_last(events, save(tmp_path, tensors(0), {"step": 3}, ALONE))
 
 
 def test_so_is_its_copy(tmp_path: Path, events: Events) -> None:
     checkpoint = save(tmp_path / "run", tensors(0), {"step": 3}, ALONE)
     events.clear()
     copy_checkpoint(checkpoint, tmp_path / "mirror")
-    assert_mark_comes_last(events, checkpoint_path(tmp_path / "mirror", 3))
+    assert_record_comes_last(events, checkpoint_path(tmp_path / "mirror", 3))
 
 
-def test_a_checkpoint_that_is_removed_loses_its_mark_first(tmp_path: Path, events: Events) -> None:
+def test_a_removed_checkpoint_loses_its_record_first(tmp_path: Path, events: Events) -> None:
     checkpoint = save(tmp_path, tensors(0), {"step": 3}, ALONE)
     events.clear()
     remove(checkpoint)

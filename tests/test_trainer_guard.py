@@ -17,22 +17,16 @@ from trainer.data.batches import StepRange
 from trainer.data.mixture import BatchShape, leave_out
 from trainer.errors import ConfigError, TrainingError
 from trainer.faults.guard import Guard, GuardConfig
-from trainer.faults.history import GuardHistory, add_left_out, read_history
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import GuardHistory, add_left_out, read_history, read_lines
 from trainer.optimizer.optimizer import finish_gradients, update
 from trainer.train import train
-from trainer_samples import find_events, log_of, make_shards, small_plan, tensor_files
+from trainer_samples import find_events, log_of, small_plan, tensor_files
 
 CPU = torch.device("cpu")
 QUIET = [1.0, 1.1, 0.9, 1.0, 1.05, 0.95, 1.0, 1.1]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("shards"))
 
 
 def skips(guard: Guard, norm: float, flagged: float = 0.0) -> bool:

@@ -75,19 +75,6 @@ def test_a_rank_whose_line_stops_is_named_within_the_timeout(
     assert "_check" in (tmp_path / STACKS / "rank-0.txt").read_text()
 
 
-def test_a_rank_that_is_gone_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as other:
-        pass
-    watched = Watched(tmp_path, monkeypatch)
-    watched.write(2, 5, pid=other.pid)
-    with pytest.raises(LeftError):
-        watched.pass_time(400, lambda n: watched.write(1, n))
-    assert watched.now - 100 <= 20
-    assert watched.killed == []
-
-
 def test_ranks_that_have_left_or_have_not_come_are_not_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from trainer.faults.history import GuardHistory, read_history
-from trainer.metrics.display import LiveLine, PlainLines, open_display, step_line
-from trainer.metrics.metrics import Journal, drop_lines_after, read_events, read_lines
+from trainer.metrics.display import Display, step_line
+from trainer.metrics.metrics import (
+    GuardHistory,
+    Journal,
+    drop_lines_after,
+    read_events,
+    read_history,
+    read_lines,
+)
 
 VALUES = {
     "step": 3,
@@ -104,8 +110,7 @@ def test_a_step_in_one_line() -> None:
 
 def test_a_stream_that_is_no_terminal_gets_plain_lines() -> None:
     stream = io.StringIO()
-    display = open_display(stream)
-    assert isinstance(display, PlainLines)
+    display = Display(stream)
     display.print("hello")
     display.step(VALUES)
     display.close()
@@ -120,8 +125,7 @@ def test_a_terminal_gets_a_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     stream = Terminal()
-    display = open_display(stream)
-    assert isinstance(display, LiveLine)
+    display = Display(stream)
     display.step(VALUES)
     display.print("[a] word")
     display.step({**VALUES, "step": 4, "val_loss": 3.0})

@@ -14,20 +14,14 @@ from trainer.errors import CheckpointError
 from trainer.train import train
 from trainer_samples import (
     ALONE,
-    Said,
+    RecordingDisplay,
     events_of,
     log_of,
-    make_shards,
     small_plan,
     tensor_files,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("shards"))
 
 
 def flip(path: Path) -> None:
@@ -42,7 +36,7 @@ def test_each_checkpoint_is_copied_and_kept_by_the_same_rule(shards: Path, tmp_p
     plan = small_plan(
         shards, max_steps=7, checkpoint__interval_steps=2, checkpoint__mirror=tmp_path / "mirror"
     )
-    said = Said()
+    said = RecordingDisplay()
     train(plan, run, display=said)
     assert [checkpoint.name for checkpoint in checkpoints(copy)] == ["step-6", "step-7"]
     for ours, theirs in zip(checkpoints(run), checkpoints(copy), strict=True):
@@ -59,7 +53,7 @@ def test_each_checkpoint_is_copied_and_kept_by_the_same_rule(shards: Path, tmp_p
 def test_a_run_goes_on_from_its_mirror(shards: Path, tmp_path: Path, loss: str) -> None:
     run, copy = tmp_path / "run", tmp_path / "mirror" / "run"
     changes: dict[str, Any] = {"checkpoint__interval_steps": 2, "max_steps": 8}
-    train(small_plan(shards, **changes), tmp_path / "whole")
+    train(small_plan(shards, **changes), tmp_path / "full")
     changes["checkpoint__mirror"] = tmp_path / "mirror"
     train(small_plan(shards, **changes), run)
     for folder in (*checkpoints(run)[-1:], *checkpoints(copy)[-1:]):  # as if it had come to step 6
@@ -68,7 +62,7 @@ def test_a_run_goes_on_from_its_mirror(shards: Path, tmp_path: Path, loss: str) 
         shutil.rmtree(run / "checkpoints")
     for checkpoint in checkpoints(run)[-1 if loss == "the newest damaged" else 0 :]:
         flip(next(checkpoint.glob("*.safetensors")))
-    said = Said()
+    said = RecordingDisplay()
     train(small_plan(shards, **changes), run, display=said)
     assert f"resumed {copy}/checkpoints/step-6 at step 6" in said
     why = (
@@ -76,9 +70,9 @@ def test_a_run_goes_on_from_its_mirror(shards: Path, tmp_path: Path, loss: str) 
     )
     assert any(why in line and line.endswith("GOING ON FROM step-6") for line in said.lines)
     assert tensor_files(newest_checkpoint(run)) == tensor_files(
-        newest_checkpoint(tmp_path / "whole")
+        newest_checkpoint(tmp_path / "full")
     )
-    assert log_of(run)[6:] == log_of(tmp_path / "whole")[6:]
+    assert log_of(run)[6:] == log_of(tmp_path / "full")[6:]
 
 
 def test_a_copy_that_went_wrong_is_no_checkpoint(
@@ -92,7 +86,7 @@ def test_a_copy_that_went_wrong_is_no_checkpoint(
             flip(target)
 
     monkeypatch.setattr(shutil, "copyfile", wrongly)
-    said = Said()
+    said = RecordingDisplay()
     plan = small_plan(
         shards, max_steps=6, checkpoint__interval_steps=2, checkpoint__mirror=tmp_path / "mirror",
         checkpoint__keep_last=9,
@@ -106,7 +100,7 @@ def test_a_copy_that_went_wrong_is_no_checkpoint(
 
 def test_a_mirror_that_cannot_be_written_harms_nothing(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "mirror").write_text("a file")
-    said = Said()
+    said = RecordingDisplay()
     plan = small_plan(shards, max_steps=2, checkpoint__mirror=tmp_path / "mirror")
     assert train(plan, tmp_path / "run", display=said).step == 2
     assert "! step-2 was not copied to" in said

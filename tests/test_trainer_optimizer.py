@@ -187,7 +187,7 @@ def test_another_optimizer_trains_is_guarded_and_resumes_bit_for_bit(
     losses = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
     assert losses[-1] < losses[0] and math.isfinite(losses[-1])
     files = tensor_files(newest_checkpoint(run))
-    (newest_checkpoint(run) / "COMMIT.json").unlink()
+    (newest_checkpoint(run) / "checkpoint.json").unlink()
     assert newest_checkpoint(run).name == "step-4"
     train(plan, run)
     assert tensor_files(newest_checkpoint(run)) == files

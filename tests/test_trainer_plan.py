@@ -12,11 +12,11 @@ from shards.errors import ShardError
 from shards.format import Manifest
 from shards.reader import find_sources
 from shards_samples import make_source
-from trainer.config import plan as plan_module
+from trainer.config import resolve as plan_module
 from trainer.config.config import configure
 from trainer.config.memory import fits, largest_micro_batch, memory_by_part
-from trainer.config.plan import describe
 from trainer.config.resolve import make_plan
+from trainer.config.train_plan import describe
 from trainer.data.mixture import BatchShape
 from trainer.distributed.devices import find_accelerator
 from trainer.errors import ConfigError

@@ -64,8 +64,8 @@ def test_killed_at_a_random_step_it_ends_with_the_same_bits(shards: Path, tmp_pa
         compile="true", max_steps=14, micro_batch_size=4, checkpoint__interval_steps=3,
         loader__num_workers=2, model__attention_dropout=0.1,
     )  # fmt: skip
-    whole = command(shards, tmp_path / "whole", sets=sets)
-    result = finish(whole)
+    full = command(shards, tmp_path / "full", sets=sets)
+    result = finish(full)
     assert result.returncode == 0, result.stderr
     killed = tmp_path / "killed"
     process = started(command(shards, killed, sets=sets), tmp_path / "log")
@@ -76,9 +76,9 @@ def test_killed_at_a_random_step_it_ends_with_the_same_bits(shards: Path, tmp_pa
     assert process.wait() == -signal.SIGKILL
     result = finish(command(shards, killed, sets=sets))
     assert result.returncode == 0, result.stderr
-    assert log_of(killed) == log_of(tmp_path / "whole")
+    assert log_of(killed) == log_of(tmp_path / "full")
     assert [step for step, _, _ in log_of(killed)] == list(range(1, 15))
-    assert files_of(newest_checkpoint(killed)) == files_of(newest_checkpoint(tmp_path / "whole"))
+    assert files_of(newest_checkpoint(killed)) == files_of(newest_checkpoint(tmp_path / "full"))
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 

@@ -22,21 +22,15 @@ from trainer.session import network as parallel
 from trainer.train import Outcome, train
 from trainer_samples import (
     ALONE,
-    Said,
+    RecordingDisplay,
     events_of,
     log_of,
-    make_shards,
     same_weights,
     small_plan,
     tensor_files,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("shards"))
 
 
 def stopped_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +43,7 @@ def stopped_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         reseed(*args)
 
-    monkeypatch.setattr("trainer.train.reseed_attention_dropout", ask)
+    monkeypatch.setattr("trainer.session.network.reseed_attention_dropout", ask)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +59,7 @@ def test_stopped_and_started_again_it_is_the_same_run(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     plan = small_plan(shards, max_steps=9, checkpoint__interval_steps=4, **changes)
-    assert not train(plan, tmp_path / "whole").stopped
+    assert not train(plan, tmp_path / "full").stopped
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     micro_steps = plan.shape.grad_accum_steps
     with monkeypatch.context() as patch:
@@ -75,8 +69,8 @@ def test_stopped_and_started_again_it_is_the_same_run(
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     torch.manual_seed(99)  # nothing depends on what the process did before
     assert not train(plan, tmp_path / "parted").stopped
-    assert log_of(tmp_path / "parted") == log_of(tmp_path / "whole")
-    assert same_weights(tmp_path / "parted", tmp_path / "whole")
+    assert log_of(tmp_path / "parted") == log_of(tmp_path / "full")
+    assert same_weights(tmp_path / "parted", tmp_path / "full")
     assert events_of(tmp_path / "parted") == [
         *("start", "checkpoint", "stopped"),
         *("resume", "checkpoint", "checkpoint", "checkpoint", "done"),
@@ -88,7 +82,7 @@ def test_stopped_and_started_again_it_is_the_same_run(
 def test_with_everything_on_and_resumed_again_and_again_it_is_the_same_run(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled, dropout, accumulation, workers, checkpoints beside training, across the end of each
+    """Compiled, dropout, accumulation, workers, asynchronous checkpoints, across the end of each
     source's epoch, and across a change of the mixture, which both runs have at step 6."""
     changes: dict[str, Any] = {
         "compile": "true", "micro_batch_size": 2, "model__attention_dropout": 0.1,
@@ -97,7 +91,7 @@ def test_with_everything_on_and_resumed_again_and_again_it_is_the_same_run(
     }  # fmt: skip
     before, after = small_plan(shards, **changes), small_plan(shards, **changes, mixture__pg19=30)
     sessions = {
-        "whole": [(before, 6), (after, 14)],
+        "full": [(before, 6), (after, 14)],
         "parted": [(before, 4), (before, 6), (after, 10), (after, 14)],
     }
     for name, parts in sessions.items():
@@ -112,8 +106,8 @@ def test_with_everything_on_and_resumed_again_and_again_it_is_the_same_run(
     record = json.loads((newest_checkpoint(tmp_path / "parted") / "checkpoint.json").read_text())
     assert [first for first, _ in record["phases"]] == [0, 48]
     assert all(entry["epochs"] > 1 for entry in record["ledger"].values())
-    assert log_of(tmp_path / "parted") == log_of(tmp_path / "whole")
-    ours, theirs = (newest_checkpoint(tmp_path / name) for name in ("parted", "whole"))
+    assert log_of(tmp_path / "parted") == log_of(tmp_path / "full")
+    ours, theirs = (newest_checkpoint(tmp_path / name) for name in ("parted", "full"))
     assert tensor_files(ours) == tensor_files(theirs)  # moments too
 
 
@@ -163,12 +157,12 @@ def test_other_data_are_refused_on_resume(shards: Path, tmp_path: Path) -> None:
 
 def test_other_changes_are_shown(shards: Path, tmp_path: Path) -> None:
     train(small_plan(shards, max_steps=2), tmp_path)
-    said = Said()
+    said = RecordingDisplay()
     train(small_plan(shards, max_steps=4, optim__lr=1e-3), tmp_path, display=said)
     assert "changed: max_steps was 2, is 4" in said
     assert "changed: optim.lr was 0.003, is 0.001" in said
     assert load_config(tmp_path).max_steps == 4
-    again = Said()
+    again = RecordingDisplay()
     assert train(small_plan(shards, max_steps=4, optim__lr=1e-3), tmp_path, display=again).step == 4
     assert "already at step 4; --set max_steps=N takes it further" in again
 
@@ -177,7 +171,7 @@ def test_a_mixture_changed_in_the_middle_goes_on_from_the_counts(
     shards: Path, tmp_path: Path
 ) -> None:
     train(small_plan(shards, max_steps=5), tmp_path)
-    said = Said()
+    said = RecordingDisplay()
     train(small_plan(shards, max_steps=9, mixture__pg19=6), tmp_path, display=said)
     assert "the mixture is now {'fineweb': 10, 'pg19': 1}" in said
     record = json.loads((newest_checkpoint(tmp_path) / "checkpoint.json").read_text())
@@ -214,7 +208,7 @@ def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(
 ) -> None:
     plan = small_plan(shards, max_steps=6, checkpoint__interval_steps=2, checkpoint__keep_last=9)
     train(plan, tmp_path)
-    said, other = Said(), small_plan(shards, max_steps=3, optim__lr=1e-3)
+    said, other = RecordingDisplay(), small_plan(shards, max_steps=3, optim__lr=1e-3)
     train(other, tmp_path, resume=str(tmp_path / "checkpoints" / "step-2"), display=said)
     assert "! step-6 is set aside: the run goes on from before it" in said
     assert [checkpoint.name for checkpoint in checkpoints(tmp_path)] == ["step-2", "step-3"]
@@ -229,7 +223,7 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(shards: Path, tmp_pat
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 16
     victim.write_bytes(data)
-    said = Said()
+    said = RecordingDisplay()
     train(
         small_plan(shards, max_steps=6, checkpoint__interval_steps=2),
         tmp_path / "hurt",

@@ -1,8 +1,7 @@
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.optimizer.optimizer import OptimConfig
-from trainer.optimizer.schedule import lr_at
+from trainer.optimizer.optimizer import OptimConfig, lr_at
 
 OPTIM = OptimConfig(lr=1.0, warmup_steps=10)
 

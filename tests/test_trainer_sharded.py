@@ -1,4 +1,4 @@
-"""Weights divided among ranks train as whole ones do, and are saved as the same tensors."""
+"""Weights divided among ranks train as full ones do, and are saved as the same tensors."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from trainer.distributed.world import World, join_world, local_tensor, shard_cou
 from trainer.errors import ConfigError
 from trainer.metrics.metrics import read_lines
 from trainer.optimizer.optimizer import OptimConfig, finish_gradients, make_optimizer, update
-from trainer.session.network import Network, build_network, filled_whole, no_sync_unless_last
+from trainer.session.network import Network, build_network, fill_shards, no_sync_unless_last
 from trainer.session.save import tensors_to_save
 from trainer.train import train
 from trainer_samples import (
@@ -52,13 +52,13 @@ FP32: dict[str, Any] = {"precision": "fp32", "micro_batch_size": 1, "checkpoint_
 BF16: dict[str, Any] = {"precision": "bf16", "micro_batch_size": 2}
 BF16 |= {"validation__interval": 4, "validation__rows": 1}  # three batches for two ranks
 FAST = {"compile": "true", "activation_checkpointing": "selective"}
-LAYOUTS = {"two": (2, 2), "whole": (2, 1), "hybrid": (4, 2), "four": (4, 4), "alone": (1, 1)}
+LAYOUTS = {"two": (2, 2), "full": (2, 1), "hybrid": (4, 2), "four": (4, 4), "alone": (1, 1)}
 JOBS = [
-    Job("fp32-whole", 2, FP32),
+    Job("fp32-full", 2, FP32),
     Job("fp32-sliced", 2, FP32 | {"shard_degree": 2}),
-    Job("beside", 2, FP32 | {"shard_degree": 2, "checkpoint__asynchronous": "true"}),
+    Job("asynchronous", 2, FP32 | {"shard_degree": 2, "checkpoint__asynchronous": "true"}),
     Job("fp32-hybrid", 4, FP32 | {"shard_degree": 2}),
-    Job("bf16-whole", 2, BF16),
+    Job("bf16-full", 2, BF16),
     Job("bf16-sliced", 2, BF16 | FAST | {"shard_degree": 2}),
     *(  # each begins with what the one before it has saved
         Job(name, ranks, {"precision": "fp32", "micro_batch_size": 1, "shard_degree": degree}, to)
@@ -95,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_slices_learn_what_the_whole_learns(folder: Path, precision: str, limit: float) -> None:
     expected = log_of(folder / f"{precision}-alone")
     assert [line[0] for line in expected] == list(range(1, 9))
-    others = {"fp32": ["whole", "sliced", "hybrid"], "bf16": ["whole", "sliced"]}[precision]
+    others = {"fp32": ["full", "sliced", "hybrid"], "bf16": ["full", "sliced"]}[precision]
     for name in others:
         for ours, theirs in zip(expected, log_of(folder / f"{precision}-{name}"), strict=True):
             assert theirs == pytest.approx(ours, rel=limit), name
@@ -125,8 +125,8 @@ def test_a_checkpoint_is_the_same_tensors_in_any_layout(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_slices_are_committed_beside_training_as_they_were_at_the_step(folder: Path) -> None:
-    ours, theirs = checkpoints(folder / "beside"), checkpoints(folder / "fp32-sliced")
+def test_slices_are_saved_asynchronously_as_they_were_at_the_step(folder: Path) -> None:
+    ours, theirs = checkpoints(folder / "asynchronous"), checkpoints(folder / "fp32-sliced")
     assert [checkpoint.name for checkpoint in ours] == ["step-6", "step-8"]
     for one, other in zip(ours, theirs, strict=True):
         assert tensor_files(one) == tensor_files(other), one.name
@@ -134,7 +134,7 @@ def test_slices_are_committed_beside_training_as_they_were_at_the_step(folder: P
 
 @pytest.mark.slow
 def test_a_killed_rank_of_a_sharded_run_leaves_no_trace(folder: Path, tmp_path: Path) -> None:
-    run, whole = tmp_path / "run", folder / "fp32-sliced"
+    run, full = tmp_path / "run", folder / "fp32-sliced"
     start = [sys.executable, "-m", "trainer.cli", "--shards", str(folder / "shards"),
              "--preset", "tiny", "--out", str(run), "--nproc", "2"]  # fmt: skip
     sets = set_texts(**FP32, shard_degree=2)
@@ -144,8 +144,8 @@ def test_a_killed_rank_of_a_sharded_run_leaves_no_trace(folder: Path, tmp_path: 
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert events_of(run)[:3] == ["start", "checkpoint", "resume"]
-    assert log_of(run) == log_of(whole)
-    assert tensor_files(newest_checkpoint(run)) == tensor_files(newest_checkpoint(whole))
+    assert log_of(run) == log_of(full)
+    assert tensor_files(newest_checkpoint(run)) == tensor_files(newest_checkpoint(full))
 
 
 def sharded_config(degree: int) -> RunConfig:
@@ -185,7 +185,7 @@ def held(network: Network, optimizer: torch.optim.Optimizer) -> dict[str, torch.
     return {name: local_tensor(tensor).clone() for name, tensor in tensors.items()}
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -199,16 +199,16 @@ def check_two_by_two(rank: int, port: int) -> None:
         optimizer = make_optimizer(network.bare, config.optim)
         for factor in (2, 1):  # weights from elsewhere; then the seed's own again
             for name, parameter in network.bare.named_parameters():
-                assert torch.equal(whole(parameter), expected[name] * (3 - factor)), name
+                assert torch.equal(gathered(parameter), expected[name] * (3 - factor)), name
                 assert shard_count(parameter) == (2 if parameter.ndim > 1 else 1)
-                with torch.no_grad(), filled_whole():
+                with torch.no_grad(), fill_shards():
                     parameter.copy_(factor * expected[name])
         norm_alone, gradients_alone = of_four_ranks_on_one()
         gradients(network, world)
         assert finished(network, optimizer) == pytest.approx(norm_alone, rel=1e-6)
         for name, parameter in network.bare.named_parameters():
             assert parameter.grad is not None
-            torch.testing.assert_close(whole(parameter.grad), gradients_alone[name])
+            torch.testing.assert_close(gathered(parameter.grad), gradients_alone[name])
         optimizer.zero_grad()
         for refused in (0.0, 1.0, 0.0):
             before = held(network, optimizer)
@@ -246,12 +246,12 @@ def test_the_ranks_must_divide_into_groups(tmp_path: Path) -> None:
 
 
 def test_the_arithmetic_divides_what_is_divided() -> None:
-    whole, sliced = (
+    full, sliced = (
         memory_by_part(configure(preset="summer-4b", sets=[f"shard_degree={n}"]).config, 1, "cuda")
         for n in (1, 8)
     )
     for part in ("weights", "gradients", "moments"):
-        assert sliced[part] == whole[part] // 8
-    assert whole["gathered"] == sliced["bf16 copies"] == 0
-    assert sliced["activations"] == whole["activations"]
-    assert sum(sliced.values()) < sum(whole.values()) / 3
+        assert sliced[part] == full[part] // 8
+    assert full["gathered"] == sliced["bf16 copies"] == 0
+    assert sliced["activations"] == full["activations"]
+    assert sum(sliced.values()) < sum(full.values()) / 3

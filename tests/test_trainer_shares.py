@@ -13,47 +13,48 @@ ALL = dict.fromkeys(REFERENCE_SHARES, 1000)
 
 
 def test_the_reference_mixture() -> None:
-    shares = choose_weights(REFERENCE_SHARES, {}, ALL)
-    assert shares.weights == {"arxiv": 1, "books3": 2, "fineweb": 12, "slimorca": 1, "the-stack": 4}
-    assert shares.notes == ()
+    weights, notes = choose_weights(REFERENCE_SHARES, {}, ALL)
+    assert weights == {"arxiv": 1, "books3": 2, "fineweb": 12, "slimorca": 1, "the-stack": 4}
+    assert notes == ()
 
 
 def test_a_substitute_takes_the_share() -> None:
     there = {"fineweb": 10, "the-stack": 10, "pg19": 10, "arxiv-papers": 10, "slimorca": 10}
-    shares = choose_weights(REFERENCE_SHARES, {}, there)
-    assert shares.weights == {
+    weights, notes = choose_weights(REFERENCE_SHARES, {}, there)
+    assert weights == {
         "arxiv-papers": 1, "fineweb": 12, "pg19": 2, "slimorca": 1, "the-stack": 4
     }  # fmt: skip
-    assert "books3 is not prepared: its share goes to its substitute, pg19" in shares.notes
+    assert "books3 is not prepared: its share goes to its substitute, pg19" in notes
 
 
 def test_a_substitute_of_a_prepared_source_is_not_drawn() -> None:
-    shares = choose_weights(REFERENCE_SHARES, {}, {**ALL, "pg19": 10})
-    assert "pg19" not in shares.weights
-    assert shares.notes == ("prepared but not drawn: pg19 (--set mixture.pg19=SHARE draws it)",)
+    weights, notes = choose_weights(REFERENCE_SHARES, {}, {**ALL, "pg19": 10})
+    assert "pg19" not in weights
+    assert notes == ("prepared but not drawn: pg19 (--set mixture.pg19=SHARE draws it)",)
 
 
 def test_without_a_substitute_the_others_are_renormalised() -> None:
-    shares = choose_weights(REFERENCE_SHARES, {}, {"fineweb": 10, "the-stack": 10})
-    assert shares.weights == {"fineweb": 3, "the-stack": 1}
-    assert shares.notes == (
+    weights, notes = choose_weights(REFERENCE_SHARES, {}, {"fineweb": 10, "the-stack": 10})
+    assert weights == {"fineweb": 3, "the-stack": 1}
+    assert notes == (
         "not prepared: books3, arxiv, slimorca; the others are renormalised: "
         "fineweb 75 %, the-stack 25 %",
     )
 
 
 def test_other_sources_only_are_drawn_by_size() -> None:
-    shares = choose_weights(REFERENCE_SHARES, {}, {"python-code": 300, "python-docs": 100})
-    assert shares.weights == {"python-code": 3, "python-docs": 1}
-    assert "drawn by size: python-code 75 %, python-docs 25 %" in shares.notes[0]
+    weights, notes = choose_weights(REFERENCE_SHARES, {}, {"python-code": 300, "python-docs": 100})
+    assert weights == {"python-code": 3, "python-docs": 1}
+    assert "drawn by size: python-code 75 %, python-docs 25 %" in notes[0]
 
 
 def test_explicit_shares_hold() -> None:
     there = {"python-code": 300, "python-docs": 100}
-    shares = choose_weights(REFERENCE_SHARES, {"python-code": 70, "python-docs": 30}, there)
-    assert shares.weights == {"python-code": 7, "python-docs": 3}
-    shares = choose_weights(REFERENCE_SHARES, {"fineweb": 0, "pg19": 20}, {**ALL, "pg19": 9})
-    assert shares.weights == {"arxiv": 1, "books3": 2, "pg19": 4, "slimorca": 1, "the-stack": 4}
+    weights, _ = choose_weights(REFERENCE_SHARES, {"python-code": 70, "python-docs": 30}, there)
+    assert weights == {"python-code": 7, "python-docs": 3}
+    there = {**ALL, "pg19": 9}
+    weights, _ = choose_weights(REFERENCE_SHARES, {"fineweb": 0, "pg19": 20}, there)
+    assert weights == {"arxiv": 1, "books3": 2, "pg19": 4, "slimorca": 1, "the-stack": 4}
 
 
 @pytest.mark.parametrize(

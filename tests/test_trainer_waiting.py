@@ -14,18 +14,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.faults.guard import Guard
-from trainer.metrics.step_metrics import PendingMetrics, StepMetrics
 from trainer.session import network as parallel
+from trainer.session.metrics_logger import PendingMetrics, StepMetrics
 from trainer.session.save import CheckpointSaver
 from trainer.train import train
-from trainer_samples import make_shards, small_plan
+from trainer_samples import small_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("shards"))
 
 
 HOST_READS = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__",
@@ -111,7 +106,7 @@ def host_traffic(shards: Path, run: Path, patch: pytest.MonkeyPatch) -> set[str]
         steps.close()
         checkpoint(saver, **options)
 
-    patch.setattr("trainer.train.reseed_attention_dropout", begin)
+    patch.setattr("trainer.session.network.reseed_attention_dropout", begin)
     patch.setattr(CheckpointSaver, "checkpoint", end)
     # the loader handles host tensors in a process of its own: what is seen here is on the device
     train(small_plan(shards, loader__num_workers=1, micro_batch_size=4, max_steps=4), run)

@@ -35,8 +35,8 @@ from trainer.checkpoint.storage import read_record
 from trainer.cli import main as train
 from trainer.config import config as config_module
 from trainer.config.config import RunConfig, configure, load_config
-from trainer.config.plan import TrainPlan
 from trainer.config.resolve import make_plan
+from trainer.config.train_plan import TrainPlan
 from trainer.errors import ConfigError
 from trainer.session.state import state_from
 
@@ -67,7 +67,7 @@ def dotted(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def changed(path: Path, name: str, *value: Any, **added: Any) -> None:
-    """Write a JSON file anew, a key set to a value or (without one) taken away, others added."""
+    """Write a JSON file again, a key set to a value or (without one) taken away, others added."""
     table = json.loads(path.read_text())
     sealed = table.pop("sha256", None)
     *sections, key = name.split(".")
@@ -125,15 +125,15 @@ def test_a_run_goes_on_under_a_version_with_one_more_key(
 
 
 def test_a_new_key_whose_default_is_not_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Old files mean what they computed; a run is told how to stay as it is."""
+    """Old files mean what they computed; a run says how to stay as it is."""
     monkeypatch.setattr(config_module, "RunConfig", newer("model", novelty=True))
     monkeypatch.setitem(config_module.MEANT_BEFORE, "model.novelty", False)
     assert load_config(RUN).model.novelty is False  # type: ignore[attr-defined]
     command = ("--shards", "shards", "--config", "alibi.toml", "--out", str(RUN))
     refusal = golden.refused(train, *command)
     assert "model.novelty is true and was false in this run" in refusal
-    [told] = re.findall(r"go on with (--set \S+)", refusal)
-    golden.run(train, *command, *told.split())
+    [fix] = re.findall(r"go on with (--set \S+)", refusal)
+    golden.run(train, *command, *fix.split())
     assert load_config(RUN).model.novelty is False  # type: ignore[attr-defined]
     changed(RUN / "config.json", "model", 3)
     with pytest.raises(ConfigError, match="model=3: must be a table"):

@@ -15,8 +15,8 @@ from shards_samples import make_source
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.checkpoint.storage import _read_tensors, load_weights
 from trainer.config.config import configure
-from trainer.config.plan import TrainPlan
 from trainer.config.resolve import make_plan
+from trainer.config.train_plan import TrainPlan
 from trainer.distributed.world import World
 from trainer.metrics.display import Display
 from trainer.metrics.metrics import read_lines
@@ -61,10 +61,11 @@ def small_plan(shards: Path, /, ranks: int = 1, **changes: Any) -> TrainPlan:
     return make_plan(configure(preset="tiny", sets=sets, shards=str(shards)), ranks)
 
 
-class Said(Display):
+class RecordingDisplay(Display):
     """A display that remembers."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.lines: list[str] = []
 
     def print(self, text: str) -> None:
@@ -129,7 +130,7 @@ def on_ranks(n: int, act: Callable[..., None], *arguments: Any) -> None:
 
 
 def tensors_in(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, whole."""
+    """All tensors of a checkpoint, on one rank."""
     stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -12,11 +12,7 @@ T = TypeVar("T")
 
 
 class BackgroundThread:
-    """A thread that does one job after the other, and keeps no process from ending.
-
-    Python waits for the threads of an executor when it exits, for ever if one never ends. A new
-    thread for each job takes 0.3 ms.
-    """
+    """A thread for one job after the other. An executor's would be waited for at exit, for ever."""
 
     def __init__(self, name: str) -> None:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -40,14 +36,6 @@ class BackgroundThread:
         """Let it end after the jobs that it has, and wait for that, but not longer than that."""
         self._jobs.put(None)
         self._thread.join(limit_s)
-
-
-def run_in_background(name: str, job: Callable[[], T]) -> Future[T]:
-    """What one job returns or raises, done in a thread of its own."""
-    thread = BackgroundThread(name)
-    future = thread.submit(job)
-    thread.end(0)
-    return future
 
 
 def _work(jobs: SimpleQueue[Callable[[], None] | None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,21 +15,15 @@ import torch
 from model.config import count_params
 from trainer.checkpoint.runs import checkpoints
 from trainer.config.config import Configured, configure
-from trainer.config.plan import TrainPlan
 from trainer.config.resolve import make_plan
+from trainer.config.train_plan import TrainPlan
+from trainer.distributed import launch as launching
 from trainer.distributed.devices import pick_device
-from trainer.distributed.launch import (
-    ASKED_TO_STOP,
-    EXIT_REASON,
-    Launch,
-    launch_line,
-    run_on_all,
-    write_exit_reason,
-)
+from trainer.distributed.launch import ASKED_TO_STOP, EXIT_REASON, Launch
 from trainer.distributed.world import launched_by_torchrun
 from trainer.errors import ConfigError
 from trainer.faults.inject import parse_faults
-from trainer.metrics.display import Display, open_display
+from trainer.metrics.display import Display
 from trainer.optimizer.optimizer import optimizer_bytes
 from trainer.session.resume import measured_rate, peek_state, show_plan
 from trainer.session.state import check_max_epochs
@@ -51,7 +46,7 @@ class Request:
     torchrun: Mapping[str, str] = field(default_factory=dict)
 
     def for_rank(self, run: Path) -> list[str]:
-        """The command line of one rank. What torchrun is told is left out: it reads these too."""
+        """The command line of one rank, without torchrun's own flags."""
         options = {
             "--shards": self.shards,
             "--preset": self.preset,
@@ -65,41 +60,41 @@ class Request:
 
 def start(request: Request, stream: TextIO) -> int:
     """The exit code: 0 when the run is complete, 75 when it was asked to stop and has saved."""
-    configured = configure(
-        preset=request.preset, file=request.file, sets=request.sets, shards=request.shards
-    )
+    preset, file = request.preset, request.file
+    configured = configure(preset=preset, file=file, sets=request.sets, shards=request.shards)
     parse_faults()  # a mistake in it is reported once, here
     run = request.out or _default_run(Path("runs") / configured.config.preset, request.resume)
     if EXIT_REASON in os.environ:
-        return write_exit_reason(lambda: _train_as_rank(configured, run, request, stream))
+        return launching.write_exit_reason(lambda: _train_as_rank(configured, run, request, stream))
     if launched_by_torchrun():
         return _train_as_rank(configured, run, request, stream)
-    n_local = request.nproc or _device_count(configured.config.device)
-    plan = make_plan(configured, n_local * _count_nodes(request.nnodes), n_local)
-    display = open_display(stream)
+    on_cuda = pick_device(configured.config.device) == "cuda"
+    n_local = request.nproc or (torch.cuda.device_count() if on_cuda else 1)
+    if not request.nnodes.isdigit() or int(request.nnodes) < 1:
+        raise ConfigError(f"--nnodes {request.nnodes}: give the number of machines")
+    plan = make_plan(configured, n_local * int(request.nnodes), n_local)
+    display = Display(stream)
     with contextlib.closing(display):
         if request.dry_run:
-            _show(plan, run, request.resume, display)
+            state = peek_state(plan, run, request.resume)
+            show_plan(plan, state, measured_rate(run), display)
+            check_max_epochs(plan, state)
             return 0
         if plan.shape.world_size == 1:
             return _train(plan, run, request, display)
         n_bytes = 4 + optimizer_bytes(plan.config.optim)  # a parameter and its moments, fp32
         state_bytes = n_bytes * count_params(plan.config.model)
-        launch = Launch(n_local, request.nnodes, state_bytes, _options(request.torchrun))
-        display.print(launch_line(launch, request.for_rank(run)))
-    return run_on_all(launch, request.for_rank(run))
+        options = tuple(f"--{k.replace('_', '-')}={v}" for k, v in request.torchrun.items())
+        launch = Launch(n_local, request.nnodes, state_bytes, options)
+        display.print(launching.launch_line(launch, request.for_rank(run)))
+    return launching.run_on_all(launch, request.for_rank(run))
 
 
 def _train_as_rank(configured: Configured, run: Path, request: Request, stream: TextIO) -> int:
-    plan = make_plan(configured, _count("WORLD_SIZE"), _count("LOCAL_WORLD_SIZE"))
-    display = open_display(stream) if _count("RANK") == 0 else Display()
+    ranks, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    plan = make_plan(configured, ranks, here)
+    display = Display(stream if os.environ["RANK"] == "0" else None)
     return _train(plan, run, request, display)
-
-
-def _show(plan: TrainPlan, run: Path, resume: str, display: Display) -> None:
-    state = peek_state(plan, run, resume)
-    show_plan(plan, state, measured_rate(run), display)
-    check_max_epochs(plan, state)
 
 
 def _train(plan: TrainPlan, run: Path, request: Request, display: Display) -> int:
@@ -110,27 +105,6 @@ def _train(plan: TrainPlan, run: Path, request: Request, display: Display) -> in
 
 def _default_run(run: Path, resume: str) -> Path:
     """runs/PRESET, or the next free runs/PRESET-N for a run that must not go on from another."""
-    number = 1
-    free = run
-    while resume == "never" and checkpoints(free):
-        number += 1
-        free = run.with_name(f"{run.name}-{number}")
-    return free
-
-
-def _device_count(wish: str) -> int:
-    return torch.cuda.device_count() if pick_device(wish) == "cuda" else 1
-
-
-def _count_nodes(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"--nnodes {text}: give the number of machines")
-    return int(text)
-
-
-def _count(variable: str) -> int:
-    return int(os.environ[variable])
-
-
-def _options(torchrun: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(f"--{name.replace('_', '-')}={value}" for name, value in torchrun.items())
+    names = itertools.chain([run.name], (f"{run.name}-{n}" for n in itertools.count(2)))
+    runs = (run.with_name(name) for name in names)
+    return next(one for one in runs if resume != "never" or not checkpoints(one))

@@ -7,15 +7,14 @@ What happens to a step's tokens:
 
 1.  `mixture.py` says which rows the step's sample numbers mean; nothing of that is stored.
 2.  `batches.py` reads this rank's rows, verifies and stacks them; `loader.py` reads ahead.
-3.  The model returns the sum of the losses. Backward divides it by the targets that a full step
-    has, so that micro-batches and ranks just add up.
-4.  Ranks add up their gradients (in the last backward pass) and their counts (one reduction).
-5.  `optimizer.py` corrects by the true number of targets, clips, and updates, unless `guard.py`
+3.  The model returns the sum of the losses. Backward divides it by the targets of a full step, so
+    that micro-batches and ranks just add up: gradients in the last backward pass, counts in one
+    reduction.
+4.  `optimizer.py` corrects by the true number of targets, clips, and updates, unless `guard.py`
     finds the gradient harmful; then the device skips the update by itself.
-6.  The numbers of the step are on their way to the host, where `metrics_logger.py` reads them a
-    step later: the processor never waits for the device.
-7.  When a checkpoint is due, `checkpoint.py` writes all of this down, proven, and the run can be
-    killed: the same command goes on from there, bit for bit.
+5.  `metrics_logger.py` reads the step's numbers a step later: nothing waits for the device.
+6.  When a checkpoint is due, `save.py` writes all of this down, and the run can be killed: the same
+    command goes on from there, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,40 +29,30 @@ from shards.errors import ShardError
 from trainer.checkpoint.retention import invalidate_after, mirror_of
 from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.checkpoint.storage import read_record
-from trainer.config.plan import TrainPlan
+from trainer.config.train_plan import TrainPlan
 from trainer.data.loader import Loader
 from trainer.distributed.devices import keep_freed_memory
-from trainer.distributed.world import join_world, restarted_by_torchrun
+from trainer.distributed.world import (
+    join_world,
+    listen_for_stop,
+    restarted_by_torchrun,
+    translate_comm_errors,
+)
 from trainer.errors import TrainingError
 from trainer.faults.guard import Guard
 from trainer.faults.heartbeat import Watchdog, watch_ranks
 from trainer.faults.inject import Faults, check_reachable, parse_faults
-from trainer.faults.signals import listen_for_stop, translate_comm_errors
 from trainer.metrics import goodput
 from trainer.metrics.display import Display
 from trainer.metrics.metrics import RunEvent
 from trainer.metrics.profiling import StepProfiler, parse_steps
-from trainer.metrics.step_metrics import (
-    PendingMetrics,
-    StepFlags,
-    StepMetrics,
-    StepSums,
-    skip_flagged,
-)
-from trainer.optimizer.optimizer import finish_gradients, set_lr, update
-from trainer.optimizer.schedule import lr_at
+from trainer.optimizer.optimizer import finish_gradients, lr_at, set_lr, update
+from trainer.session import metrics_logger, network
 from trainer.session.budget import Budget, apply_request
-from trainer.session.metrics_logger import CompletedStep, MetricsLogger, spent_line
-from trainer.session.network import (
-    autocast,
-    exposed_exchange_s,
-    no_sync_unless_last,
-    reseed_attention_dropout,
-)
+from trainer.session.metrics_logger import CompletedStep, StepFlags, StepMetrics
 from trainer.session.resume import begin, open_held_out, open_loader
 from trainer.session.save import CheckpointSaver, open_saver
-from trainer.session.session import Session, claim
-from trainer.session.state import State
+from trainer.session.state import Session, State, claim
 
 
 class Job(NamedTuple):
@@ -93,7 +82,7 @@ class Outcome(NamedTuple):
 def train(
     plan: TrainPlan, run: Path, *, resume: str = "auto", display: Display | None = None
 ) -> Outcome:
-    """How the run ended. It is saved then; `train` with the same plan goes on from there."""
+    """How the run ended. It is saved; `train` with the same plan goes on from there."""
     display = display or Display()
     orders, restarted = parse_faults(), restarted_by_torchrun()
     check_reachable(orders, plan.shape.world_size, plan.config.max_steps)
@@ -117,7 +106,7 @@ def train(
                     return _go_on(Job(*found, loader, saver, watchdog, faults, asked_to_stop))
             except RolledBackError:
                 restarted = True
-            gc.collect()  # the model that is left behind, before another is made
+            gc.collect()  # the old model, before another is made
 
 
 def _go_on(job: Job) -> Outcome:
@@ -126,7 +115,7 @@ def _go_on(job: Job) -> Outcome:
     plan, world, optimizer = session.plan, session.world, session.optimizer
     config, shape, model = plan.config, plan.shape, session.network.model
     guard = Guard(config.guard, state.norms, world.device)
-    logger = MetricsLogger(plan, session.journal, session.display, state)
+    logger = metrics_logger.MetricsLogger(plan, session.journal, session.display, state)
     watch = goodput.Stopwatch(state.spent_s)
     budget = Budget(config, state, watch, world.is_main)
     held_out = open_held_out(plan, world)
@@ -137,15 +126,15 @@ def _go_on(job: Job) -> Outcome:
         profiler.before(state.step + 1)
         lr = set_lr(optimizer, lr_at(state.step, config.optim, config.max_steps, state.anneal))
         scale = loss_scale * faults.inject(state.step + 1, loader)
-        step_sums = StepSums(world.device)
+        step_sums = metrics_logger.StepSums(world.device)
         for micro_step in range(shape.grad_accum_steps):
             watchdog.mark(state.step + 1, "data")
             tokens, targets, dropout_key = loader.next()  # [B, T], [B, T], [B, 2]
             watchdog.mark(state.step + 1, "gradient")
-            reseed_attention_dropout(config, state.step, micro_step, world.rank)
+            network.reseed_attention_dropout(config, state.step, micro_step, world.rank)
             with (
-                no_sync_unless_last(model, micro_step, shape.grad_accum_steps),
-                autocast(config, world.device),
+                network.no_sync_unless_last(model, micro_step, shape.grad_accum_steps),
+                network.autocast(config, world.device),
             ):
                 loss_sum = model(tokens, targets, dropout_key)
             (loss_sum * scale).backward()  # the true count enters finish_gradients
@@ -153,20 +142,20 @@ def _go_on(job: Job) -> Outcome:
         with watch.within("communication"):
             sums = step_sums.reduce(world, _flags(job, budget))
         grad_norm = finish_gradients(optimizer, plan.step_tokens, sums[1], config.optim)
-        skip = guard.should_skip(grad_norm, skip_flagged(sums))
+        skip = guard.should_skip(grad_norm, flagged=sums[4] + sums[5])  # skip, damaged
         update(optimizer, skip)
 
-        pending = PendingMetrics(sums, skip, state.first_index, grad_norm=grad_norm)
+        pending = metrics_logger.PendingMetrics(sums, skip, state.first_index, grad_norm=grad_norm)
         state.advance(shape.global_batch_size, watch.lap())
-        watch.add("communication", exposed_exchange_s(model))
+        watch.add("communication", network.exposed_exchange_s(model))
         stop, requested = apply_step_result(logger.submit(pending, lr, loader.waited_s), job)
         if held_out is not None and state.step % config.validation.interval == 0:
             watchdog.mark(state.step, "validation")
             with watch.paused("evaluation"):
                 logger.add_scores(
-                    held_out.scores(session.network.bare, autocast(config, world.device))
+                    held_out.scores(session.network.bare, network.autocast(config, world.device))
                 )
-        checkpoint = checkpoint or requested or saver.due()
+        checkpoint = checkpoint or requested or saver.due_by_steps()
         if checkpoint and not state.refused_in_a_row:  # a rollback must find one from before them
             watchdog.mark(state.step, "checkpoint")
             asked, _ = apply_step_result(logger.flush(), job)
@@ -190,7 +179,7 @@ def _flags(job: Job, budget: Budget) -> StepFlags:
     """What this rank knows of the step under way and the others do not."""
     return StepFlags(
         stop=job.asked_to_stop(),
-        checkpoint=job.saver.clock_wishes(),
+        checkpoint=job.saver.due_by_clock(),
         skip=job.state.first_index in job.session.history.skipped,
         damaged=job.loader.damage is not None,
         budget=budget.request(),
@@ -201,7 +190,9 @@ def _ended(session: Session, state: State) -> Outcome:
     last_step = state.last_step(session.plan.config.max_steps)
     checkpoint, stopped = newest_checkpoint(session.run), state.step < last_step
     seconds = goodput.parts(state.time_s, state.spent_s)
-    session.display.print(spent_line(seconds, session.plan.config))
+    price = session.plan.config.dollars_per_hour / 3600
+    cost = f"; $ {sum(seconds.values()) * price:.2f}" if price else ""
+    session.display.print(f"time: {goodput.describe(seconds)}{cost}")
     if stopped:
         text = f"stopped at step {state.step}, saved: the same command goes on"
         session.log(text, RunEvent.STOPPED, step=state.step, spent_s=seconds)
@@ -211,8 +202,7 @@ def _ended(session: Session, state: State) -> Outcome:
 
 
 def apply_step_result(completed: CompletedStep, job: Job) -> tuple[bool, bool]:
-    """Whether some rank wishes to stop, and to checkpoint; what the step's numbers ask for is
-    done."""
+    """Whether to stop, and to checkpoint; what else the step's numbers ask for is done here."""
     if completed is None:
         return False, False
     step, metrics = completed
@@ -237,19 +227,15 @@ def _log_skipped(step: int, metrics: StepMetrics, session: Session) -> None:
     facts = {"step": step, "first_index": metrics.first_index}
     if metrics.flags.skip:  # and written down already
         session.display.print(f"! step {step}: update skipped, as it was before")
-    elif math.isfinite(metrics.grad_norm):
-        text = f"! step {step}: gradient norm {metrics.grad_norm:.2f} is a spike, update skipped"
-        session.log(text, RunEvent.SKIPPED, **facts, grad_norm=metrics.grad_norm)
-    else:
-        text = f"! step {step}: gradient not finite, update skipped"
-        session.log(text, RunEvent.SKIPPED, **facts, grad_norm=None)
+        return
+    norm = metrics.grad_norm if math.isfinite(metrics.grad_norm) else None
+    what = "not finite" if norm is None else f"norm {norm:.2f} is a spike"
+    text = f"! step {step}: gradient {what}, update skipped"
+    session.log(text, RunEvent.SKIPPED, **facts, grad_norm=norm)
 
 
 def _stop_before(step: int, metrics: StepMetrics, job: Job) -> None:
-    """Checkpoint as of before `step`, of which a row is damaged, and raise what is wrong with it.
-
-    Every update since has been skipped, on all ranks: weights and moments are those of then.
-    """
+    """Checkpoint as of before `step`, of which a row is damaged (updates stopped), and raise."""
     session, state = job.session, job.state
     found = [error for error in session.world.gather(job.loader.damage) if error is not None]
     state.step, state.next_index = step - 1, metrics.first_index
@@ -262,8 +248,7 @@ def _stop_before(step: int, metrics: StepMetrics, job: Job) -> None:
 
 
 def _roll_back(step: int, job: Job) -> None:
-    """Leave out the samples from the last good checkpoint to here, and have the run go on from
-    it."""
+    """Have the run go on from the last good checkpoint, without the samples from there to here."""
     session, state = job.session, job.state
     most = session.plan.config.guard.max_rollbacks
     skipped = f"step {step}: {state.refused_in_a_row} updates in a row were skipped"
@@ -284,8 +269,7 @@ def _roll_back(step: int, job: Job) -> None:
 
 
 def _last_good(session: Session) -> tuple[int, int]:
-    """Step and next sample of the newest checkpoint that no skipped update precedes; later ones set
-    aside."""
+    """Step and next sample of the newest checkpoint before the skipped updates, now the last."""
     mirror = mirror_of(session.run, session.plan.config.checkpoint)
     for checkpoint in reversed(checkpoints(session.run)):
         record = read_record(checkpoint)

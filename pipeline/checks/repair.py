@@ -31,10 +31,7 @@ SAME_COMMAND: Final = "run the same `summer-prep tokenize` again"
 
 
 def repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> list[Damage]:
-    """The damages found and repaired; PrepareError names the first that cannot be.
-
-    `data_files` are needed if the source was prepared from local files.
-    """
+    """The damages found and repaired, with the same local files; PrepareError if one cannot be."""
     metadata, found = Metadata(folder), _damages(folder)
     for earlier in folder.glob(f"{SCRATCH}*"):
         shutil.rmtree(earlier)
@@ -43,13 +40,11 @@ def repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> lis
         return []
     if (plan := metadata.plan) is None:
         raise PrepareError(
-            f"{folder / PLAN} is missing or damaged: delete it and {SAME_COMMAND}, which makes the "
-            "plan and finds the units done; then repair"
+            f"{folder / PLAN} is missing or damaged: delete it and {SAME_COMMAND}; then repair"
         )
     if metadata.manifest is None and len(metadata.records) < len(metadata.units):
         raise PrepareError(
-            f"{folder}: {MANIFEST} and a unit's record are missing or damaged: {SAME_COMMAND}, "
-            "which does the units without a record"
+            f"{folder}: {MANIFEST} and a unit's record are missing or damaged: {SAME_COMMAND}"
         )
     _restore_tokenizer(folder, metadata)
     if units := sorted({damage.unit for damage in found if damage.unit is not None}):
@@ -75,8 +70,7 @@ def _restore_tokenizer(folder: Path, metadata: Metadata) -> None:
     if digest_of(path) != wanted.sha256:
         if hashlib.sha256(default_model()).hexdigest() != wanted.sha256:
             raise PrepareError(
-                f"{path} is missing or damaged: copy the file of {wanted.name} there again "
-                f"(SHA-256 {wanted.sha256}), then repair"
+                f"{path} is missing or damaged: copy the one of SHA-256 {wanted.sha256} there"
             )
         publish_bytes(path, default_model())
     if (folder / TOKEN_BYTES).exists():
@@ -117,8 +111,7 @@ def _redo(job: PrepareJob, metadata: Metadata, units: Sequence[str], executor: E
     for unit, record in records.items():
         if record.shards != metadata.shards_of(unit):
             raise PrepareError(
-                f"unit {unit} comes out otherwise than the manifest says: its input has changed; "
-                "nothing was replaced; prepare the source again"
+                f"unit {unit} comes out otherwise: its input has changed; nothing was replaced"
             )
 
 

@@ -1,10 +1,8 @@
 """Every byte of a prepared source compared with what it should be.
 
-    dataset hash -> sidecars -> rows, masks       manifest.json
-    unit records -> shards, rejected records      <unit>.json: what the manifest says, by unit
-    plan -> parts, facts                          units.json: unit records name its SHA-256
-
-`find_damage` names all that does not fit; repair.py does the units concerned again.
+dataset hash -> sidecars -> rows, masks       manifest.json
+unit records -> shards, rejected records      <unit>.json: what the manifest says, by unit
+plan -> parts, facts                          units.json: unit records name its SHA-256
 """
 
 from __future__ import annotations
@@ -62,10 +60,8 @@ class Damage:
     def __str__(self) -> str:
         if not self.rows:
             return f"{self.file}: {self.what}"
-        shown = ", ".join(map(str, self.rows[:_SHOWN_ROWS]))
-        more = len(self.rows) - _SHOWN_ROWS
-        rows = f"row{'s' if len(self.rows) > 1 else ''} {shown}"
-        return f"{self.file}: {rows}{f' and {more:,} more' if more > 0 else ''}: {self.what}"
+        shown, more = ", ".join(map(str, self.rows[:_SHOWN_ROWS])), len(self.rows) - _SHOWN_ROWS
+        return f"{self.file}: rows {shown}{f' and {more:,} more' * (more > 0)}: {self.what}"
 
 
 def source_folders(folder: Path) -> list[Path]:
@@ -128,8 +124,7 @@ class Metadata:
         known = self.plan or self.manifest
         if known is None:
             raise PrepareError(
-                f"{folder}: neither {MANIFEST} nor {PLAN} can be read: name the folder of a "
-                "source, or prepare the source again"
+                f"{folder}: no {MANIFEST}, no {PLAN}: name a source, or prepare the source again"
             )
         self.facts: Facts = known.facts
         if self.manifest is not None:

@@ -1,7 +1,6 @@
 """The Hugging Face Hub: a listing pinned to a commit, and files read with retries.
 
-`datasets` resolves name, config and patterns to a list of files; it never loads anything, and no
-code of a data set is ever run. Bytes come through `HfFileSystem` in ranges.
+`datasets` resolves name, config and patterns to a list of files; no code of a data set is run.
 """
 
 from __future__ import annotations
@@ -12,14 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, cast
 
 from pipeline.errors import SourceError
-from pipeline.inputs.inputs import (
-    InputFile,
-    Inputs,
-    embedded_inputs,
-    layout_of,
-    listed,
-    local_inputs,
-)
+from pipeline.inputs.inputs import InputFile, Inputs, embedded_inputs, listed, local_inputs
 from pipeline.inputs.sources import Source, check_available
 from shards.errors import one_line
 
@@ -30,7 +22,6 @@ PATIENCE_S: Final = 300.0
 LONGEST_PAUSE_S: Final = 30.0
 BLOCK_BYTES: Final = 16 << 20
 PATHS_AT_ONCE: Final = 500
-BUILDERS: Final = {"parquet": "parquet", "jsonl": "json", "text": "text"}
 
 
 @dataclass(frozen=True)
@@ -82,18 +73,14 @@ def _listing(source: Source, sha: str) -> tuple[InputFile, ...]:
 
     prefix = f"hf://datasets/{source.dataset}@{sha}/"
     if source.patterns:
-        layout = layout_of(source.patterns[0])
-        builder = load_dataset_builder(
-            BUILDERS[layout.kind if layout else "jsonl"],
-            data_files={source.split: [prefix + pattern for pattern in source.patterns]},
-        )
+        patterns = [prefix + pattern for pattern in source.patterns]
+        builder = load_dataset_builder("parquet", data_files={source.split: patterns})  # or any
     else:
         builder = load_dataset_builder(source.dataset, source.config or None, revision=sha)
     splits = builder.config.data_files or {}
     if source.split not in splits:
         raise SourceError(
-            f"{source.dataset} has no split {source.split!r} (it has {', '.join(splits)}): "
-            "choose one with --split"
+            f"{source.dataset} has no split {source.split!r} (it has {', '.join(splits)})"
         )
     paths = sorted({url.removeprefix(prefix) for url in splits[source.split]}, key=str.encode)
     files: list[InputFile] = []

@@ -128,8 +128,7 @@ def local_inputs(patterns: tuple[str, ...]) -> LocalInputs:
         matches, base = _matches(str(Path(pattern).expanduser()))
         if not matches:
             raise SourceError(
-                f"no file matches {pattern!r}: check the path and quote the pattern, so that the "
-                "shell leaves it alone"
+                f"no file matches {pattern!r}: check the path, and quote the pattern for the shell"
             )
         found |= matches
         bases.append(base)

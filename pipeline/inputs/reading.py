@@ -145,8 +145,7 @@ def check_column(schema: pa.Schema, path: str, source: Source) -> None:
     column = source.text_column
     if column not in schema.names:
         raise SourceError(
-            f"{path} has no column {column!r}; it has {', '.join(schema.names)}: "
-            "choose one with --text-column"
+            f"{path} has no column {column!r}; it has {', '.join(schema.names)}: see --text-column"
         )
     found = schema.field(column).type
     if pa.types.is_dictionary(found):
@@ -191,9 +190,7 @@ def _read_lines(
 def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[bytes | None]:
     """Whole lines, about 8 MiB at a time; None stands for one line above the largest record.
 
-    The lines are those that begin in [first, last), so that neighbouring ranges share none. With
-    first = 3, last = 6 the text `ab\\ncd\\nef` gives `cd\\n` and then `ef`: byte 6 begins `ef`, so
-    that line is left to the next range.
+    The lines are those that begin in [first, last), so that neighbouring ranges share none.
     """
     end = last if last is not None else sys.maxsize
     at, tail = _skip_line(stream, first - 1, end) if first else (0, bytearray())

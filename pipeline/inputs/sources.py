@@ -1,11 +1,6 @@
 """The corpora, in one table: where each is read from, under which licence, whether it is open.
 
-A new source is one more row of SOURCES.
-
-    find("fineweb")                                   a row of the table
-    find("mine", dataset="ORG/NAME", text_column=...) any other corpus, or a row with changes
-
-The five with a share are the reference run's mixture. `summer-prep sources` prints the table.
+A new source is one more row of SOURCES. The five with a share are the reference run's mixture.
 """
 
 from __future__ import annotations
@@ -169,10 +164,7 @@ class SourceOverrides:
 
 
 def find(name: str, choice: SourceOverrides | None = None) -> Source:
-    """The table's source of that name with the user's changes, or a new one.
-
-    SourceError for a name that is neither in the table nor given a data set or files.
-    """
+    """The table's source of that name with the user's changes, or a new one if it has data."""
     choice = choice or SourceOverrides()
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise SourceError(
@@ -200,7 +192,7 @@ def check_available(source: Source) -> None:
     """SourceError, with what to use instead, for a source that cannot be fetched."""
     if source.unavailable:
         raise SourceError(
-            f"{source.name} cannot be fetched: {source.unavailable}. Give a copy of your own with "
+            f"{source.name} cannot be fetched: {source.unavailable}: give a copy with "
             f"--data-files, or prepare its substitute: `summer-prep tokenize --source "
-            f"{source.substitute}` (it fills {source.name}'s share of the mixture)"
+            f"{source.substitute}`"
         )

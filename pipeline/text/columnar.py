@@ -212,13 +212,9 @@ class SlicedEncoder:
     note = "in columns"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._encoder = tokenizer, ColumnarEncoder(tokenizer)
+        self._encoder = ColumnarEncoder(tokenizer)
+        self._cuts = self._encoder._table.reshape(256, 256).T  # [prev, next]
         self._has_space = any(entry.piece == SPACE for entry in tokenizer.proto.pieces)
-
-    @functools.cached_property
-    def _cuts(self) -> Flags:
-        """[prev, next]: whether text may be cut between two bytes."""
-        return cut_table(self._tokenizer).reshape(256, 256).T
 
     def encode(self, texts: pa.Array) -> Encoded:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""

@@ -1,7 +1,6 @@
 """Records -> documents: texts as they are, pages joined from lines, or conversations.
 
-What is rejected here (empty, not UTF-8, too large, no conversation) joins what reading rejected:
-one line {reason, file, record} each. Whether a document is held out depends on its text alone.
+What is rejected is listed, {reason, file, record} each. Its text alone decides what is held out.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""Documents -> ids: chooses the encoder, renders conversations, compares with sentencepiece.
-
-make_encoder(tokenizer)         the columnar encoder, or plain sentencepiece where it must be
-encoder.encode(texts)           an Arrow array of strings -> BOS doc EOS BOS doc EOS ...
-encode_documents(encoder, ...)  the same for documents, conversations among them
-CheckedEncoder(encoder, ...)    the same, its first texts compared with sentencepiece's ids
-"""
+"""Documents -> ids: chooses the encoder, renders conversations, compares with sentencepiece."""
 
 from __future__ import annotations
 
@@ -56,10 +50,7 @@ class PlainEncoder:
 
 @functools.lru_cache(maxsize=1)
 def make_encoder(tokenizer: Tokenizer) -> Encoder:
-    """The fastest encoder that is exact for this vocabulary; at the next call the same object.
-
-    The words that it has seen serve the next unit.
-    """
+    """The fastest encoder that is exact for this vocabulary; it is kept with the words it knows."""
     reason = unfit_reason(tokenizer)
     return PlainEncoder(tokenizer, reason) if reason else SlicedEncoder(tokenizer)
 
@@ -105,6 +96,5 @@ class CheckedEncoder:
             ids = stream.tokens[stream.starts[place] + 1 : ends[place] - 1]
             if ids.tolist() != self._tokenizer.encode(text):
                 raise TokenizerError(
-                    f"the fast encoder and sentencepiece differ on {text[:60]!r}...: please report "
-                    "it together with the tokenizer; nothing of this unit was written"
+                    f"the fast encoder and sentencepiece differ on {text[:60]!r}: please report it"
                 )

@@ -1,10 +1,5 @@
 """The vocabulary: Mistral's, extended; loading one, training one; ids <-> text.
 
-    Tokenizer.default()                     the extended base, 32,768 entries
-    Tokenizer.load(Path("tokenizer.model")) any SentencePiece model with byte fallback
-    extend(model, ["[MINE]"])               the model's bytes with further control pieces
-    train(lines, 2000)                      the bytes of a model of one's own
-
 Text never becomes a control piece: `</s>` in a document is four ordinary characters, so that a web
 page cannot forge the end of a document. Control pieces are put in by id alone.
 """
@@ -68,8 +63,7 @@ class Tokenizer:
             model = path.read_bytes()
         except OSError as error:
             raise TokenizerError(
-                f"{path}: {error.strerror}; name a SentencePiece .model file, or leave --tokenizer "
-                "out for the default"
+                f"{path}: {error.strerror}; name a SentencePiece .model, or leave --tokenizer out"
             ) from error
         return cls(model, name or path.name.removesuffix(".model"))
 
@@ -97,8 +91,7 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise TokenizerError(
-                f"id {wrong[0]} is outside the {self.vocab_size} entries of {self.name}: it was "
-                "made with another tokenizer"
+                f"id {wrong[0]} is outside the {self.vocab_size} entries of {self.name}"
             )
         return str(self._processor.decode(ids))
 
@@ -234,8 +227,7 @@ def train(lines: Iterable[str], vocab_size: int) -> bytes:
         )
     except (RuntimeError, OSError) as error:
         raise TokenizerError(
-            f"no vocabulary of {vocab_size} entries can be learnt from this text ({error}): "
-            "give more text or another --vocab-size"
+            f"no vocabulary of {vocab_size} in this text ({error}): more text or other --vocab-size"
         ) from error
     return out.getvalue()
 
@@ -252,8 +244,7 @@ def _parse(model: bytes, name: str) -> Any:
         proto.Clear()
     if not proto.pieces:
         raise TokenizerError(
-            f"{name} is no SentencePiece model: name a .model file (a Hugging Face tokenizer.json "
-            "is of another kind)"
+            f"{name} is no SentencePiece model: name a .model file (tokenizer.json is none)"
         )
     return proto
 
@@ -263,17 +254,14 @@ def _check_usable(proto: Any, info: TokenizerInfo) -> None:
     kinds = proto.SentencePiece
     if min(info.bos_id, info.eos_id) < 0:
         raise TokenizerError(
-            f"{info.name} has no BOS or no EOS (ids {info.bos_id}, {info.eos_id}): documents "
-            "could not be told apart; train it with bos_id and eos_id"
+            f"{info.name} has no BOS or no EOS: train it with bos_id and eos_id of 0 or more"
         )
     if sum(entry.type == kinds.BYTE for entry in proto.pieces) < 256:
         raise TokenizerError(
-            f"{info.name} has no byte fallback: some text would become <unk>, which fills unused "
-            "places of a row; train it with byte_fallback (`summer-prep tokenizer --train` does)"
+            f"{info.name} has no byte fallback, some text would become <unk>: train it with one"
         )
     if symbols := [e.piece for e in proto.pieces if e.type == kinds.USER_DEFINED]:
         raise TokenizerError(
-            f"{info.name} gives text the special id of {symbols[0]!r} ({len(symbols)} "
-            "user-defined symbols): `summer-prep tokenizer --extend FILE --out FILE` makes them "
-            "control pieces"
+            f"{info.name} gives text the special id of {symbols[0]!r}, a user-defined symbol: "
+            "`summer-prep tokenizer --extend FILE --out FILE` makes it a control piece"
         )

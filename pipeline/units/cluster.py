@@ -1,7 +1,6 @@
 """Units on a Ray cluster whose machines all see the output folder, and the input if it is local.
 
-A unit is a task; progress is by finished units. Ray runs a task again elsewhere when its process
-or its machine is lost.
+Progress is by finished units. Ray runs one again elsewhere when its process or machine is lost.
 """
 
 from __future__ import annotations
@@ -98,8 +97,7 @@ def _connected(address: str) -> Any:
     address = address or os.environ.get("RAY_ADDRESS", "")
     if ":" in address and "://" not in address and not _answers(address):
         raise PrepareError(
-            f"no Ray cluster answers at {address}: give --address the HOST:PORT that "
-            "`ray start --head` printed, or leave it out"
+            f"no Ray cluster answers at {address}: give the HOST:PORT that `ray start` printed"
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of ours reports to nobody
     before = signal.getsignal(signal.SIGTERM)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
-from pipeline.units.job import NO_LIMIT, Amount, Limit, Submit
-from pipeline.units.units import Unit
+from pipeline.units.job import NO_LIMIT, Amount, Limit, PrepareJob, Submit
 from shards.files import fsync_folder
 from shards.format import ShardInfo, UnitRecord
 
@@ -36,14 +35,12 @@ class LimitedRun:
 
     Where the prefix ends is only known when all units before are done, so with several workers
     units are begun ahead, by what the finished ones yielded, and uncut. One that turns out to hold
-    the end is done once more with the exact limit, and those behind it are taken back: the result
-    is that of one worker.
+    the end is done once more with the exact limit, and those behind it are removed: the result is
+    that of one worker.
     """
 
-    def __init__(
-        self, folder: Path, units: Sequence[Unit], limit: Limit, submit: Submit, at_once: int
-    ) -> None:
-        self._folder, self._units, self._limit = folder, units, limit
+    def __init__(self, job: PrepareJob, limit: Limit, submit: Submit, at_once: int) -> None:
+        self._folder, self._units, self._limit = job.folder, job.plan.units, limit
         self._submit, self._at_once = submit, at_once
         self._running: dict[int, Future[UnitRecord]] = {}
         self._limits: dict[int, Limit] = {}
@@ -75,12 +72,11 @@ class LimitedRun:
         return n_units
 
     def _begin(self, position: int, limit: Limit) -> None:
-        if position in self._running:
-            return
-        # an earlier try may have gone further
-        remove_units(self._folder, lambda number: number == position)
-        self._limits[position] = limit
-        self._running[position] = self._submit(position, limit)
+        if position not in self._running:
+            # an earlier try may have gone further
+            remove_units(self._folder, lambda number: number == position)
+            self._limits[position] = limit
+            self._running[position] = self._submit(position, limit)
 
     def _begin_ahead(self, position: int, done: Mapping[int, UnitRecord]) -> None:
         """Begin later units, as far as the limit is likely to reach."""
@@ -93,9 +89,8 @@ class LimitedRun:
             if ahead not in done:
                 self._begin(ahead, self._limit)
             share = self._units[ahead].text_bytes / self._text_bytes
-            expected += Amount(
-                round(self._total.documents * share), round(self._total.tokens * share)
-            )
+            total = self._total
+            expected += Amount(round(total.documents * share), round(total.tokens * share))
 
 
 def amount_of(shards: Iterable[ShardInfo]) -> Amount:
@@ -105,7 +100,7 @@ def amount_of(shards: Iterable[ShardInfo]) -> Amount:
 
 
 def remove_units(folder: Path, chosen: Callable[[int], bool]) -> None:
-    """Take back what was published of the units whose numbers are chosen, unit records first."""
+    """Remove what was published of the units whose numbers are chosen, unit records first."""
     files = ((path, path.name.split(".")[0].split("-")[0]) for path in folder.iterdir())
     found = [path for path, unit in files if unit.isdigit() and chosen(int(unit))]
     records = [path for path in found if path.suffix == ".json"]

@@ -102,11 +102,10 @@ def _pool(workers: int, job: PrepareJob, report: ReportStep) -> Iterator[Submit]
 
 
 def _may_fork(job: PrepareJob) -> bool:
-    """Whether workers may begin as copies of this process, with the words its encoder knows.
+    """Whether workers may begin as copies of this process, which saves each half a second.
 
-    That saves each of them some half a second of imports and of words to learn. A thread of ours
-    might hold a lock in the moment of the fork, and a connection to the Hub must not be shared:
-    then they are spawned.
+    A thread of ours might hold a lock in the moment of the fork, and a connection to the Hub must
+    not be shared: then they are spawned.
     """
     alone = sys.platform == "linux" and threading.active_count() == 1
     return alone and isinstance(job.inputs, LocalInputs)

@@ -39,10 +39,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Limit:
-    """Where to stop: at so many documents, or behind the document that reaches so many tokens.
-
-    None: no bound.
-    """
+    """Where to stop: at so many documents, or behind the one that reaches so many tokens."""
 
     documents: int | None = None
     tokens: int | None = None

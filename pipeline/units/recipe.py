@@ -1,7 +1,6 @@
-"""PrepareRequest, and the recipe: all options that the output's bytes depend on.
+"""What is asked for, and the recipe: all options that the output's bytes depend on.
 
-`units.json` holds the recipe. A second call with another one is rejected, and `repair` follows it
-years later.
+`units.json` holds the recipe. A second call with another one is rejected; `repair` follows it.
 """
 
 from __future__ import annotations
@@ -48,18 +47,15 @@ def check_request(request: PrepareRequest) -> None:
     number, of = request.part
     if not 1 <= number <= of:
         raise PrepareError(
-            f"--part {number}/{of}: parts are numbered 1/{of} to {of}/{of}; for an array that "
-            "counts from 0, add one"
+            f"--part {number}/{of}: parts are numbered 1/{of} to {of}/{of}, not from 0"
         )
     if of > 1 and request.limit != NO_LIMIT:
         raise PrepareError(
-            "--part does not go with --max-tokens or --max-documents: where a limit falls is only "
-            "known when all units before it are done"
+            "--part does not go with --max-tokens or --max-documents: a limit counts over all units"
         )
     if request.loss_mask and request.source.shape != "chat":
         raise PrepareError(
-            f"--loss-mask marks the answers of conversations, and {request.source.name} has none: "
-            "leave it out"
+            f"--loss-mask is for conversations, and {request.source.name} has none: leave it out"
         )
     if request.loss_mask and request.seq_len % 8:
         raise PrepareError(f"--seq-len {request.seq_len}: with --loss-mask a multiple of 8")

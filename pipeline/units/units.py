@@ -2,13 +2,11 @@
 
     part    a parquet row group; 64 MiB of lines; a whole file of any other kind
     unit    consecutive parts of the listing, about 256 MiB: what one worker does in one go, and
-            what is done again after a crash (some seconds of work). Of a small listing a 64th,
-            8 MiB at least: in units of 256 MiB, 100 MB would keep one of many workers busy
+            what is done again after a crash. Of a small listing a 64th, 8 MiB at least
     order   by XXH3-64 of the unit's first `<path>:<first>`, so that any prefix of the units is a
             fair sample of all and not the alphabet's first files
 
-The plan depends on the listing and the recipe alone. It is written into `units.json` once; whoever
-comes later, from whichever machine, reads it there.
+It depends on the listing and the recipe alone, and is written into `units.json` once.
 """
 
 from __future__ import annotations
@@ -131,8 +129,7 @@ def read_plan(folder: Path) -> PreparePlan | None:
         return plan
     except (KeyError, TypeError, AttributeError, SummerError) as error:
         raise PrepareError(
-            f"{folder / PLAN} is no plan of this version ({error}): delete {folder} and prepare "
-            "the source again"
+            f"{folder / PLAN} is no plan of this version ({error}): delete {folder}, prepare again"
         ) from error
 
 

@@ -23,10 +23,7 @@ BATCH_BYTES: Final = 8 << 20
 
 
 def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportStep) -> UnitRecord:
-    """The unit's record, after its shards have been published.
-
-    What an earlier try left is written over with the same bytes.
-    """
+    """The unit's record, after its shards have been published (over those of an earlier try)."""
     source, facts = job.plan.source, job.plan.facts
     writer = ShardWriter(job.folder, unit_name(position), facts)
     packers = {split: Packer(writer, split, facts) for split in ("train", "val")}
@@ -67,7 +64,6 @@ def _tokenizer(path: Path, info: TokenizerInfo) -> Tokenizer:
     tokenizer = Tokenizer.load(path, info.name)
     if tokenizer.info != info:
         raise PrepareError(
-            f"{path} is not {info.name} any more (its digest differs): start the same command "
-            "again, which puts it back"
+            f"{path} is not {info.name} any more: start the same command again, which restores it"
         )
     return tokenizer

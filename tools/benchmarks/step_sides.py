@@ -11,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.profiler import record_function
 
 from attention import alibi_mask
 from model.attention import Attention, LayerCache, fold
 from model.positions import Positions
+from tools.diagnosis.speed import TrialStep
 from tools.models.llama import config_to_llama
 from trainer.config.config import RunConfig
 from trainer.distributed.world import World
-from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
 from trainer.session.network import Network, autocast, build_network
 
 
@@ -93,22 +92,14 @@ class MaskedAttention(Attention):
 
 
 def _our_side(work: Work, network: Network) -> Side:
-    optim, device = work.config.optim, work.device
-    optimizer = make_optimizer(network.bare, optim)
-    key = torch.arange(2 * work.rows, dtype=torch.int32, device=device).view(work.rows, 2)
-    not_rejected = torch.zeros((), device=device)
+    parts = TrialStep(work.config, network, work.device, work.rows)
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        n_targets = torch.tensor(float(tokens.numel()), device=device)
-        with autocast(work.config, device):
-            loss: Tensor = network.model(tokens, targets, key) / tokens.numel()
-        torch.autograd.backward(loss)
-        with record_function("finish_gradients"):
-            finish_gradients(optimizer, tokens.numel(), n_targets, optim)
-        update(optimizer, not_rejected)
+        loss = parts.micro_batch(tokens, targets)
+        parts.update()
         return loss
 
-    return Side(network.bare, optimizer, step)
+    return Side(network.bare, parts.optimizer, step)
 
 
 def hugging_face(work: Work) -> Side:

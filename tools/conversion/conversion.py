@@ -4,8 +4,6 @@ What is written goes into a temporary folder, is read back from there by the oth
 its name when both have read the same ids and computed the same logits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +32,7 @@ from tools.models.llama import is_llama
 from tools.models.loading import LoadedModel, ModelSpec, check_fit, load
 from tools.models.tokenizers import TOKENIZER_JSON, Vocabulary
 from trainer.checkpoint.runs import EVALUATIONS, is_checkpoint, newest_checkpoint
-from trainer.checkpoint.storage import read_record, save
+from trainer.checkpoint.storage import no_single_process_warning, read_record, save
 from trainer.config.config import RunConfig, save_config
 from trainer.distributed.world import World
 
@@ -99,7 +97,8 @@ def _to_summer(source: Path, folder: Path) -> Converted:
     save_config(folder, RunConfig(preset="converted", model=config))
     publish_bytes(folder / TOKENIZER, tokenizer.model)
     record = {"step": 0, "next_index": 0, "converted_from": source.name}
-    save(folder, {f"model.{name}": weight for name, weight in weights.items()}, record, ALONE)
+    with no_single_process_warning():
+        save(folder, {f"model.{name}": weight for name, weight in weights.items()}, record, ALONE)
     made = load(ModelSpec(checkpoint=newest_checkpoint(folder), device="cpu", dtype="fp32"))
     theirs = _transformers().AutoModelForCausalLM
     if is_own_architecture(source):  # our own code: the folder's copy might be anybody's
@@ -124,12 +123,9 @@ def _to_hugging_face(source: Path, folder: Path) -> Converted:
 
 def _compare_ids(folder: Path, tokenizer: Tokenizer) -> None:
     """ConversionError unless transformers gives our ids for texts of every kind."""
-    theirs = _transformers().AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
+    theirs = Vocabulary.of_tokenizer_json(folder)
     for text in (*_PROBES, *_real_texts()):
-        ids = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        if ids != tokenizer.encode(text):
+        if theirs.encode(text) != tokenizer.encode(text):
             raise ConversionError(
                 f"{folder}: transformers reads other ids from its {TOKENIZER_JSON} than"
                 f" SentencePiece from its {TOKENIZER}, for {text[:60]!r}, so nothing was kept: put"

@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch.utils import collect_env
@@ -40,25 +40,17 @@ _TORCH_CUDA: Final = (
 )
 
 
-class HarmfulVariable(NamedTuple):
-    """A variable made for debugging: what it does to a run, and the document that says so."""
-
-    name: str
-    effect: str
-    source: str
-
-
-HARMFUL: Final = (
-    HarmfulVariable("CUDA_LAUNCH_BLOCKING", "the host waits for every kernel", _CUDA),
-    HarmfulVariable("HIP_LAUNCH_BLOCKING", "the host waits for every kernel", _HIP),
-    HarmfulVariable("AMD_SERIALIZE_KERNEL", "the host waits for every kernel", _HIP),
-    HarmfulVariable("NCCL_P2P_DISABLE", "gradients go through host memory, not links", _NCCL),
-    HarmfulVariable("NCCL_SHM_DISABLE", "ranks of a machine exchange over the network", _NCCL),
-    HarmfulVariable("NCCL_IB_DISABLE", "machines exchange over IP, not InfiniBand", _NCCL),
-    HarmfulVariable("PYTORCH_NO_CUDA_MEMORY_CACHING", "every tensor asks the driver", _TORCH_CUDA),
-    HarmfulVariable("TORCH_COMPILE_DISABLE", "nothing is compiled", "torch/_dynamo/config.py"),
-    HarmfulVariable("TORCHDYNAMO_DISABLE", "nothing is compiled", "torch/_dynamo/eval_frame.py"),
-    HarmfulVariable("SUMMER_FAULT", "injects a fault into the run", "trainer/faults/inject.py"),
+HARMFUL: Final = (  # made for debugging: the variable, its effect, the document that says so
+    ("CUDA_LAUNCH_BLOCKING", "the host waits for every kernel", _CUDA),
+    ("HIP_LAUNCH_BLOCKING", "the host waits for every kernel", _HIP),
+    ("AMD_SERIALIZE_KERNEL", "the host waits for every kernel", _HIP),
+    ("NCCL_P2P_DISABLE", "gradients go through host memory, not links", _NCCL),
+    ("NCCL_SHM_DISABLE", "ranks of a machine exchange over the network", _NCCL),
+    ("NCCL_IB_DISABLE", "machines exchange over IP, not InfiniBand", _NCCL),
+    ("PYTORCH_NO_CUDA_MEMORY_CACHING", "every tensor asks the driver", _TORCH_CUDA),
+    ("TORCH_COMPILE_DISABLE", "nothing is compiled", "torch/_dynamo/config.py"),
+    ("TORCHDYNAMO_DISABLE", "nothing is compiled", "torch/_dynamo/eval_frame.py"),
+    ("SUMMER_FAULT", "injects a fault into the run", "trainer/faults/inject.py"),
 )
 
 
@@ -126,19 +118,19 @@ def attention(context: Context) -> Iterator[CheckResult]:
 
 def numa_balancing(context: Context) -> Iterator[CheckResult]:
     """Whether the kernel moves pages about while the ranks work."""
-    if not NUMA_BALANCING.exists() or NUMA_BALANCING.read_text().strip() == "0":
+    if NUMA_BALANCING.exists() and NUMA_BALANCING.read_text().strip() != "0":
+        text = "automatic NUMA balancing is on: times vary, and collectives are slower"
+        fix = "sudo sysctl kernel.numa_balancing=0"
+        yield CheckResult("warn", "numa", text, fix, _MI300X_GUIDE)
+    else:
         yield CheckResult("ok", "numa", "automatic NUMA balancing is off")
-        return
-    text = "automatic NUMA balancing is on: times vary, and collectives are slower"
-    fix = "sudo sysctl kernel.numa_balancing=0"
-    yield CheckResult("warn", "numa", text, fix, _MI300X_GUIDE)
 
 
 def environment(
     context: Context, variables: Mapping[str, str] = os.environ
 ) -> Iterator[CheckResult]:
     """Variables that are set and slow a run down, or break it."""
-    found = [v for v in HARMFUL if variables.get(v.name, "") not in ("", "0")]
+    found = [each for each in HARMFUL if variables.get(each[0], "") not in ("", "0")]
     for name, effect, source in found:
         text = f"{name}={variables[name]}: {effect}"
         yield CheckResult("warn", "environment", text, f"unset {name}", source)

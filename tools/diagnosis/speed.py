@@ -10,6 +10,8 @@ from itertools import product
 from typing import Final, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.benchmark import Timer
 
 from model.config import count_params, flops_per_token
@@ -25,9 +27,8 @@ from trainer.distributed.devices import (
 )
 from trainer.distributed.world import World
 from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
-from trainer.session.network import autocast, build_network
+from trainer.session.network import Network, autocast, build_network
 
-MFU_CONVENTION: Final = "causal attention, nothing recomputed, of the dense bf16 peak"
 STEPS: Final = 20
 _STEPS_S: Final = 30.0  # for all of them; at least three are made
 _LONGEST_S: Final = 5.0  # for one step at the rate of large products: really 2 to 7 times longer
@@ -56,9 +57,8 @@ def products(context: Context) -> Iterator[CheckResult]:
             stated.append(Stated(known.gemm_tflops * 1e12, text, 0.8, known.gemm_source))
     rates = _on_each(context, lambda: product_rate(context.device, dtype))
     context.measured["product_flops_per_s"] = min(rates)
-    figures = {"flops_per_s": min(rates), "flops_per_s_of_the_best": max(rates)}
     text = f"TFLOP/s in {context.config.precision}"
-    yield _compared("products", [rate / 1e12 for rate in rates], text, stated, figures)
+    yield _compared("products", rates, text, stated, {"flops_per_s": min(rates)})
 
 
 def bandwidth(context: Context) -> Iterator[CheckResult]:
@@ -69,25 +69,24 @@ def bandwidth(context: Context) -> Iterator[CheckResult]:
         text = f"{known.name}'s {known.memory_tb_s:g} TB/s"
         stated.append(Stated(known.memory_tb_s * 1e12, text, 0.6, known.source))
     rates = _on_each(context, lambda: memory_rate(context.device))
-    figures = {"bytes_per_s": min(rates), "bytes_per_s_of_the_best": max(rates)}
     text = "TB/s copied (read and written bytes both counted)"
-    yield _compared("bandwidth", [rate / 1e12 for rate in rates], text, stated, figures)
+    yield _compared("bandwidth", rates, text, stated, {"bytes_per_s": min(rates)})
 
 
 def _compared(
     topic: str, rates: list[float], unit: str, stated: list[Stated], figures: dict[str, float]
 ) -> CheckResult:
-    """The slowest device's rate, in 10^12 a second, against a maker's figures: the last decides."""
+    """The slowest device's rate against its maker's figures, of which the last decides."""
     rate = min(rates)
-    text = f"{rate:.3g} {unit}"
+    text = f"{rate / 1e12:.3g} {unit}"
     if len(rates) > 1:
-        text += f" on device {rates.index(rate)}, the slowest (best: {max(rates):,.3g})"
+        text += f" on device {rates.index(rate)}, the slowest (best: {max(rates) / 1e12:,.3g})"
     if not stated:
         text += "; no peak is known, so no MFU is shown"
         return CheckResult("note", topic, text, figures=figures)
     for each in stated:
-        text += f", {rate * 1e12 / each.rate:.0%} of {each.what}"
-    good = rate * 1e12 >= stated[-1].least * stated[-1].rate
+        text += f", {rate / each.rate:.0%} of {each.what}"
+    good = rate >= stated[-1].least * stated[-1].rate
     fix = "" if good else "look for throttling, a power cap or other users of the device"
     sources = "; ".join(each.source for each in stated)
     return CheckResult("ok" if good else "warn", topic, text, fix, sources, figures)
@@ -121,9 +120,9 @@ def memory_rate(device: str) -> float:
 
 def _median_s(act: Callable[[], object], device: str) -> float:
     """Seconds of a call when warm, the median of half a second of calls."""
-    statement = "act()" + ("; torch.mps.synchronize()" if device == "mps" else "")
+    wait = "; torch.accelerator.synchronize()" if device != "cpu" else ""
     names = {"act": act, "torch": torch}
-    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+    timer = Timer(f"act(){wait}", globals=names, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=0.5).median)
 
 
@@ -178,7 +177,7 @@ def expected(context: Context) -> Iterator[CheckResult]:
     else:
         peak, source = known.bf16_tflops * 1e12 * context.nproc, known.source
         figures["mfu"] = rate * flops_per_token(model, model.seq_len) / peak
-        text = f"{text}; {figures['mfu']:.1%} MFU ({MFU_CONVENTION})"
+        text = f"{text}; {figures['mfu']:.1%} MFU (causal attention, nothing recomputed)"
     yield CheckResult("note", "expected", text, source=source, figures=figures)
 
 
@@ -234,36 +233,44 @@ def time_steps(config: RunConfig, device: str) -> TrialTimes:
     if device == "cpu":
         keep_freed_memory()
     world = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=place)
-    network = build_network(config, world)
-    optimizer = make_optimizer(network.bare, config.optim)
-    shape = (size, config.model.seq_len)
-    tokens = torch.randint(config.model.vocab_size, shape, device=place)
-    key = torch.zeros(size, 2, dtype=torch.int32, device=place)
-    rejected = torch.zeros((), device=place)
-    n_targets = torch.tensor(float(tokens.numel()), device=place)
-
-    def micro_batch() -> None:
-        with autocast(config, place):
-            loss = network.model(tokens, tokens, key)
-        (loss / tokens.numel()).backward()
-
-    def update_weights() -> None:
-        finish_gradients(optimizer, tokens.numel(), n_targets, config.optim)
-        update(optimizer, rejected)
-
-    for _ in range(2):  # compiles, and warms
-        micro_batch()
-        update_weights()
-    steps: list[tuple[float, float]] = []
-    ends_at = time.perf_counter() + _STEPS_S
-    while len(steps) < STEPS and (len(steps) < 3 or time.perf_counter() < ends_at):
-        steps.append((_seconds(micro_batch, device), _seconds(update_weights, device)))
-    return TrialTimes(*(statistics.median(column) for column in zip(*steps, strict=True)))
+    step = TrialStep(config, build_network(config, world), place, size)
+    tokens = torch.randint(config.model.vocab_size, (size, config.model.seq_len), device=place)
+    acts = (lambda: step.micro_batch(tokens, tokens), step.update)
+    steps: list[list[float]] = []
+    ends_at = float("inf")
+    while len(steps) < STEPS + 2 and (len(steps) < 5 or time.perf_counter() < ends_at):
+        steps.append([])
+        for act in acts:
+            start = time.perf_counter()
+            act()
+            if device != "cpu":
+                torch.accelerator.synchronize()
+            steps[-1].append(time.perf_counter() - start)
+        if len(steps) == 2:  # compiled, and warm
+            ends_at = time.perf_counter() + _STEPS_S
+    return TrialTimes(*(statistics.median(column) for column in zip(*steps[2:], strict=True)))
 
 
-def _seconds(act: Callable[[], None], device: str) -> float:
-    start = time.perf_counter()
-    act()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
+class TrialStep:
+    """The two parts of an optimizer step of one micro-batch of `n_rows`, as in training."""
+
+    def __init__(self, config: RunConfig, network: Network, device: torch.device, n_rows: int):
+        self._config, self._network, self._device = config, network, device
+        self.optimizer = make_optimizer(network.bare, config.optim)
+        self._key = torch.zeros(n_rows, 2, dtype=torch.int32, device=device)
+        self._rejected = torch.zeros((), device=device)
+        self._n = n_rows * config.model.seq_len
+        self._n_targets = torch.tensor(float(self._n), device=device)
+
+    def micro_batch(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The loss of tokens and targets [B, T], its gradients left in the parameters."""
+        with autocast(self._config, self._device):
+            loss: Tensor = self._network.model(tokens, targets, self._key) / self._n
+        torch.autograd.backward(loss)
+        return loss
+
+    def update(self) -> None:
+        """Clip, and move the weights."""
+        with record_function("finish_gradients"):
+            finish_gradients(self.optimizer, self._n, self._n_targets, self._config.optim)
+        update(self.optimizer, self._rejected)

@@ -1,7 +1,5 @@
 """What an evaluation found, and the one way it is written: JSON records, text, Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

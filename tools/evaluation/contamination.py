@@ -6,8 +6,6 @@ row; in the second a row stands alone, as it did in training. An item below 13 w
 to look for and is left out of both.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

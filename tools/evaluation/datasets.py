@@ -1,7 +1,5 @@
 """Records of an evaluation set, from a local file or the Hub, their digest, and their questions."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@
 A task whose card exists is not scored twice, so the same command resumes after an interruption.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,8 +17,7 @@ from trainer.config.config import load_config
 
 POLL_S: Final = 10.0
 
-Evaluate = Callable[[Path, Sequence[str]], Iterator[Sequence[Result]]]
-"""Scores a checkpoint on the named tasks."""
+Evaluate = Callable[[Path, Sequence[str]], Iterator[Sequence[Result]]]  # checkpoint, tasks
 
 
 def follow(

@@ -7,12 +7,10 @@ scored on the same tokens, and gzip and xz, which read a source's documents as o
 best case). All are divided by the UTF-8 bytes of the documents' text.
 """
 
-from __future__ import annotations
-
+import gzip
 import lzma
 import math
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -33,8 +31,6 @@ from tools.models.loading import LoadedModel
 from tools.models.tokenizers import Vocabulary
 
 _ROWS_AT_ONCE: Final = 256
-_GZIP_WINDOW: Final = 16 + zlib.MAX_WBITS
-"""zlib's code for a gzip header and trailer around its largest window."""
 _COMPRESSORS_SEE: Final = "the documents of a source run together"
 _COLUMNS: Final = ("documents", "tokens", "bytes", "model", "unigram", "gzip", "xz")
 
@@ -53,7 +49,7 @@ class _HeldOut(NamedTuple):
 
     def figures(self, nats: npt.NDArray[np.float64]) -> dict[str, Any]:
         """Counts, and bits per byte of each coder, given the model's nats of each window."""
-        documents, tokens, n_bytes, gzip, xz = self.counts.tolist()
+        documents, tokens, n_bytes, n_gzip, n_xz = self.counts.tolist()
         total = float(nats.sum())
         return {
             "source": self.source,
@@ -62,8 +58,8 @@ class _HeldOut(NamedTuple):
             "bytes": n_bytes,
             "model": total / math.log(2) / n_bytes,
             "unigram": self.unigram_nats / math.log(2) / n_bytes,
-            "gzip": 8 * gzip / n_bytes,
-            "xz": 8 * xz / n_bytes,
+            "gzip": 8 * n_gzip / n_bytes,
+            "xz": 8 * n_xz / n_bytes,
             "token_perplexity": perplexity(total, tokens),
         }
 
@@ -177,13 +173,9 @@ def count_training_ids(
 
 def compressed_sizes(texts: Iterable[bytes]) -> npt.NDArray[np.int64]:
     """Bytes of all texts run together: as they are, by `gzip -9` and by `xz -9e`. [3]"""
-    gzip = zlib.compressobj(9, zlib.DEFLATED, _GZIP_WINDOW)
-    xz = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
-    sizes = np.zeros(3, np.int64)
-    for text in texts:
-        sizes += (len(text), len(gzip.compress(text)), len(xz.compress(text)))
-    sizes += (0, len(gzip.flush()), len(xz.flush()))
-    return sizes
+    text = b"".join(texts)
+    xz = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    return np.array([len(text), len(gzip.compress(text, compresslevel=9)), len(xz)])
 
 
 def _collect(

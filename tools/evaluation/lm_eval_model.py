@@ -13,8 +13,6 @@ lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True,add_bos
 Model arguments: run, checkpoint or hf; dtype, context, batch_tokens, add_bos_token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +32,8 @@ from tools.evaluation.scoring import Scorer, check_context, score
 from tools.generation.generation import Generation, Sampling, write
 from tools.models.loading import ModelSpec, Precision, load
 
-Pair = tuple[tuple[str, str], list[int], list[int]]
-"""Texts of context and continuation, and the ids of each."""
-
-DEFAULT_DEVICE = "cuda:0"
-"""What the harness passes where its user names no device."""
+Pair = tuple[tuple[str, str], list[int], list[int]]  # texts and ids of context and continuation
+DEFAULT_DEVICE = "cuda:0"  # what the harness passes where its user names none
 
 
 @register_model("summerlm")

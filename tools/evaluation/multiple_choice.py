@@ -10,8 +10,6 @@ continuation. Too long a pair loses tokens on the left. Then, over the choices o
                acc is the share that greedy decoding would have written)
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import time
@@ -31,8 +29,6 @@ from tools.evaluation.scoring import Progress, Scorer, check_context, score
 from tools.evaluation.tasks import Question, Task, TaskOptions
 from tools.models.loading import LoadedModel
 from tools.models.tokenizers import Vocabulary
-
-Encode = Callable[[str], Sequence[int]]
 
 
 class Answer(NamedTuple):
@@ -139,7 +135,7 @@ def windows_of(
     `bos_id` goes in front of every pair. An empty context becomes BOS in any case (EOS where the
     vocabulary has none), for the first scored token needs an input.
     """
-    encode: Encode = functools.lru_cache(maxsize=64)(vocabulary.encode)  # contexts come back
+    encode = functools.lru_cache(maxsize=64)(vocabulary.encode)  # contexts come back
     in_front = [bos_id, vocabulary.bos_id, vocabulary.eos_id]
     windows, truncated = [], 0
     for before, after in pairs:
@@ -166,7 +162,9 @@ def pair_window(ids: Sequence[int], n_scored: int, context: int) -> Window:
     return Window(kept[:-1], targets)
 
 
-def encode_pair(encode: Encode, before: str, after: str) -> tuple[list[int], int]:
+def encode_pair(
+    encode: Callable[[str], Sequence[int]], before: str, after: str
+) -> tuple[list[int], int]:
     """The tokens of both texts as one, and how many, at the end, belong to the second."""
     if not before:
         ids = list(encode(after))
@@ -210,7 +208,6 @@ def _examples(
 
 
 def _notes(found: Mapping[str, Any]) -> list[str]:
-    """The settings of a task in lines for people."""
     examples = f" (examples: {found['examples_from']})" if found["num_fewshot"] else ""
     cut = f", {found['truncated']:,} pairs cut on the left" if found["truncated"] else ""
     return [

@@ -7,8 +7,6 @@ of a word is a polynomial in its bytes modulo 2^64, taken from one running sum o
 Measured on one core: about 200 MB of English a second, 40 MB with reading and decoding shards.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Final, NamedTuple

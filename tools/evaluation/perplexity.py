@@ -14,8 +14,6 @@ tokens' share of the text, in the bytes that tokens stand for. The standard erro
 metric would move on other windows of the same kind of text.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence
@@ -160,7 +158,6 @@ def _protocol(name: str, loaded: LoadedModel, options: TaskOptions) -> Protocol:
 
 
 def _notes(found: dict[str, Any], trained_context: int) -> list[str]:
-    """The settings of a perplexity in lines for people."""
     notes = [
         f"text      {found['text_bytes']:,} bytes, {found['text_words']:,} words; "
         f"sha256 {found['text_sha256']}",

@@ -24,11 +24,9 @@ text less. `lm-eval` knows `start` alone; `llama.cpp` puts it in place of each w
 BOS is never scored and no window feeds more ids than the context.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, NamedTuple, overload
+from typing import Final, Literal, NamedTuple, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -145,8 +143,8 @@ class WindowPlan(Sequence[Window]):
     @overload
     def __getitem__(self, place: int) -> Window: ...
     @overload
-    def __getitem__(self, place: slice) -> WindowPlan: ...
-    def __getitem__(self, place: int | slice) -> Window | WindowPlan:
+    def __getitem__(self, place: slice) -> Self: ...
+    def __getitem__(self, place: int | slice) -> Window | Self:
         """One window, or a plan of some of them."""
         if isinstance(place, slice):
             return replace(self, spans=self.spans[place])

@@ -4,13 +4,11 @@ The scorer knows nothing of texts, tokenizers or protocols. Instead of a Transfo
 function from tokens to logits, so that models whose NLL is known in closed form check it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +22,9 @@ from tools.errors import EvaluationError
 from tools.evaluation.protocols import IGNORED, Ids, Window
 from tools.models.loading import DTYPES, LoadedModel, max_context
 
-Progress = Callable[[int, int], None]
-"""Called with the windows done and all of them."""
+Progress = Callable[[int, int], None]  # called with the windows done and all of them
 
-_LOGITS_AT_ONCE: Final = 1 << 26
-"""Logits alive at a time: 256 MiB in fp32, where one row of 16,448 would take 2 GiB."""
+_LOGITS_AT_ONCE: Final = 1 << 26  # 256 MiB in fp32, where one row of 16,448 would take 2 GiB
 
 
 @dataclass(frozen=True)
@@ -79,12 +75,12 @@ class Scorer:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of_logits(cls, logits: Callable[[Tensor], Tensor]) -> Scorer:
+    def of_logits(cls, logits: Callable[[Tensor], Tensor]) -> Self:
         """A scorer of any function on the CPU from tokens [B, T] to logits [B, T, V]."""
         return cls(logits, lambda rows: rows, torch.device("cpu"))
 
     @classmethod
-    def of(cls, loaded: LoadedModel) -> Scorer:
+    def of(cls, loaded: LoadedModel) -> Self:
         """A scorer of a loaded model where it is; bf16 means autocast, as in training."""
         weight, dtype = loaded.model.head_weight, DTYPES[loaded.dtype]
         return cls(loaded.model.hidden, lambda rows: linear(rows, weight), weight.device, dtype)

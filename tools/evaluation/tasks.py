@@ -13,8 +13,6 @@ the data set on the Hub, and of the local layout that evaluation suites pass aro
     lambada      all words but the last                           " signs", by itself
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -15,8 +15,6 @@ described, and joins and tokenizers then cancel out. Words are what white space 
 `lm-eval` counts them as its harness does, which finds an empty one at each end of a page.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A token is drawn in float64 on the CPU with one uniform number, so a GPU and a l
 the same logits write the same text for a seed.
 """
 
-from __future__ import annotations
-
 import codecs
 import math
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ run from here. Weights are read from safetensors alone: a pickle can run code. T
 SentencePiece file where there is one, else tokenizer.json.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
@@ -47,8 +45,7 @@ from trainer.errors import ConfigError
 
 CONFIG: Final = "config.json"
 MODELING: Final = "modeling_summerlm.py"
-OWN: Final = "summerlm"
-"""Our architecture's `model_type`."""
+OWN: Final = "summerlm"  # our architecture's model_type
 _THEIRS: Final = frozenset((
     "architectures", "auto_map", "model_type", "bos_token_id", "eos_token_id", "pad_token_id",
     "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings", "head_dim", "use_cache",

@@ -5,8 +5,6 @@ matrix here and three there, and so are gate and up; RoPE turns the same two hal
 that joining and cutting is all there is to it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """A run, a checkpoint or a Hugging Face folder -> the model with its tokenizer."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager

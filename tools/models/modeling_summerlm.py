@@ -7,8 +7,6 @@ architecture of the library computes (ALiBi). It needs torch and transformers al
 names of the weights. Dropout is left out. The cache holds keys and values as attention reads them.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, fields
 from typing import Any
 

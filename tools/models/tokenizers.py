@@ -5,15 +5,13 @@ first space, rare pairs of merges), so the file is written here: the normaliser 
 dummy prefix in front, and the merges are ordered by the scores that SentencePiece goes by.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from pipeline.errors import TokenizerError
 from pipeline.text.chat import ChatTemplate
@@ -57,7 +55,7 @@ class Vocabulary:
         return [text or number == self.eos_id for number, text in enumerate(is_text)]
 
     @classmethod
-    def of_sentencepiece(cls, tokenizer: Tokenizer) -> Vocabulary:
+    def of_sentencepiece(cls, tokenizer: Tokenizer) -> Self:
         """The vocabulary of a SentencePiece model."""
         chat = None
         with contextlib.suppress(TokenizerError):
@@ -75,7 +73,7 @@ class Vocabulary:
         )
 
     @classmethod
-    def of_tokenizer_json(cls, folder: Path) -> Vocabulary:
+    def of_tokenizer_json(cls, folder: Path) -> Self:
         """One that transformers encodes with; special tokens in a text stay text."""
         try:
             from transformers import AutoTokenizer
@@ -178,22 +176,20 @@ def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 def piece_bytes(description: Mapping[str, Any]) -> dict[int, bytes]:
     """What each id of a tokenizer.json stands for in a text, in UTF-8; special ids for nothing."""
-    byte_level = "ByteLevel" in str(description.get("decoder"))
-    spell = _byte_level_spelling if byte_level else _sentencepiece_spelling
-    pieces = {number: spell(piece) for piece, number in description["model"]["vocab"].items()}
+    byte_of = _byte_alphabet() if "ByteLevel" in str(description.get("decoder")) else {}
+    pieces = {
+        number: bytes(map(byte_of.__getitem__, piece)) if byte_of else _spelling(piece)
+        for piece, number in description["model"]["vocab"].items()
+    }
     for added in description.get("added_tokens", ()):
         pieces[added["id"]] = b"" if added["special"] else added["content"].encode()
     return pieces
 
 
-def _sentencepiece_spelling(piece: str) -> bytes:
+def _spelling(piece: str) -> bytes:
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return bytes([int(piece[3:-1], 16)])
     return piece.replace(SPACE, " ").encode()
-
-
-def _byte_level_spelling(piece: str) -> bytes:
-    return bytes(_BYTE_OF[character] for character in piece)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -202,6 +198,3 @@ def _byte_alphabet() -> dict[str, int]:
     others = (byte for byte in range(256) if byte not in printable)
     alphabet = {chr(byte): byte for byte in printable}
     return alphabet | {chr(0x100 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTE_OF: Final = _byte_alphabet()

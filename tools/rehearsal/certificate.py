@@ -101,14 +101,17 @@ class Certificate:
 
 
 def table(certificate: Certificate) -> list[str]:
-    """One line a fault, for a terminal."""
-    lines = [f"{'fault':<18} {'step':>4}  detected  recovered  steps lost  bit-identical"]
+    """One line a fault, as text and as Markdown."""
+    lines = [
+        f"| {'fault':<18} | step | detected | recovered | steps lost | bit-identical |",
+        f"|{'-' * 20}|-----:|----------|-----------|-----------:|---------------|",
+    ]
     lines += [
-        f"{row.fault:<18} {row.step:>4}  {_yes(row.detected):<8}  {_yes(row.recovered):<9}  "
-        f"{row.steps_lost:>10}  {_yes(row.identical)}"
+        f"| {row.fault:<18} | {row.step:>4} | {_yes(row.detected):<8} | {_yes(row.recovered):<9} "
+        f"| {row.steps_lost:>10} | {_yes(row.identical):<13} |"
         for row in certificate.rows
     ]
-    return [*lines, f"every promise kept: {_yes(certificate.kept)}"]
+    return [*lines, "", f"every promise kept: {_yes(certificate.kept)}"]
 
 
 def publish(certificate: Certificate, out: Path) -> None:
@@ -122,13 +125,8 @@ def _page(certificate: Certificate) -> Iterator[str]:
     yield f"# Rehearsal: {'every promise kept' if certificate.kept else 'PROMISES BROKEN'}\n"
     yield f"`{certificate.command}`\n"
     yield f"{certificate.steps} steps, {certificate.seconds:.0f} s in all.\n"
-    yield "| fault | what is promised | step | detected | recovered | steps lost | bit-identical |"
-    yield "|---|---|---|---|---|---|---|"
-    for row in certificate.rows:
-        yield (
-            f"| {row.fault} | {FAULTS[row.fault].promise} | {row.step} | {_yes(row.detected)} | "
-            f"{_yes(row.recovered)} | {row.steps_lost} | {_yes(row.identical)} |"
-        )
+    yield from table(certificate)
+    yield from (f"\n*{name}*: {case.promise}." for name, case in FAULTS.items())
     yield (
         "\n*Bit-identical*: the next checkpoint that both runs have, weights and optimizer moments,"
         " has the same SHA-256 in every file as that of an uninterrupted run (for skipped updates "

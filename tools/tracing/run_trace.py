@@ -9,8 +9,6 @@ A document is named FILE:RECORD. A file that was read in several parts (the row 
 file, 64 MiB of lines) numbers the records of each from 0: `web.parquet#2:17` is in its third part.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence

@@ -16,22 +16,9 @@ from typing import Final
 
 from shards.files import fsync_folder, publish_bytes, sha256_file
 from shards.format import TOKENIZER
-from trainer.checkpoint.runs import (
-    CHECKPOINTS,
-    CONFIG,
-    checkpoint_path,
-    checkpoints,
-    record_path,
-    step_of,
-)
-from trainer.checkpoint.storage import (
-    CheckpointConfig,
-    Record,
-    make_room,
-    read_record,
-    remove,
-    verify,
-)
+from trainer.checkpoint import storage
+from trainer.checkpoint.runs import CHECKPOINTS, CONFIG, checkpoints, record_path, step_of
+from trainer.checkpoint.storage import CheckpointConfig, Record, remove
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError
 
@@ -45,15 +32,11 @@ def mirror_of(run: Path, config: CheckpointConfig) -> Path | None:
 
 
 def resumable(run: Path, mirror: Path | None = None) -> tuple[list[Path], list[str]]:
-    """The checkpoints that a run can go on from, newest first, its own before its mirror's.
-
-    With them a line that says so where it has none of its own and its mirror has.
-    """
+    """Checkpoints to go on from, newest first, own before mirrored; a line if only those exist."""
     own, copies = checkpoints(run), checkpoints(mirror) if mirror else []
-    notes = []
-    if copies and not own:
-        notes.append(f"{run} has no checkpoint of its own left; its mirror {mirror} has")
-    return sorted([*own, *copies], key=step_of, reverse=True), notes
+    note = f"{run} has no checkpoint of its own left; its mirror {mirror} has"
+    found = sorted([*own, *copies], key=step_of, reverse=True)
+    return found, [note] if copies and not own else []
 
 
 def newest_intact(
@@ -61,16 +44,16 @@ def newest_intact(
 ) -> tuple[Path, Record, list[str]] | None:
     """The first of the checkpoints that is intact, its record, and what was wrong with others.
 
-    None if there are none. A damaged one's record is renamed, so that it is neither loaded by
-    anyone else nor counted among those that are kept.
+    None if there are none. A damaged one's record is renamed, so that it no longer counts.
     """
     damage = list(notes)
     for checkpoint in candidates:
         try:
-            return checkpoint, verify(checkpoint, world), damage
+            return checkpoint, storage.verify(checkpoint, world), damage
         except CheckpointError as error:
             damage.append(str(error))
-            world.on_main(functools.partial(_mark_damaged, checkpoint))
+            with contextlib.suppress(OSError):  # where it can only be read it is found again
+                world.on_main(functools.partial(_rename_record, checkpoint, _DAMAGED))
     if candidates:
         raise CheckpointError(
             f"no checkpoint of {candidates[0].parents[1]} is intact ({damage[-1]}); restore a "
@@ -80,11 +63,7 @@ def newest_intact(
 
 
 def invalidate_after(run: Path, step: int, mirror: Path | None = None) -> list[str]:
-    """The names of checkpoints after `step`, whose records are renamed: the run goes on
-    from before them.
-
-    Left as they are they would be what the next resume finds newest, on another path.
-    """
+    """The names of checkpoints after `step`, their records now renamed: no resume finds them."""
     newer = [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) > step]
     for checkpoint in newer:
         _rename_record(checkpoint, _INVALIDATED)
@@ -105,15 +84,24 @@ def purge(run: Path, config: CheckpointConfig) -> None:
             remove(folder)
 
 
+def is_copied(checkpoint: Path, mirror: Path) -> bool:
+    """Whether the mirror has a copy: the same record, which is written last."""
+    ours, theirs = record_path(checkpoint), record_path(mirror / CHECKPOINTS / checkpoint.name)
+    return theirs.exists() and theirs.read_bytes() == ours.read_bytes()
+
+
 def copy_checkpoint(checkpoint: Path, mirror: Path) -> Path:
     """The copy of a checkpoint in its mirror: every file verified there, the record last."""
-    record = read_record(checkpoint)
-    folder = checkpoint_path(mirror, int(record["step"]))
-    make_room(folder, sum(entry["bytes"] for entry in record["files"].values()))
+    record = storage.read_record(checkpoint)
+    folder = mirror / CHECKPOINTS / checkpoint.name
+    storage.make_room(folder, sum(entry["bytes"] for entry in record["files"].values()))
     for name, entry in record["files"].items():
         copy = folder / name
         shutil.copyfile(checkpoint / name, copy)
-        _flush(copy)
+        with copy.open("rb") as file:  # onto the disk, and out of memory, to be read back
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if sha256_file(copy) != entry["sha256"]:
             raise CheckpointError(f"{copy} is not what was copied (its digest differs)")
     for name in (CONFIG, TOKENIZER):  # a mirror explains itself, as a run does
@@ -123,19 +111,6 @@ def copy_checkpoint(checkpoint: Path, mirror: Path) -> Path:
     publish_bytes(folder / record_path(checkpoint).name, record_path(checkpoint).read_bytes())
     fsync_folder(folder.parent)
     return folder
-
-
-def _flush(path: Path) -> None:
-    """Put a file on the disk, and out of memory where that can be asked for, to be read back."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _mark_damaged(checkpoint: Path) -> None:
-    with contextlib.suppress(OSError):  # where it can only be read it is found again
-        _rename_record(checkpoint, _DAMAGED)
 
 
 def _rename_record(checkpoint: Path, name: str) -> None:

@@ -4,7 +4,7 @@ runs/<name>/
   config.json            the resolved configuration, written before the first step
   tokenizer.model        copied from the shards: a run explains itself
   metrics.jsonl          one line for each logged step
-  events.jsonl           starts, resumes, checkpoints refused, updates refused, rollbacks
+  events.jsonl           starts, resumes, checkpoints, skipped updates, rollbacks
   ranks/, stacks/        signs of life of each rank; what each was doing when one hung
   checkpoints/step-<n>/  weights and moments as safetensors; complete when checkpoint.json is there
 """
@@ -25,8 +25,6 @@ RECORD: Final = "checkpoint.json"
 FORMER_RECORD: Final = "COMMIT.json"  # its name until version 0.1
 EVALUATIONS: Final = "evaluations"
 
-_STEP: Final = re.compile(r"step-(\d+)")
-
 
 def checkpoint_path(run: Path, step: int) -> Path:
     """The folder of the checkpoint after `step` updates."""
@@ -46,7 +44,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 def step_of(checkpoint: Path) -> int:
     """The updates that a checkpoint holds, from its folder's name; -1 if that is no such name."""
-    match = _STEP.fullmatch(checkpoint.name)
+    match = re.fullmatch(r"step-(\d+)", checkpoint.name)
     return int(match[1]) if match else -1
 
 
@@ -74,8 +72,8 @@ def runs_by_age(runs: Path = Path("runs")) -> list[Path]:
 
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The run under `runs` with the most recent checkpoint; ConfigError if there is none."""
-    for run in runs_by_age(runs):
-        return run
+    if found := runs_by_age(runs):
+        return found[0]
     raise ConfigError(
         f"{runs}: no run with a checkpoint; `summer-train --shards shards/ --preset tiny` makes one"
     )

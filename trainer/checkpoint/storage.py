@@ -6,9 +6,9 @@
       ...                                            the other ranks' parts
       checkpoint.json                                written last: SHA-256 of each file, step, data
 
-torch.distributed.checkpoint writes the tensors from all ranks at once and lays them out anew for
-any number of ranks on loading. Nothing is pickled. Loading verifies every byte first: without that,
-36 of 40 single-bit flips loaded without a word.
+torch.distributed.checkpoint writes the tensors from all ranks at once and distributes them over any
+number of ranks on loading. Nothing is pickled. Loading verifies every byte first: without that, 36
+of 40 single-bit flips loaded without an error.
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import hf_storage
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
@@ -39,7 +36,7 @@ from torch.optim import Optimizer
 
 from shards.files import fsync_folder, json_bytes, publish_bytes, sha256_file
 from shards.versions import CHECKPOINT, STAMP, check_format, check_keys, stamp, writer_of
-from trainer.checkpoint.runs import FORMER_RECORD, RECORD, checkpoint_path, record_path
+from trainer.checkpoint.runs import RECORD, checkpoint_path, record_path
 from trainer.distributed.world import World, local_tensor
 from trainer.errors import CheckpointError, at_least
 
@@ -50,8 +47,7 @@ _OF_TRAINING: Final = (
     "tokenizer_sha256", "ledger", "anneal", "spent_s", "unix_s", "world_size", "config",
 )  # fmt: skip
 _KNOWN: Final = frozenset((*STAMP, *_NEEDED, *_OF_TRAINING, "versions", "converted_from"))
-"""What a record may hold. Of training, a key added later is read with a default that means as
-before (trainer/session/state.py)."""
+"""What a record may hold; trainer/session/state.py has a default for each key added later."""
 
 Record = dict[str, Any]
 
@@ -60,9 +56,8 @@ Record = dict[str, Any]
 class CheckpointConfig:
     """When to checkpoint, by steps or by minutes (0: not by that), and what to keep.
 
-    The last `keep_last` checkpoints stay, and each whose step is a multiple of `keep_every` (0:
-    none). `mirror` is a folder on another disk or machine, where a copy of each goes (empty:
-    nowhere).
+    The last `keep_last` stay, and those whose step is a multiple of `keep_every` (0: none). A copy
+    of each goes to the folder `mirror`, on another disk or machine (empty: nowhere).
     """
 
     interval_steps: int = 0
@@ -78,12 +73,7 @@ class CheckpointConfig:
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The weights and moments themselves (not copies), by name; all that a checkpoint stores of
-    them.
-
-    `optim.updates` counts the updates made, the `step` of all parameters; all else in the
-    optimizer's state is stored for each parameter, under the key that the optimizer gives it.
-    """
+    """The weights and moments themselves, by their names in a checkpoint, and `optim.updates`."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
@@ -99,24 +89,24 @@ def share_bytes(share: Mapping[str, Tensor]) -> int:
 
 
 def save(run: Path, share: Mapping[str, Tensor], record: Record, world: World) -> Path:
-    """The new checkpoint of `record["step"]`, of which every rank gives its share.
+    """The new checkpoint of `record["step"]`, to which every rank gives its share.
 
     CheckpointError, on every rank, leaves the older ones as they are.
     """
-    with no_single_process_warning():
-        return save_from_any_thread(run, share, record, world)
-
-
-def save_from_any_thread(
-    run: Path, share: Mapping[str, Tensor], record: Record, world: World
-) -> Path:
-    """What `save` returns; torch's warnings, which only the main thread can silence, are heard."""
     folder = checkpoint_path(run, int(record["step"]))
     size = sum(world.gather(share_bytes(share)))
     try:
         world.on_main(lambda: make_room(folder, size))
-        _write_tensors(folder, share, world)
-        files = _digests(folder, world)
+        names = [name for part in world.gather(list(share)) for name in part]
+        kinds = {name: _WEIGHTS if name.startswith("model.") else _MOMENTS for name in names}
+        writer = hf_storage.HuggingFaceStorageWriter(
+            str(folder), fqn_to_index_mapping=kinds, save_distributed=True
+        )
+        alone = world.world_size == 1
+        save_tensors(dict(share), storage_writer=writer, process_group=world.group, no_dist=alone)
+        own = f"shard-{world.rank + 1:05d}-*.safetensors"
+        parts = world.on_all(lambda: {path.name: _flushed(path) for path in folder.glob(own)})
+        files = dict(sorted(item for part in parts for item in part.items()))
         made_with = versions(world.device)
         record = {**stamp(CHECKPOINT), **record, "versions": made_with, "files": files}
         world.on_main(lambda: _publish_record(folder, record))
@@ -125,7 +115,7 @@ def save_from_any_thread(
             with contextlib.suppress(OSError):
                 remove(folder)
         raise CheckpointError(
-            f"{folder} could not be written ({cause_of(error)}); older checkpoints stand: "
+            f"{folder} could not be written ({cause_of(error)}); older checkpoints are intact: "
             "make room or repair the disk"
         ) from error
     return folder
@@ -139,7 +129,7 @@ def make_room(folder: Path, size: int) -> None:
     if free < size + (1 << 20):
         raise CheckpointError(
             f"{folder} needs {size / 1e9:.3f} GB and the disk has {free / 1e9:.3f} GB left; "
-            "older checkpoints stand: make room"
+            "older checkpoints are intact: make room"
         )
     folder.mkdir()
 
@@ -147,8 +137,7 @@ def make_room(folder: Path, size: int) -> None:
 def remove(folder: Path) -> None:
     """Remove a checkpoint, its record first: what is left of it after a kill is no checkpoint."""
     if folder.exists():
-        for name in (RECORD, FORMER_RECORD):
-            (folder / name).unlink(missing_ok=True)
+        record_path(folder).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a disk that fails: digests will find what is left
             fsync_folder(folder)
         shutil.rmtree(folder)
@@ -170,14 +159,13 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     if damage := _damage(checkpoint, record, names):
         raise CheckpointError(damage)
     try:
-        stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+        metadata = hf_storage.HuggingFaceStorageReader(str(checkpoint)).read_metadata()
     except Exception as error:  # safetensors has its own family of errors for damaged headers
-        raise CheckpointError(
-            f"{checkpoint} is damaged ({error}); use another checkpoint"
-        ) from error
+        message = f"{checkpoint} is damaged ({error}); use another checkpoint"
+        raise CheckpointError(message) from error
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
+        for name, entry in metadata.state_dict_metadata.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
     _read_tensors(checkpoint, tensors, None)
@@ -212,9 +200,8 @@ def verify(checkpoint: Path, world: World) -> Record:
     """The record of a checkpoint, every file of which is what it was when it was written."""
     record: Record = world.on_main(lambda: read_record(checkpoint))
     mine = sorted(record["files"])[world.rank :: world.world_size]
-    damage = [text for text in world.gather(_damage(checkpoint, record, mine)) if text]
-    if damage:
-        raise CheckpointError(damage[0])
+    if damage := next(filter(None, world.gather(_damage(checkpoint, record, mine))), ""):
+        raise CheckpointError(damage)
     return record
 
 
@@ -230,21 +217,10 @@ def versions(device: torch.device) -> dict[str, str | None]:
     }
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
-    names = [name for part in world.gather(list(tensors)) for name in part]
-    kinds = {name: _WEIGHTS if name.startswith("model.") else _MOMENTS for name in names}
-    writer = HuggingFaceStorageWriter(
-        str(folder), fqn_to_index_mapping=kinds, save_distributed=True
-    )
-    alone = world.world_size == 1
-    save_tensors(dict(tensors), storage_writer=writer, process_group=world.group, no_dist=alone)
-
-
 def _read_tensors(checkpoint: Path, tensors: dict[str, Any], world: World | None) -> None:
     """Fill tensors from a checkpoint, with the other ranks of a world or in this process alone."""
-    group = None if world is None else world.group
-    alone = world is None or world.world_size == 1
-    reader = HuggingFaceStorageReader(str(checkpoint))
+    group, alone = (world.group, world.world_size == 1) if world else (None, True)
+    reader = hf_storage.HuggingFaceStorageReader(str(checkpoint))
     try:
         with no_single_process_warning():
             load(tensors, storage_reader=reader, process_group=group, no_dist=alone)
@@ -260,23 +236,8 @@ def no_single_process_warning() -> Iterator[None]:
         yield
 
 
-def _digests(folder: Path, world: World) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file, by the rank that wrote it; all are on the disk then."""
-
-    def mine() -> dict[str, dict[str, Any]]:
-        paths = folder.glob(f"shard-{world.rank + 1:05d}-*.safetensors")
-        return {path.name: _settled(path) for path in paths}
-
-    merged = {name: entry for part in world.on_all(mine) for name, entry in part.items()}
-    return dict(sorted(merged.items()))
-
-
-def _settled(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file that is on the disk, its header in order.
-
-    safetensors writes the header's metadata in the order of a randomly seeded hash table; in order,
-    equal tensors make equal files.
-    """
+def _flushed(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, now on the disk, its header sorted (its order is random)."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.dumps(json.loads(file.read(size)), separators=(",", ":"), sort_keys=True)

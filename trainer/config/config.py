@@ -3,8 +3,8 @@
     config, explicit = configure(preset="tiny", sets=["max_steps=40", "optim.lr=1e-3"])
 
 A section is the configuration of one module and lives there; `RunConfig` only nests them. A preset
-is a TOML file with the same names, so is `--config FILE`. A table of sources (`mixture`,
-`max_epochs`) in a preset stands for the whole table; `--set mixture.pg19=5` changes one entry.
+is a TOML file with the same names, as is `--config FILE`. A table of sources (`mixture`,
+`max_epochs`) in a preset replaces the default; `--set mixture.pg19=5` changes one entry.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.checkpoint.runs import CONFIG, newest_run, runs_by_age
 from trainer.checkpoint.storage import CheckpointConfig
 from trainer.config.shares import REFERENCE_SHARES
 from trainer.data.loader import LoaderConfig
-from trainer.errors import ConfigError, at_least
+from trainer.errors import ConfigError, at_least, did_you_mean
 from trainer.faults.guard import GuardConfig
 from trainer.metrics.profiling import parse_steps
 from trainer.optimizer.optimizer import OptimConfig
@@ -42,9 +42,8 @@ REFERENCE: Final = "summer-4b"
 MEANT_BEFORE: Final[dict[str, Any]] = {}
 """What a stored configuration without a key means, where that is not the key's default.
 
-A new key whose default is as before needs no entry. One that changes what a run computes does:
-`"model.qk_norm": False` for a default of True, so that the runs and exports there are stay the
-models that they were.
+A new key whose default changes what a run computes needs an entry: `"model.qk_norm": False` for
+a default of True, so that stored runs and exports stay the models that they were.
 """
 
 
@@ -77,7 +76,7 @@ class RunConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     mixture: dict[str, float] = field(default_factory=lambda: dict(REFERENCE_SHARES))
-    max_epochs: dict[str, float] = field(default_factory=dict)  # a source; refused beyond
+    max_epochs: dict[str, float] = field(default_factory=dict)  # of a source; more is an error
 
     def __post_init__(self) -> None:
         at_least("", self, max_steps=1, global_batch_tokens=1, log_interval=1, shard_degree=1)
@@ -110,18 +109,18 @@ def configure(
     sets: Iterable[str] = (),
     shards: str | None = None,
 ) -> Configured:
-    """The configuration of a run, from a preset or a file of your own, and `--set` texts.
-
-    ConfigError for a key that does not exist (with the nearest that do) or a value that does not
-    fit its key.
-    """
+    """The configuration of a run; ConfigError for a wrong key (with the nearest) or value."""
     if file is not None and preset is not None:
         raise ConfigError(f"--preset {preset} and --config {file}: give one of them")
     changes = [_parse_set(text) for text in sets]
     explicit = frozenset(".".join(path) for path, _ in changes)
-    table = _read_preset(preset or REFERENCE) if file is None else _read_toml(file)
-    base = {"preset": (preset or REFERENCE) if file is None else file.stem}
-    table = {**base, **table, **({} if shards is None else {"shards": str(Path(shards))})}
+    if preset is not None and preset not in presets():
+        near = did_you_mean(preset, presets())
+        raise ConfigError(f"no preset {preset!r}; {near}there are: {', '.join(presets())}")
+    table = _read_toml(file or PRESETS / f"{preset or REFERENCE}.toml")
+    table = {"preset": file.stem if file else preset or REFERENCE, **table}
+    if shards is not None:
+        table["shards"] = str(Path(shards))
     init_from = next((v for path, v in changes if path == ("init_from",)), table.get("init_from"))
     if init_from:
         table |= _started_from(str(init_from))
@@ -139,13 +138,13 @@ def load_config(run: Path) -> RunConfig:
     except FileNotFoundError:
         raise ConfigError(f"{run}: no {CONFIG} there, so it is no run of summer-train") from None
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: {error}; restore it, or start anew with --out") from error
+        raise ConfigError(f"{path}: {error}; restore it, or start a new run with --out") from error
     check_format(table, RUN, path)
     bare = {key: value for key, value in table.items() if key not in STAMP}
     try:
         return from_stored(RunConfig, bare, path, writer_of(table))
     except ConfigError as error:
-        raise ConfigError(f"{error}; restore it, or start anew with --out") from error
+        raise ConfigError(f"{error}; restore it, or start a new run with --out") from error
 
 
 def save_config(run: Path, config: RunConfig) -> None:
@@ -158,26 +157,19 @@ def from_stored(
 ) -> T:
     """An instance of a dataclass from what a file of version `writer` holds of it.
 
-    A key that is not there means what it meant before there was one: its default, or what
-    MEANT_BEFORE says. VersionError for a key that this version does not know; ConfigError for a
-    value that does not fit its key, or a key that is missing and has no default. `prefix` is that
-    of the dotted names of the keys.
+    A key that is not there means its default, or what MEANT_BEFORE says. VersionError for a key
+    that this version does not know; ConfigError for a value that does not fit its key, or a key
+    that is missing and has no default. `prefix` is that of the keys' dotted names.
     """
     check_keys(_unknown_keys(cls, table, prefix), (), where, writer)
     full: dict[str, Any] = copy.deepcopy(dict(table))
     for name, value in MEANT_BEFORE.items():
         if name.startswith(prefix):
-            *sections, key = name.removeprefix(prefix).split(".")
-            section: Any = full
-            for part in sections:
-                section = section.setdefault(part, {}) if isinstance(section, dict) else None
-            if isinstance(section, dict):  # what else stands there is refused below
-                section.setdefault(key, value)
-    every = dataclasses.fields(cls)  # type: ignore[arg-type]  # a dataclass
-    needed = [each.name for each in every if each.default is each.default_factory is MISSING]
+            section, _, key = name.removeprefix(prefix).rpartition(".")
+            inner = full.setdefault(section, {}) if section else full
+            if isinstance(inner, dict):  # anything else is rejected below
+                inner.setdefault(key, value)
     try:
-        if absent := [name for name in needed if name not in full]:
-            raise ConfigError(f"{prefix}{absent[0]} is missing")
         made: T = _build(cls, full, prefix)
     except ConfigError as error:
         raise ConfigError(f"{where}, written by SummerLM {writer}: {error}") from error
@@ -187,10 +179,8 @@ def from_stored(
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[object, object]]:
     """Dotted keys in which two configurations differ, with both values."""
     before, after = dict(flatten(asdict(old))), dict(flatten(asdict(new)))
-    keys = dict.fromkeys([*before, *after])
-    return {
-        key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
-    }
+    pairs = {key: (before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after])}
+    return {key: (was, now) for key, (was, now) in pairs.items() if was != now}
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -207,13 +197,6 @@ def spell_value(value: object) -> str:
     if isinstance(value, str):
         return value
     return "none" if value is None else json.dumps(value)
-
-
-def _read_preset(name: str) -> dict[str, Any]:
-    if name not in presets():
-        mean = _nearest(name, presets())
-        raise ConfigError(f"no preset {name!r}; {mean}there are: {', '.join(presets())}")
-    return _read_toml(PRESETS / f"{name}.toml")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -246,16 +229,11 @@ def _assign(table: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _started_from(name: str) -> dict[str, Any]:
-    run = _newest_base() if name == "newest" else Path(name)
+    run = Path(name)
+    if name == "newest":  # that was not itself started from another, as this one will be
+        bases = (run for run in runs_by_age() if not load_config(run).init_from)
+        run = next(bases, None) or newest_run()
     return {"init_from": str(run), "model": asdict(load_config(run).model)}
-
-
-def _newest_base() -> Path:
-    """The newest run that was not itself started from another (as this one will be)."""
-    for run in runs_by_age():
-        if not load_config(run).init_from:
-            return run
-    return newest_run()
 
 
 def _unknown_keys(cls: type[Any], table: Mapping[str, Any], prefix: str) -> Iterator[str]:
@@ -273,12 +251,11 @@ def _build(cls: type[Any], table: Mapping[str, Any], prefix: str = "") -> Any:
     hints = typing.get_type_hints(cls)
     for key in table:
         if key not in hints:
-            everywhere = [name for name, _ in flatten(asdict(RunConfig()))]
-            mean = _nearest(f"{prefix}{key}", [*(f"{prefix}{name}" for name in hints), *everywhere])
-            raise ConfigError(
-                f"unknown key {prefix}{key}; {mean or 'there are: '}"
-                f"{'' if mean else ', '.join(hints)}"
-            )
+            mean = _nearest(f"{prefix}{key}", [f"{prefix}{name}" for name in hints])
+            raise ConfigError(f"unknown key {prefix}{key}; {mean}there are: {', '.join(hints)}")
+    for field_ in dataclasses.fields(cls):
+        if field_.name not in table and field_.default is field_.default_factory is MISSING:
+            raise ConfigError(f"{prefix}{field_.name} is missing")
     try:
         return cls(**{k: _fit(f"{prefix}{k}", v, hints[k]) for k, v in table.items()})
     except ModelError as error:
@@ -309,18 +286,14 @@ def _fit(name: str, value: Any, hint: Any) -> Any:
     raise ConfigError(f"{name}={value!r}: must be {kind or _KINDS[hint]}")
 
 
-_KINDS: Final[dict[Any, str]] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-}
+_KINDS: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    """`did you mean ...? ` for the names most like this one, or nothing."""
-    last = {full.rpartition(".")[2]: full for full in names}
-    near = difflib.get_close_matches(name, names, 3, 0.75) or [
-        last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], last, 3, 0.6)
-    ]
-    return f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
+    """`did you mean ...? ` for the keys most like this one, in any section, or nothing."""
+    every = [*names, *(key for key, _ in flatten(asdict(RunConfig())))]
+    spelled = {text: full for full in every for text in (full.rpartition(".")[2], full)}
+    near = difflib.get_close_matches(name, spelled, 3, 0.75)
+    near = near or difflib.get_close_matches(name.rpartition(".")[2], spelled, 3, 0.6)
+    mean = " or ".join(dict.fromkeys(spelled[key] for key in near))
+    return f"did you mean {mean}? " if near else ""

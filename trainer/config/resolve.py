@@ -15,26 +15,26 @@ from shards.format import Manifest
 from shards.reader import find_sources
 from trainer.config import memory
 from trainer.config.config import Configured, RunConfig, configure, presets
-from trainer.config.plan import SourceFacts, TrainPlan, describe_bytes
-from trainer.config.shares import Shares, choose_weights
+from trainer.config.shares import choose_weights
+from trainer.config.train_plan import SourceFacts, TrainPlan, describe_bytes
 from trainer.data.mixture import BatchShape
 from trainer.distributed.devices import device_memory_bytes, device_name, pick_device
 from trainer.errors import ConfigError
 
 
 def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> TrainPlan:
-    """The plan of a run on `world_size` ranks, `sharers` of them on one machine.
-
-    Raises ConfigError, or ShardError where the shards themselves are wrong.
-    """
+    """The plan of a run on so many ranks, `sharers` a machine; ConfigError, ShardError."""
     config, explicit = configured
     manifests = find_sources(Path(config.shards))
-    shares = _choose_shares(configured, manifests)
-    drawn = {name: manifests[name] for name in shares.weights}
+    fixed = {n: s for n, s in config.mixture.items() if f"mixture.{n}" in explicit}
+    preset = {n: s for n, s in config.mixture.items() if n not in fixed}
+    rows = {name: m.n_rows - m.n_val_rows for name, m in manifests.items()}
+    weights, notes = choose_weights(preset, fixed, rows)
+    drawn = {name: manifests[name] for name in weights}
     evaluated, left = _find_evaluated(manifests, next(iter(drawn.values())))
     config = replace(
         config,
-        mixture={name: float(weight) for name, weight in shares.weights.items()},
+        mixture={name: float(weight) for name, weight in weights.items()},
         model=_fit_model(config.model, explicit, drawn),
     )
     device = pick_device(config.device)
@@ -43,8 +43,16 @@ def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> 
     facts = next(iter(drawn.values())).facts
     return TrainPlan(
         config=config,
-        weights=shares.weights,
-        sources={name: _source_facts(manifest) for name, manifest in drawn.items()},
+        weights=weights,
+        sources={
+            name: SourceFacts(
+                root=manifest.root,
+                n_rows=rows[name],
+                n_val_rows=manifest.n_val_rows,
+                tokens_per_row=manifest.n_tokens / manifest.n_rows,
+            )
+            for name, manifest in drawn.items()
+        },
         pad_id=facts.tokenizer.pad_id,
         tokenizer_sha256=facts.tokenizer.sha256,
         shape=shape,
@@ -52,26 +60,18 @@ def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> 
         device_name=device_name(device),
         device_bytes=limit,
         memory=memory.memory_by_part(config, shape.micro_batch_size, device),
-        notes=(*shares.notes, *left),
+        notes=(*notes, *left),
         evaluated=evaluated,
     )
-
-
-def _choose_shares(configured: Configured, manifests: Mapping[str, Manifest]) -> Shares:
-    config, explicit = configured
-    fixed = {n: s for n, s in config.mixture.items() if f"mixture.{n}" in explicit}
-    preset = {n: s for n, s in config.mixture.items() if n not in fixed}
-    rows = {name: m.n_rows - m.n_val_rows for name, m in manifests.items()}
-    return choose_weights(preset, fixed, rows)
 
 
 def _find_evaluated(
     manifests: Mapping[str, Manifest], drawn: Manifest
 ) -> tuple[tuple[str, ...], list[str]]:
     """The sources without a training row whose rows this model can be scored on, and who cannot."""
-    whole = {n: m.facts for n, m in manifests.items() if 0 < m.n_rows == m.n_val_rows}
+    held_out = {n: m.facts for n, m in manifests.items() if 0 < m.n_rows == m.n_val_rows}
     ours, fit, notes = drawn.facts, [], []
-    for name, facts in whole.items():
+    for name, facts in held_out.items():
         if (facts.seq_len, facts.tokenizer.sha256) == (ours.seq_len, ours.tokenizer.sha256):
             fit.append(name)
         else:
@@ -92,12 +92,12 @@ def _fit_model(
         if theirs.tokenizer.sha256 != ours.tokenizer.sha256:
             raise ConfigError(
                 f"{first_name} and {name} were made with different tokenizers "
-                f"({ours.tokenizer.name}, {theirs.tokenizer.name}): prepare one of them anew"
+                f"({ours.tokenizer.name}, {theirs.tokenizer.name}): prepare one of them again"
             )
         if theirs.seq_len != ours.seq_len:
             raise ConfigError(
                 f"{first_name} has rows of {ours.seq_len} tokens and {name} of {theirs.seq_len}: "
-                "prepare one of them anew with the other's --seq-len"
+                "prepare one of them again with the other's --seq-len"
             )
     seq_len, n_ids = first.facts.seq_len, first.facts.tokenizer.vocab_size
     if "model.seq_len" in explicit and model.seq_len != seq_len:
@@ -148,7 +148,7 @@ def _deal_out(
 
 
 def _does_not_fit(config: RunConfig, size: int, world_size: int, device: str, limit: int) -> str:
-    """The refusal, with the arithmetic and what would fit."""
+    """The error's text, with the arithmetic and what would fit."""
     parts = memory.memory_by_part(config, size, device)
     fitting = []
     for name in presets():
@@ -165,13 +165,4 @@ def _does_not_fit(config: RunConfig, size: int, world_size: int, device: str, li
         f"{config.preset} does not fit {device} with {limit / 1e9:.1f} GB ({memory.USABLE:.0%} of "
         f"it usable) in micro-batches of {size}: {describe_bytes(parts)}; {instead}; "
         f"activation_checkpointing=full needs less{spread}"
-    )
-
-
-def _source_facts(manifest: Manifest) -> SourceFacts:
-    return SourceFacts(
-        root=manifest.root,
-        n_rows=manifest.n_rows - manifest.n_val_rows,
-        n_val_rows=manifest.n_val_rows,
-        tokens_per_row=manifest.n_tokens / manifest.n_rows,
     )

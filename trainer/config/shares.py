@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
@@ -20,23 +19,14 @@ _MAX_PERIOD: Final = 10**6
 _BY_SIZE_PERIOD: Final = 1000  # shares by size are no finer than this: the pattern stays short
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shares:
-    """Integer weights of the sources drawn, and notes on how they were chosen."""
-
-    weights: dict[str, int]
-    notes: tuple[str, ...]
-
-
 def choose_weights(
     preset: Mapping[str, float], explicit: Mapping[str, float], rows: Mapping[str, int]
-) -> Shares:
-    """Weights of the sources that are prepared, from the shares asked for.
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Integer weights of the sources to draw, and notes on how they were chosen.
 
-    `preset` names shares that adapt: an absent source is replaced by its substitute, or else the
-    others are renormalised. `explicit` shares (--set mixture.x=) do not: ConfigError if absent.
-    `rows` are the training rows of each prepared source; without any share for one of them,
-    sources are drawn by size.
+    `preset` shares adapt: an absent source is replaced by its substitute, or else the others are
+    renormalised. `explicit` ones (--set mixture.x=) do not: ConfigError if absent. `rows` are the
+    training rows of each prepared source; without any share for one, they are drawn by size.
     """
     present = {name for name, n_rows in rows.items() if n_rows > 0}
     _check_explicit(explicit, present)
@@ -65,15 +55,17 @@ def choose_weights(
             "or with a smaller --val-fraction or --seq-len"
         )
     else:
-        weights = _by_size({name: rows[name] for name in sorted(present)})
+        sizes = {name: Fraction(rows[name]) for name in sorted(present)}
+        weights = _coprime(_largest_remainder(sizes, _BY_SIZE_PERIOD))
     if absent:
         how = "the others are renormalised" if shares else "what is there is drawn by size"
-        notes.append(f"not prepared: {', '.join(absent)}; {how}: {describe(weights)}")
+        parts = [f"{n} {100 * w / sum(weights.values()):.4g} %" for n, w in weights.items()]
+        notes.append(f"not prepared: {', '.join(absent)}; {how}: {', '.join(parts)}")
     if left := sorted(present - weights.keys() - {n for n, share in explicit.items() if not share}):
         notes.append(
             f"prepared but not drawn: {', '.join(left)} (--set mixture.{left[0]}=SHARE draws it)"
         )
-    return Shares(weights=dict(sorted(weights.items())), notes=tuple(notes))
+    return dict(sorted(weights.items())), tuple(notes)
 
 
 def integer_weights(shares: Mapping[str, float]) -> dict[str, int]:
@@ -84,21 +76,10 @@ def integer_weights(shares: Mapping[str, float]) -> dict[str, int]:
     """
     exact = {name: Fraction(str(share)) for name, share in shares.items()}
     denominator = math.lcm(*(share.denominator for share in exact.values()))
-    weights = {name: int(share * denominator) for name, share in exact.items()}
-    if sum(weights.values()) // math.gcd(*weights.values()) > _MAX_PERIOD:
-        weights = _largest_remainder(exact, _MAX_PERIOD)
-    return _coprime(weights)
-
-
-def describe(weights: Mapping[str, int]) -> str:
-    """The weights as percentages, for people."""
-    total = sum(weights.values())
-    return ", ".join(f"{name} {100 * weight / total:.4g} %" for name, weight in weights.items())
-
-
-def _by_size(rows: Mapping[str, int]) -> dict[str, int]:
-    sizes = {name: Fraction(n) for name, n in rows.items()}
-    return _coprime(_largest_remainder(sizes, _BY_SIZE_PERIOD))
+    weights = _coprime({name: int(share * denominator) for name, share in exact.items()})
+    if sum(weights.values()) > _MAX_PERIOD:
+        weights = _coprime(_largest_remainder(exact, _MAX_PERIOD))
+    return weights
 
 
 def _coprime(weights: Mapping[str, int]) -> dict[str, int]:

@@ -1,9 +1,8 @@
 """Rows -> micro-batches of one rank, in order: located, read, verified and stacked.
 
 Worker w of K builds micro-batches w, w+K, w+2K, ... of its rank, and torch hands them out in turn:
-the sequence is the same for any number of workers. Each is gathered, checked against its rows'
-digests and stacked in one go; it travels as the uint16 of the shards (a quarter of int64) and is
-widened on the device.
+the sequence is the same for any number of workers. It travels as the uint16 of the shards (a
+quarter of int64) and is widened on the device.
 """
 
 from __future__ import annotations
@@ -23,15 +22,8 @@ from model.loss import IGNORED
 from shards.errors import ShardError, SummerError
 from shards.format import Masks, Tokens
 from shards.reader import ShardReader
-from trainer.data.mixture import (
-    BatchShape,
-    DataOrder,
-    Indices,
-    Keys,
-    dropout_keys,
-    leave_out,
-    micro_batch_indices,
-)
+from trainer.data import mixture
+from trainer.data.mixture import BatchShape, DataOrder, Indices, Keys, leave_out
 
 _LOCATED_AT_ONCE: Final = 64  # micro-batches; one alone takes 0.2 ms, however few its rows
 
@@ -92,7 +84,7 @@ class StepRange:
         step, micro_step = divmod(number, self.shape.grad_accum_steps)
         places = np.array(step * self.shape.global_batch_size)
         start = int(leave_out(self.first_index, places, self.skipped))
-        indices = micro_batch_indices(seed, start, self.shape, micro_step, self.rank)
+        indices = mixture.micro_batch_indices(seed, start, self.shape, micro_step, self.rank)
         return leave_out(start, indices - start, self.skipped)
 
 
@@ -117,21 +109,16 @@ class MicroBatches(IterableDataset[HostBatch | ReadFailure]):
             ahead = numbers[start : start + _LOCATED_AT_ONCE]
             indices = np.stack([self._steps.indices(self._order.seed, n) for n in ahead])
             located = self._order.locate(indices.reshape(-1))
-            keys = dropout_keys(self._order.seed, indices).reshape(*indices.shape, 2)
+            keys = mixture.dropout_keys(self._order.seed, indices).reshape(*indices.shape, 2)
             sources = located.source.reshape(indices.shape)
             rows = located.row.reshape(indices.shape)
             for place, of_rows in enumerate(keys):
-                yield self._try_gather(sources[place].tolist(), rows[place].tolist(), of_rows)
-
-    def _try_gather(
-        self, sources: list[int], rows: list[int], keys: Keys
-    ) -> HostBatch | ReadFailure:
-        try:
-            return self.gather(sources, rows, keys)
-        except SummerError as error:
-            return ReadFailure(error)
-        except OSError as error:
-            return ReadFailure(ShardError(f"a shard cannot be read: {error}"))
+                try:
+                    yield self.gather(sources[place].tolist(), rows[place].tolist(), of_rows)
+                except SummerError as error:
+                    yield ReadFailure(error)
+                except OSError as error:
+                    yield ReadFailure(ShardError(f"a shard cannot be read: {error}"))
 
     def without_first(self, done: int) -> MicroBatches:
         """The same micro-batches without the first `done`."""
@@ -168,10 +155,7 @@ def targets_in(masks: Masks) -> Tensor:
 
 
 def to_device(host: HostBatch, device: torch.device, pad_id: int) -> MicroBatch:
-    """The micro-batch on the device, with targets: the row shifted left.
-
-    Ignored (-100) are the last place, targets that are padding, and those the loss mask leaves out.
-    """
+    """The micro-batch on the device; no targets are the last place, padding, and what is masked."""
     tokens = host.tokens.to(device, non_blocking=True).long()
     targets = torch.full_like(tokens, IGNORED)
     targets[:, :-1] = tokens[:, 1:].masked_fill(tokens[:, 1:] == pad_id, IGNORED)

@@ -1,7 +1,4 @@
-"""Micro-batches on the device, read ahead by worker processes that may die.
-
-On CUDA each is copied from one pinned buffer.
-"""
+"""Micro-batches on the device, read ahead by worker processes that may die."""
 
 from __future__ import annotations
 
@@ -33,10 +30,7 @@ _NOTICED_S: Final = 10.0  # torch looks every five seconds whether its workers l
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """Reading rows: worker processes of each rank (0: in the training process), and how far ahead.
-
-    `prefetch` is in micro-batches a worker.
-    """
+    """Worker processes of each rank (0: none), and the micro-batches that each reads ahead."""
 
     num_workers: int = 2
     prefetch: int = 4
@@ -66,9 +60,8 @@ class Loader:
     def next(self) -> MicroBatch:
         """The next micro-batch; without a target from the first row on that is damaged.
 
-        An error here would be this rank's alone, and the others would wait for it in the next
-        reduction: `damage` says what is wrong, and a flag of the step informs the others
-        (trainer/train.py).
+        An error here would leave the other ranks waiting in the next reduction: `damage` says what
+        is wrong, and a flag of the step informs the others (trainer/train.py).
         """
         start = time.perf_counter()
         host = self._fetch() if self.damage is None else self._all.empty()
@@ -82,12 +75,10 @@ class Loader:
         return [worker.pid for worker in getattr(self._batches, "_workers", [])]
 
     def close(self) -> None:
-        """End the workers now, not when Python gets to it.
+        """End the workers now. They are killed: one that waits for a dead one's lock never ends.
 
-        They are killed: they write nothing, and one that waits for a lock which a dead one held
-        would be waited for at exit. A micro-batch on its way is waited for on both sides of that:
-        a worker forked while it is taken over would hang, and once torch has shut down it no
-        longer looks whether anyone is left to send it.
+        A micro-batch on its way is waited for on both sides of that: a worker forked while it is
+        taken over would hang, and after its shutdown torch does not look for dead workers.
         """
         if self._coming:
             wait([self._coming], timeout=1)
@@ -128,12 +119,7 @@ class Loader:
         self._read_ahead()
 
     def _read_ahead(self) -> None:
-        """Have the next micro-batch taken over from the workers in the background.
-
-        As torch does where memory is pinned. For 64 KiB it takes a millisecond, mostly of waiting
-        for the worker's pipe. Reading itself is not done there: a worker forked meanwhile, of
-        another loader, would hang.
-        """
+        """Have the next micro-batch taken over in the background: 64 KiB take a millisecond."""
         self._coming: Future[HostBatch | ReadFailure] | None = None
         if self._thread is not None:
             self._coming = self._thread.submit(self._batches.__next__)
@@ -162,26 +148,16 @@ class Loader:
 
 @contextlib.contextmanager
 def _own_child_handler() -> Iterator[None]:
-    """Keep torch from raising for a dead worker out of a signal handler, in whatever line runs.
-
-    It is noticed where a batch is waited for, within five seconds, and there it can be handled.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Keep torch from raising for a dead worker in whatever line runs: `_fetch` notices it."""
     before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
+    yield
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
 
 
 def _follow_the_parent(worker: int) -> None:
-    """Ignore what Ctrl-C and a scheduler send to the whole group, and die with the parent.
-
-    A worker is needed until the last checkpoint. A parent that is killed cannot end its workers;
-    the kernel can (torch's own watchdog takes five seconds and leaves a traceback).
-    """
+    """Ignore what Ctrl-C and a scheduler send to the group, and have the kernel end it with the
+    parent (torch's own watchdog takes five seconds and leaves a traceback)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":

@@ -3,17 +3,15 @@
     order = DataOrder(seed=0, rows={"a": 1000, "b": 10}, phases=[Phase(0, {"a": 3, "b": 1})])
     order.locate(np.arange(8))     # sources, epochs and rows of the first eight samples
 
-A sample is found in two steps. *Which source?* Integer weights 3:1 make a period of 4 samples, and
-its pattern here is a a b a: after any n samples a source has been drawn n times its weight, give or
-take less than one. *Which row?* The k-th draw of a source with n rows is row
-`permutation(seed, source, epoch)(k mod n)` of epoch `k div n`: with 10 rows of b, samples 2, 6, 10,
-..., 38 show each of them once, and sample 42 begins its second epoch in another order.
+A sample is found in two steps. *Which source?* Integer weights 3:1 make a period of 4 samples, here
+a a b a: after any n samples a source has been drawn n times its share, give or take less than one.
+*Which row?* Draw k of a source with n rows is row `permutation(seed, source, epoch)(k mod n)` of
+epoch `k div n`: with 10 rows of b, samples 2, 6, 10, ..., 38 show each of them once.
 
 A step of G samples takes the indices [s, s + G). Rank r of W ranks with M rows a micro-batch takes,
 at accumulation a and place b, the index `s + pi((a W + r) M + b)`, where `pi` permutes range(G).
-Take G=8, W=2, M=2: rank 0 computes pi(0), pi(1), then pi(4), pi(5); rank 1 the rest. The set is
-[s, s + 8) for every W and M; without pi, strides of ranks over the pattern's period would show the
-rarest source of the reference mixture to only 2 of 8 ranks.
+With G=8, W=2, M=2 rank 0 takes pi(0), pi(1), then pi(4), pi(5); rank 1 the rest. The set is
+[s, s + 8) for every W and M; without pi only 2 of 8 ranks would see the rarest reference source.
 
 A **phase** is a range of samples with the same weights. Each goes on from the counts that the one
 before left, so weights can change, and sources come or go, without a row repeated or skipped.
@@ -65,8 +63,7 @@ class Permutation:
     """A keyed bijection of range(n), and its inverse, computed where it is asked for.
 
     Up to 4096 elements: a sort of keyed hashes. Above: a Feistel network on an a x b grid with
-    modular addition (Black & Rogaway, CT-RSA 2002, FE1), walked until it lands inside range(n);
-    the grid holds fewer than sqrt(n) cells too many, so hardly anything walks twice.
+    modular addition (Black & Rogaway, CT-RSA 2002, FE1), walked until it lands inside range(n).
     """
 
     n: int
@@ -129,7 +126,7 @@ def balanced_pattern(weights: Sequence[int]) -> Indices:
 
     For every prefix of n places, |count_s - n w_s / period| < 1 (at most 1 - 1/(2k-2) for k
     sources). Among the sources whose next draw is due, the one with the earliest deadline is
-    taken. Tijdeman, The balanced_pattern assignment problem, Discrete Mathematics 32 (1980).
+    taken. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
     """
     period, k = sum(weights), len(weights)
     if k == 1:
@@ -162,10 +159,7 @@ class Located(NamedTuple):
 
 
 class DataOrder:
-    """Sample number -> source, epoch and row, and back.
-
-    A pure function of the seed, the number of training rows of each source, and the phases.
-    """
+    """Sample number -> source, epoch and row, and back; a pure function of its arguments."""
 
     def __init__(self, *, seed: int, rows: Mapping[str, int], phases: Sequence[Phase]) -> None:
         self.seed, self.phases = seed, tuple(phases)
@@ -195,10 +189,7 @@ class DataOrder:
         return Located(source, epoch, row)
 
     def find(self, source: str, epoch: int, row: int) -> int | None:
-        """The index at which this row is seen in that epoch.
-
-        None if its source leaves the mixture before.
-        """
+        """The index at which this row is seen in that epoch; None if its source left before."""
         number = self.sources.index(source)
         place = self._permutation(number, epoch).inverse(np.array([row], np.int64))
         draw = epoch * self.rows[number] + int(place[0])

@@ -1,7 +1,4 @@
-"""What known accelerators have. An unknown one has no peak here, so no MFU is shown for it.
-
-Nor has any CPU: its speed is measured, and compared with nothing.
-"""
+"""What known accelerators have. For an unknown one, and for CPUs, no MFU is shown."""
 
 from __future__ import annotations
 
@@ -21,17 +18,14 @@ _M_MMAP_MAX: Final = -4
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device as torch counts them (half of an MI250X), as its maker states it.
-
-    `bf16_tflops` is the dense peak; `gemm_tflops` what the maker itself measures in bf16 products.
-    """
+    """One device as torch counts them (half of an MI250X), as its maker states it."""
 
     name: str
-    bf16_tflops: float
+    bf16_tflops: float  # the dense peak
     memory_gb: int
     memory_tb_s: float
     source: str
-    gemm_tflops: float | None = None
+    gemm_tflops: float | None = None  # what the maker itself measures in bf16 products
     gemm_source: str = ""
 
 
@@ -113,10 +107,9 @@ def available_memory_bytes() -> int | None:
 def keep_freed_memory() -> bool:
     """Whether the C library was made to keep what tensors free for the next ones.
 
-    glibc maps every large block newly and gives it back when it is freed: mallopt(3). The kernel
-    then zeroes each page again at its first touch. Without that a compiled step of 2,048 tokens
-    with 6 layers of 384 channels took 20 % less CPU time, ours and Hugging Face's alike (255,000
-    page faults a step before, none after). The price: a process stays as large as it ever was.
+    glibc gives every large block back when it is freed, mallopt(3), and the kernel zeroes each page
+    of the next. Without that a compiled step of 2,048 tokens with 6 layers of 384 channels took
+    20 % less CPU time, ours and Hugging Face's alike. A process stays as large as it ever was.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -45,8 +45,8 @@ class Launch(NamedTuple):
 
 def torchrun_arguments(launch: Launch, arguments: Sequence[str]) -> list[str]:
     """What follows `torchrun` on a command line that runs the module with these arguments."""
-    restarts = any("restarts" in option for option in launch.options)
-    one_machine = launch.nnodes == "1" and all("restarts" in option for option in launch.options)
+    restarts = [option for option in launch.options if "restarts" in option]
+    one_machine = launch.nnodes == "1" and len(restarts) == len(launch.options)
     return [
         *(["--standalone"] if one_machine else []),
         *([] if restarts else [f"--max-restarts={_RESTARTS}"]),
@@ -73,23 +73,14 @@ def run_on_all(launch: Launch, arguments: Sequence[str]) -> int:
         reason = Path(folder) / "reason"
         os.environ[EXIT_REASON] = str(reason)  # the ranks inherit it
         _run_on_all(launch, arguments)
-        if reason.exists():
-            text = reason.read_text()
-            if text.isdigit():
-                return int(text)
-            raise TrainingError(text)
-    raise TrainingError(
-        "the run was ended before it could checkpoint; the last checkpoint is intact: "
-        "run the same command again"
-    )
+        text = reason.read_text() if reason.exists() else ""
+    if text.isdigit():
+        return int(text)
+    raise TrainingError(text or f"the run was ended before it was complete{_again(launch)}")
 
 
 def write_exit_reason(train: Callable[[], int]) -> int:
-    """The exit code of a rank: 0 also for an end that another start would only bring about again.
-
-    What it was is left for the launcher to read: torchrun restarts a job whatever code a rank ends
-    with, also one that was asked to stop.
-    """
+    """A rank's exit code: 0 also for an end after which torchrun must not start it again."""
     try:
         reason = str(train())
     except LostRankError:
@@ -122,6 +113,11 @@ def _run_on_all(launch: Launch, arguments: Sequence[str]) -> None:
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         raise TrainingError(
-            f"rank {rank} ended with exit code {first.exitcode}; its messages are above, "
-            "and the last checkpoint is intact: run the same command again"
+            f"rank {rank} ended with exit code {first.exitcode}; its messages are above"
+            f"{_again(launch)}"
         ) from error
+
+
+def _again(launch: Launch) -> str:
+    intact = "; the last checkpoint is intact" if launch.state_bytes else ""
+    return f"{intact}: run the same command again"

@@ -1,10 +1,13 @@
-"""Ranks: joining them, adding up over them, and deciding once for all of them."""
+"""Ranks: joining them, adding up over them, deciding once for all; requests to stop, lost ranks."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import os
+import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,13 +23,15 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from trainer.distributed.devices import pick_device
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, LostRankError
 
 T = TypeVar("T")
 
 _RELEASE_S: Final = 0.05
 _NUMBERS: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 """What torchrun sets in the environment of each process."""
+
+_TRANSPORTS: Final = ("gloo", "NCCL", "Connection", "ProcessGroup")
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,8 @@ class World:
         return [value for value, _ in outcomes]  # type: ignore[misc]  # none has failed
 
     def on_main(self, act: Callable[[], T]) -> T:
-        """What `act` returns on the main rank, on every rank; what it raises, on every rank.
-
-        An error that only one rank sees leaves the others waiting for it in the next reduction.
-        """
-        outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
-        if self.is_main:
-            outcome = [_attempt(act)]
+        """What `act` returns or raises on the main rank, on every rank: none waits in vain."""
+        outcome = [_attempt(act) if self.is_main else (None, None)]
         if self.world_size > 1:
             device = torch.device("cpu")
             dist.broadcast_object_list(outcome, src=0, group=self.group, device=device)
@@ -89,15 +89,12 @@ class World:
 
 
 def make_mesh(world: World, shard_degree: int) -> DeviceMesh:
-    """The ranks as [replicas, slices of one replica], or [slices] where there is one replica.
-
-    Neighbours share a replica: those of one machine, whose links are the fastest.
-    """
-    replicas = world.world_size // shard_degree
+    """The ranks as [replicas, slices of one], or [slices] of one; neighbours share a replica."""
+    replicas, kind = world.world_size // shard_degree, world.device.type
     if replicas == 1:
-        return init_device_mesh(world.device.type, (shard_degree,))
+        return init_device_mesh(kind, (shard_degree,))
     names = ("replicate", "shard")
-    return init_device_mesh(world.device.type, (replicas, shard_degree), mesh_dim_names=names)
+    return init_device_mesh(kind, (replicas, shard_degree), mesh_dim_names=names)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -160,8 +157,8 @@ def join_world(device: str) -> Iterator[World]:
 def _join(backend: str, rank: int, world_size: int) -> None:
     """Join the process group, under names of this start alone.
 
-    torchrun (2.13) keeps one store over its restarts: without names of its own a restarted gloo
-    finds the addresses of the ranks before it, and fails after 30 s of dialling them.
+    torchrun (2.13) keeps one store over its restarts, with the addresses of the former ranks, which
+    gloo would dial for 30 s.
     """
     # its functions keep, as a default, the group that is there when it is first imported: none yet
     importlib.import_module("torch.distributed.nn.functional")
@@ -174,18 +171,48 @@ def _join(backend: str, rank: int, world_size: int) -> None:
 def _leave() -> None:
     """Leave the process group, and let its threads release their last tensors.
 
-    A thread of gloo that drops a tensor takes Python's lock for it. If it still waits for the lock
-    when Python ends, it is ended inside C++, which aborts the process: one in 25 evaluations by two
-    processes printed its score and then died of SIGABRT (torch 2.13). A group that nothing refers
-    to joins its threads first, but DTensor's caches refer to it for good.
+    A thread of gloo that drops a tensor takes Python's lock for it. One that still waits for it
+    when Python ends aborts the process: one in 25 evaluations by two processes printed its score
+    and then died of SIGABRT (torch 2.13).
     """
     dist.destroy_process_group()
-    time.sleep(_RELEASE_S)  # the lock is free, and a thread needs it once more, for microseconds
+    time.sleep(_RELEASE_S)
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Ask for kernels that give the same bits every time. On the CPU ours do so anyway."""
+    """Ask for kernels that give the same bits every time, as those of the CPU do anyway."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def listen_for_stop() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGTERM or Ctrl-C has asked this process to stop."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # handlers belong to the main thread; here there are none
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *of: asked.set()) for number in numbers}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def translate_comm_errors(world: World) -> Iterator[None]:
+    """Turn torch's error in a reduction that misses a rank into LostRankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world.world_size > 1 and any(word in str(error) for word in _TRANSPORTS):
+            first = re.sub(r"^\[[^]]*\]\s*", "", str(error)).partition("\n")[0].partition(". ")[0]
+            raise LostRankError(
+                f"rank {world.rank} lost another rank ({first}); the last checkpoint is intact: "
+                "torchrun restarts all ranks, as often as --max-restarts says"
+            ) from error
+        raise

@@ -3,22 +3,19 @@
 An update is skipped when the gradient's norm is not finite, or is a spike: its logarithm lies more
 than `sigma` standard deviations above the mean of the last `window` accepted norms, and the norm is
 at least `ratio` times their geometric mean. All of that is computed on the device from the reduced
-gradient, which is the same on every rank: nothing waits for the host. The window goes into every
-checkpoint, as the host reads it (trainer/session/state.py).
+gradient, which is the same on every rank: nothing waits for the host. Every checkpoint has the
+window (trainer/session/state.py).
 
 Six standard deviations over 128 steps, judged once half of them are there, is the rule of OLMo-core
-(SkipStepOptimizer, rolling_interval_length=128, sigma_factor=6). Ours differs in three ways. It
-looks at logarithms, because norms scatter by factors. It lets only accepted norms into the window,
-so that one spike does not hide the next. And it skips nothing below `ratio`: in quiet training
-six standard deviations can be a few percent, and what clipping handles is no reason to lose a step.
+(SkipStepOptimizer, rolling_interval_length=128, sigma_factor=6), but for logarithms, because norms
+scatter by factors; for the window, so that one spike does not hide the next; and for `ratio`,
+because in quiet training six standard deviations can be a few percent.
 
-More than `patience` skipped updates in a row mean that the weights or the data are at fault. Then
-the run goes back to the newest checkpoint from before them and leaves out all samples from there to
-here, as was done by hand for PaLM (Chowdhery et al. 2022, section 5.1: 100 steps back, 200 to 500
-batches left out). Each skipped update and each rollback is a line in events.jsonl; a run that
-resumes an earlier checkpoint, or begins again with these events in its folder, does the same again:
-bit for bit, whether or not what caused them still happens. Events from before a changed
-configuration, or from before an explicit --resume, do not count: that is another history.
+After more than `patience` skipped updates in a row the run goes back to the newest checkpoint from
+before them and leaves out all samples from there to here (PaLM, Chowdhery et al. 2022, section
+5.1). Each skipped update and each rollback is a line in events.jsonl; a run that resumes an earlier
+checkpoint, or begins again with these events in its folder, does the same again, bit for bit.
+Events from before a changed configuration, or before an explicit --resume, do not count.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
 """Signs of life: a rank that stops or hangs is named, everybody's stacks are kept, the job ends.
 
 Each rank writes a line into <run>/ranks/ every few seconds, from a thread of its own: who it is,
-and in which phase of which step its loop is. The same thread reads the others' lines. Two things
-can be seen that way. A line that does not change: that process is stopped, gone, or its machine is.
-And lines that change while no loop gets on: then the rank that is furthest behind holds up the
-rest.
+and in which phase of which step its loop is. The same thread reads the others' lines. One that does
+not change: that process is stopped, gone, or its machine is. Lines that change while no loop gets
+on: the rank that is furthest behind holds up the rest.
 
 A rank waits for the others inside a collective, where no signal handler and no exception reaches
 it; so the thread ends the process. torchrun then restarts all ranks from the last checkpoint.
-(faulthandler's own timer cannot do that: it names nobody, and a stopped process has no timer.)
 """
 
 from __future__ import annotations
@@ -33,9 +31,7 @@ RANKS: Final = "ranks"
 STACKS: Final = "stacks"
 _LINE_BYTES: Final = 512
 _PHASES: Final = ("data", "gradient")  # of a step, in order; any other may take its time
-_CONDITIONS: Final = {
-    "": "gone", "T": "stopped", "t": "traced", "Z": "dead", "D": "waiting for a device"
-}  # fmt: skip
+_CONDITIONS: Final = {"": "gone", "Z": "gone", "T": "stopped", "D": "waiting for a device"}
 
 
 @dataclass(kw_only=True)
@@ -104,64 +100,55 @@ class Watchdog:
             os.pwrite(self._handle, line, 0)  # in place: a full disk has room for that
 
     def _check(self) -> None:
-        now = time.monotonic()
+        now, own = time.monotonic(), self._own
         for rank in range(self._world.world_size):
             with contextlib.suppress(OSError, ValueError):
                 beat = Heartbeat(**json.loads(self._path(rank).read_bytes()))
                 if rank not in self._seen or self._seen[rank][0] != beat:
                     self._seen[rank] = (beat, now)
-        lost = {
-            beat.rank: now - since
-            for rank, (beat, since) in self._seen.items()
-            if rank != self._world.rank and beat.doing != "left"
-            if now - since > self._patience_s(beat)
-        }
-        for rank, silent_s in lost.items():
-            beat = self._seen[rank][0]
+        silent = [(beat, now - since) for beat, since in self._seen.values()
+                  if beat.rank != own.rank and beat.doing != "left"]  # fmt: skip
+        lost = [(beat, silent_s) for beat, silent_s in silent if silent_s > self._timeout_s]
+        reporter = min(set(range(self._world.world_size)) - {beat.rank for beat, _ in lost})
+        for beat, silent_s in lost:
             text = (
-                f"rank {rank} (process {beat.pid} on {beat.host}, {beat.condition}) has shown no "
-                f"sign of life for {silent_s:.0f} s; rank {self._own.rank} waits for it in step "
-                f"{self._own.step}"
+                f"rank {beat.rank} (process {beat.pid} on {beat.host}, {beat.condition}) has shown "
+                f"no sign of life for {silent_s:.0f} s; rank {own.rank} waits for it in step "
+                f"{own.step}"
             )
-            self._report(text, {rank}, lost=rank, step=self._own.step, silent_s=round(silent_s, 1))
+            facts = {"lost": beat.rank, "step": own.step, "silent_s": round(silent_s, 1)}
+            self._report(reporter, text, **facts)
         if lost:
-            self._end_process(set(lost))
-        in_step = self._own.doing in _PHASES and self._own.step > self._first_step
+            self._end_process([beat for beat, _ in lost])
+        in_step = own.doing in _PHASES and own.step > self._first_step
         patience_s = self._timeout_s + 2 * self._period_s  # a rank that is lost is named first
         if in_step and now - self._moved_at > patience_s:
             self._report_who_is_behind(now - self._moved_at)
-            self._end_process(set())
-
-    def _patience_s(self, beat: Heartbeat) -> float:
-        gone = beat.condition in ("gone", "dead")
-        return min(self._timeout_s, 2 * self._period_s) if gone else self._timeout_s
+            self._end_process([])
 
     def _report_who_is_behind(self, waited_s: float) -> None:
         beats = [beat for beat, _ in self._seen.values()]
         least = min(beat.progress for beat in beats)
         behind = [beat for beat in beats if beat.progress == least]
-        if self._world.world_size == 1:
-            who = "the loop makes no progress"
-        elif len(behind) == len(beats):
-            who = "all ranks wait for each other"
-        else:
-            who = f"rank {' and '.join(str(beat.rank) for beat in behind)} holds up the others"
+        who = f"rank {' and '.join(str(beat.rank) for beat in behind)} holds up the others"
+        if len(behind) == len(beats):
+            who = "all ranks wait for each other" if beats[1:] else "the loop makes no progress"
         text = f"{who}, since {waited_s:.0f} s: step {behind[0].step}, {behind[0].doing}"
-        self._report(text, set(), lost=behind[0].rank, step=behind[0].step)
+        self._report(0, text, lost=behind[0].rank, step=behind[0].step)
 
-    def _report(self, text: str, silent: set[int], **facts: object) -> None:
+    def _report(self, reporter: int, text: str, **facts: object) -> None:
         """Report it, once for all living ranks."""
-        if self._world.rank == min(set(range(self._world.world_size)) - silent):
+        if self._world.rank == reporter:
             text = f"! {text}; stacks are in {self._run / STACKS}"
             report_rank_failure(self._run, text, RunEvent.HUNG, **facts)
 
-    def _end_process(self, lost: set[int]) -> None:
+    def _end_process(self, lost: list[Heartbeat]) -> None:
         """Keep this process's stacks, end lost neighbours (SIGTERM does not end them), and end."""
         folder = self._run / STACKS
         folder.mkdir(exist_ok=True)
         with (folder / f"rank-{self._world.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        for beat in (self._seen[rank][0] for rank in lost):
+        for beat in lost:
             here = beat.host == self._own.host
             if here and _state_and_parent(beat.pid)[1] == str(os.getppid()):
                 with contextlib.suppress(ProcessLookupError):

@@ -1,7 +1,6 @@
 """Faults injected by tests and rehearsals: `SUMMER_FAULT=kind:rank:step,...`.
 
-Each happens once, at the start of that step of that rank; a file in the run's folder remembers it,
-so that it does not happen again when the run comes back.
+Each happens once, at the start of that step of that rank: a file in the run's folder remembers it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ KINDS: Final = {
 _SIGNALS: Final = {"sigterm", "sigint", "sigkill", "sigstop"}
 _FACTORS: Final = {"nan": float("nan"), "spike": 1e4}
 _SMALL: Final = 4096
-_OLD_KINDS: Final = {"rot": "bit-flip"}
 
 
 class Fault(NamedTuple):
@@ -52,7 +50,6 @@ def parse_faults(text: str | None = None) -> tuple[Fault, ...]:
     faults = []
     for order in filter(None, (os.environ.get(VARIABLE, "") if text is None else text).split(",")):
         kind, _, place = order.strip().partition(":")
-        kind = _OLD_KINDS.get(kind, kind)
         rank, _, step = place.partition(":")
         if kind not in KINDS or not (rank.isdigit() and step.isdigit() and int(step) > 0):
             raise ConfigError(
@@ -82,7 +79,10 @@ class Faults:
 
     def inject(self, step: int, loader: Loader) -> float:
         """What the step's gradient is to be multiplied with: 1.0 unless a fault says otherwise."""
-        self._empty_disk()
+        happened = [event["event"] for event in read_events(self._run)] if self._file_limit else []
+        if self._file_limit and RunEvent.CHECKPOINT_FAILED in happened:
+            resource.setrlimit(resource.RLIMIT_FSIZE, self._file_limit)
+            self._file_limit = None
         factor = 1.0
         for fault in self._mine:
             if fault.step == step and fault.kind != "bit-flip" and self._first_time(fault):
@@ -106,13 +106,6 @@ class Faults:
         elif kind == "full-disk":
             self._file_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (_SMALL, self._file_limit[1]))
-
-    def _empty_disk(self) -> None:
-        if self._file_limit and RunEvent.CHECKPOINT_FAILED in {
-            event["event"] for event in read_events(self._run)
-        }:
-            resource.setrlimit(resource.RLIMIT_FSIZE, self._file_limit)
-            self._file_limit = None
 
     def _first_time(self, fault: Fault) -> bool:
         marks = self._run / "faults"

@@ -12,66 +12,43 @@ from rich.text import Text
 
 
 class Display:
-    """What a run shows; this one shows nothing, for all ranks but the first."""
+    """Plain lines for files, pipes and CI; on a terminal a line that moves, text above it.
 
-    def print(self, text: str) -> None:
-        """Show a line that stays."""
+    Without a stream nothing is shown: for all ranks but the first.
+    """
 
-    def step(self, values: Mapping[str, Any]) -> None:
-        """Show how a step went: the fields of metrics.jsonl, and max_steps, eta_s."""
-
-    def close(self) -> None:
-        """Leave the terminal in order."""
-
-
-class PlainLines(Display):
-    """One line for each logged step, for files, pipes and CI."""
-
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
+        self._live: Live | None = None
+        if stream is not None and stream.isatty():
+            self._live = Live(console=Console(file=stream, highlight=False), auto_refresh=False)
+            self._live.start()
 
     def print(self, text: str) -> None:
-        """Write the text if there is room: a full disk may hold the log as well."""
+        """Show a line that stays, if there is room: a full disk may hold the log as well."""
         try:
-            self._stream.write(f"{text}\n")
-            self._stream.flush()
+            if self._live is not None:
+                self._live.console.print(text, markup=False)
+            elif self._stream is not None:
+                self._stream.write(f"{text}\n")
+                self._stream.flush()
         except BrokenPipeError:
             raise
         except OSError:
             pass
 
     def step(self, values: Mapping[str, Any]) -> None:
-        """Write the step's line."""
-        self.print(step_line(values))
-
-
-class LiveLine(Display):
-    """One line at the bottom of a terminal; what is printed scrolls by above it."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._console = Console(file=stream, highlight=False)
-        self._live = Live(console=self._console, auto_refresh=False)
-        self._live.start()
-
-    def print(self, text: str) -> None:
-        """Write the text above the line."""
-        self._console.print(text, markup=False)
-
-    def step(self, values: Mapping[str, Any]) -> None:
-        """Update the line; steps with a held-out loss stay."""
-        line = Text(step_line(values), no_wrap=True, overflow="ellipsis")
-        if "val_loss" in values:
-            self._console.print(line)
-        self._live.update(line, refresh=True)
+        """Show how a step went: the fields of metrics.jsonl, and max_steps, eta_s."""
+        if self._live is None or "val_loss" in values:  # those with a held-out loss stay
+            self.print(step_line(values))
+        if self._live is not None:
+            line = Text(step_line(values), no_wrap=True, overflow="ellipsis")
+            self._live.update(line, refresh=True)
 
     def close(self) -> None:
-        """Leave the last line on the terminal."""
-        self._live.stop()
-
-
-def open_display(stream: TextIO) -> Display:
-    """The display that fits the stream."""
-    return LiveLine(stream) if stream.isatty() else PlainLines(stream)
+        """Leave the terminal in order, the last line on it."""
+        if self._live is not None:
+            self._live.stop()
 
 
 _COLUMNS: Final[dict[str, Callable[[Mapping[str, Any]], str]]] = {

@@ -3,7 +3,7 @@
 compute        training steps, less what follows
 data           waiting for the loader
 communication  waiting for other ranks: gradients that the backward pass did not hide (as DDP
-               samples them, every hundredth step), and a step's sums, where the host reduces them
+               samples them, every hundredth step), and a step's sums
 checkpoint     checkpoints, as long as training waited for them
 evaluation     held-out sequences
 start          from the run's first start to its first step
@@ -11,8 +11,8 @@ restarts       lost to every further start: from the checkpoint that it went on 
                step, so the steps made again, the time the machine was away, and starting up; not
                the time after a stop that was asked for
 
-All is read off the host's clock: nothing waits for a device. What a device still has to do when a
-checkpoint or an evaluation begins is therefore counted there, at most one step each time.
+All is read off the host's clock: what a device still has to do when a checkpoint or an evaluation
+begins is counted there, at most one step each time.
 """
 
 from __future__ import annotations
@@ -74,11 +74,6 @@ def parts(time_s: float, spent_s: Mapping[str, float]) -> Spent:
     return {"compute": max(0.0, time_s - sum(of_steps.values())), **of_steps, **apart}
 
 
-def total(time_s: float, spent_s: Mapping[str, float]) -> float:
-    """Seconds that the run has held its machines."""
-    return time_s + sum(spent_s.get(kind, 0.0) for kind in _APART)
-
-
 def count_start(
     spent_s: Spent, began: float, saved: float | None, events: Sequence[Mapping[str, Any]]
 ) -> None:
@@ -87,10 +82,9 @@ def count_start(
     `began` is when this process was started, `saved` when the checkpoint that it resumes was
     written, `events` are the run's so far. All in Unix seconds.
     """
-    kind = "restarts" if events else "start"
-    since = began
+    kind, since = "start", began
     if events:
-        since = events[0]["unix_s"] if saved is None else saved
+        kind, since = "restarts", events[0]["unix_s"] if saved is None else saved
     away = sum(
         after["unix_s"] - before["unix_s"]
         for before, after in pairwise([*events, {"event": "", "unix_s": began}])

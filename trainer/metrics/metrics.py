@@ -7,10 +7,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from shards.files import publish_bytes
 from trainer.checkpoint.runs import EVENTS, METRICS
@@ -50,11 +50,12 @@ _OLD_EVENTS: Final = {
 """What version 0.1 called them."""
 
 
-class Journal:
-    """The two logs of a run, appended to by its main rank; other ranks write nothing.
+NEW_HISTORY: Final = "anew"
+"""Key of an event from which on earlier ones do not count."""
 
-    A disk without room must not end a run that computes well: lines are kept until they fit.
-    """
+
+class Journal:
+    """The two logs of a run, written by its main rank; lines wait until the disk has room."""
 
     def __init__(self, run: Path, step: int, *, writes: bool, tensorboard: bool) -> None:
         self._files: dict[str, _Lines] = {}
@@ -100,9 +101,7 @@ class _Lines:
         self._pending.append(json.dumps(value).encode() + b"\n")
         handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            size = os.fstat(handle).st_size
-            data = b"".join(self._pending)
-            written = 0
+            size, data, written = os.fstat(handle).st_size, b"".join(self._pending), 0
             with contextlib.suppress(OSError):
                 written = os.write(handle, data)
             if written == len(data):
@@ -115,10 +114,8 @@ class _Lines:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a log; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True)
-            if line.endswith(b"\n")]  # fmt: skip
+    data = path.read_bytes() if path.exists() else b""
+    return [json.loads(line) for line in data.split(b"\n")[:-1]]
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
@@ -127,6 +124,35 @@ def read_events(run: Path) -> list[dict[str, Any]]:
         {**line, "event": _OLD_EVENTS.get(line["event"], line["event"])}
         for line in read_lines(run / EVENTS)
     ]
+
+
+class GuardHistory(NamedTuple):
+    """What events.jsonl says of a run's past that its checkpoints may not know yet."""
+
+    skipped: frozenset[int] = frozenset()  # the first sample of each step whose update was skipped
+    left_out: tuple[tuple[int, int], ...] = ()  # samples [begin, end) that rollbacks passed over
+    rollbacks: int = 0
+
+
+def read_history(run: Path) -> GuardHistory:
+    """The skipped updates and rollbacks since the run's history began."""
+    history = GuardHistory()
+    for event in read_events(run):
+        if event.get(NEW_HISTORY):
+            history = GuardHistory()
+        if event["event"] == RunEvent.SKIPPED and "first_index" in event:
+            history = history._replace(skipped=history.skipped | {int(event["first_index"])})
+        if event["event"] == RunEvent.ROLLBACK:
+            left_out = add_left_out(history.left_out, *map(int, event["skipped"]))
+            history = history._replace(left_out=left_out, rollbacks=history.rollbacks + 1)
+    return history
+
+
+def add_left_out(
+    ranges: Sequence[tuple[int, int]], begin: int, end: int
+) -> tuple[tuple[int, int], ...]:
+    """Ranges of samples, ascending, with one more that ends after them and absorbs the overlap."""
+    return (*((b, min(e, begin)) for b, e in ranges if b < begin), (begin, end))
 
 
 def drop_lines_after(path: Path, step: int) -> None:

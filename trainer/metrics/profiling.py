@@ -30,8 +30,7 @@ class StepProfiler:
         """Begin, if this is the first step to profile."""
         if step in self._steps and self._profile is None:
             devices = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                devices.append(ProfilerActivity.CUDA)
+            devices += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             # there is one cycle alone; without this, torch 2.11 warns that it forgets others
             self._profile = profile(activities=devices, acc_events=True)
             self._profile.start()
@@ -42,9 +41,9 @@ class StepProfiler:
             return
         self._profile.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"steps-{self._steps.start}-{step}"
-        self._profile.export_chrome_trace(str(self._folder / f"{name}.json"))
+        path = self._folder / f"steps-{self._steps.start}-{step}"
+        self._profile.export_chrome_trace(f"{path}.json")
         sort = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = self._profile.key_averages().table(sort_by=sort, row_limit=40)
-        (self._folder / f"{name}.txt").write_text(table)
+        path.with_suffix(".txt").write_text(table)
         self._profile = None

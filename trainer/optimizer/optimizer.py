@@ -1,15 +1,17 @@
-"""The optimizer, gradients in which every token weighs the same, and updates skipped on the device.
+"""Optimizers, schedules, gradients in which every token weighs the same, and updates skipped.
 
-A new optimizer is a function here and its row in OPTIMIZERS: `--set optim.name=` then trains with
-it, the guard skips its updates, checkpoints hold its state, and the plan counts its bytes.
+A new optimizer is a function and its row in OPTIMIZERS: `--set optim.name=` then trains with it,
+the guard skips its updates, checkpoints hold its state, and the plan counts its bytes. A schedule
+is a row of SCHEDULES: a pure function of the step, so there is nothing to save.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,29 +22,73 @@ from torch.optim import AdamW, Optimizer
 
 from trainer.distributed.world import local_tensor
 from trainer.errors import ConfigError, at_least, one_of
-from trainer.optimizer.schedule import ScheduleConfig
 
 Groups = list[dict[str, Any]]
 """Parameters with their `weight_decay`: only matrices decay."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig(ScheduleConfig):
-    """The optimizer, a row of OPTIMIZERS, and its schedule; `grad_clip` 0 turns clipping off."""
+SCHEDULES: Final[dict[str, Callable[[float], float]]] = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+}
+"""What `optim.schedule` may be: done (0 after warmup, 1 at the last step) -> how far the rate is
+above `min_lr`, from 1 to 0. Cosine: Loshchilov & Hutter, SGDR (2017), without restarts."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer, a row of OPTIMIZERS, and its schedule, a row of SCHEDULES."""
+
+    schedule: str = "cosine"
+    lr: float = 3e-4
+    min_lr: float | None = None  # a tenth of `lr`
+    warmup_steps: int = 2000
     name: str = "adamw"
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    grad_clip: float = 1.0
+    grad_clip: float = 1.0  # 0: none
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("optim.", self, name=OPTIMIZERS)
+        one_of("optim.", self, schedule=SCHEDULES, name=OPTIMIZERS)
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"optim.lr={self.lr}: must be a number above 0")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
+            raise ConfigError(f"optim.min_lr={self.min_lr}: must lie between 0 and lr={self.lr}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ConfigError(f"optim.beta1={self.beta1}, beta2={self.beta2}: must lie in [0, 1)")
-        at_least("optim.", self, weight_decay=0, eps=0, grad_clip=0)
+        at_least("optim.", self, warmup_steps=0, weight_decay=0, eps=0, grad_clip=0)
+
+
+class Anneal(NamedTuple):
+    """An end before `max_steps`: from `first_step` on, `n_steps` lead down to `min_lr`."""
+
+    first_step: int
+    n_steps: int
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the run is complete."""
+        return self.first_step + self.n_steps
+
+
+def lr_at(step: int, optim: OptimConfig, max_steps: int, anneal: Anneal | None = None) -> float:
+    """Learning rate of the update after `step` updates: linear warmup, then the schedule.
+
+    The first update already moves (1/warmup of `lr`); the schedule would reach `min_lr` at
+    `max_steps`. Annealing is a straight line from the rate at its first step, as in Hu et al.,
+    MiniCPM (2024).
+    """
+    min_lr = optim.lr / 10 if optim.min_lr is None else optim.min_lr
+    if anneal is not None and step >= anneal.first_step:
+        start = lr_at(anneal.first_step, optim, max_steps)
+        left = max(0.0, 1 - (step - anneal.first_step) / max(1, anneal.n_steps))
+        return min(start, min_lr + (start - min_lr) * left)
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    done = min(1.0, (step - optim.warmup_steps) / max(1, max_steps - optim.warmup_steps))
+    return min_lr + (optim.lr - min_lr) * SCHEDULES[optim.schedule](done)
 
 
 def _adamw(groups: Groups, config: OptimConfig) -> Optimizer:
@@ -57,30 +103,21 @@ step passes over parameters without a gradient, as those of torch do."""
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimizer over the model's parameters, its state allocated; only matrices decay.
-
-    ConfigError if its state is not of tensors that begin as zeros: only such state is allocated
-    here and found again by a checkpoint.
-    """
+    """The optimizer, its state allocated; ConfigError if that is not of tensors that begin as 0."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]  # norms, LayerScale
-    optimizer = OPTIMIZERS[config.name](
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        config,
-    )
+    groups: Groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = OPTIMIZERS[config.name](groups, config)
     _allocate_state(optimizer, config.name)
     return optimizer
 
 
 def _allocate_state(optimizer: Optimizer, name: str) -> None:
-    """Have an optimizer make its state now, by an update that is skipped.
-
-    So a lack of memory shows before the first step, and a checkpoint finds what it is to fill.
-    """
+    """Have an optimizer make its state now, by a skipped update, for a checkpoint to fill."""
     parameters, groups = _parameters(optimizer), optimizer.param_groups
     decays, grads = [group["weight_decay"] for group in groups], [p.grad for p in parameters]
     for group in groups:
@@ -144,8 +181,8 @@ def finish_gradients(
 def _total_norm(grads: list[Tensor]) -> Tensor:
     """The norm of all gradients, the same bits on every rank; those of vectors end averaged.
 
-    `fully_shard` leaves vectors to us. The ranks' parts of the norm are gathered, not reduced: in
-    what order a reduction adds up may differ from one replica to the next.
+    `fully_shard` leaves vectors to us. Parts of the norm are gathered, not reduced: the order of a
+    reduction may differ between replicas.
     """
     slices = [grad for grad in grads if isinstance(grad, DTensor)]
     if not slices:
@@ -171,7 +208,10 @@ def update(optimizer: Optimizer, skip: Tensor) -> None:
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
     else:
-        before = [(tensor, tensor.detach().clone()) for tensor in _changing_tensors(optimizer)]
+        changing = [p for p in _parameters(optimizer) if p.grad is not None]
+        states = [value for p in changing for value in optimizer.state[p].values()]
+        changing = [local_tensor(t) for t in (*changing, *states) if isinstance(t, Tensor)]
+        before = [(tensor, tensor.detach().clone()) for tensor in changing]
         optimizer.step()
         with torch.no_grad():
             for tensor, old in before:
@@ -181,15 +221,6 @@ def update(optimizer: Optimizer, skip: Tensor) -> None:
 
 def _skips_by_itself(optimizer: Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def _changing_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
-    """This rank's part of the weights that have a gradient, and of their state."""
-    for parameter in _parameters(optimizer):
-        if parameter.grad is not None:
-            yield local_tensor(parameter)
-            state = optimizer.state[parameter].values()
-            yield from (local_tensor(value) for value in state if isinstance(value, Tensor))
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """A budget in dollars: when to begin to anneal, so that the last checkpoint is inside it.
 
-The clock decides, so the decision is recorded: it is part of the state that is saved before the
-first annealed step, and from there on the learning rate is again a function of the step alone.
+The clock decides, so the decision is saved with the state before the first annealed step: from
+there on the learning rate is again a function of the step alone.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from itertools import pairwise
 from typing import Final
 
 from trainer.config.config import RunConfig
-from trainer.metrics.goodput import Stopwatch, total
-from trainer.optimizer.schedule import Anneal
+from trainer.metrics.goodput import Stopwatch, parts
+from trainer.optimizer.optimizer import Anneal
 from trainer.session.state import State
 
 ONE_IN: Final = 10
@@ -45,7 +45,7 @@ class Budget:
         checkpoint_s = self._watch.longest_s.get("checkpoint", step_s)
         reserve_s = _DELAY * max([step_s, *laps]) + 2 * checkpoint_s
         held_s = config.max_dollars / config.dollars_per_hour * 3600
-        left_s = held_s - total(state.time_s, state.spent_s)
+        left_s = held_s - sum(parts(state.time_s, state.spent_s).values())
         if left_s <= reserve_s:
             return END
         affordable = (left_s - 2 * reserve_s) / step_s  # the beginning is saved too
@@ -54,8 +54,7 @@ class Budget:
 
     def _step_s(self) -> float:
         """Seconds of a step, with its share of checkpoints and evaluations."""
-        state = self._state
-        (first, since), (last, until) = self._marks[0], self._marks[-1]
+        state, (first, since), (last, until) = self._state, self._marks[0], self._marks[-1]
         many = last - first >= _RECENT // 4  # few steps may be those that compile
         lap = (until - since) / (last - first) if many else state.time_s / state.step
         apart = sum(state.spent_s.get(kind, 0.0) for kind in ("checkpoint", "evaluation"))

@@ -1,21 +1,104 @@
-"""A step's numbers made into a line: rates, money, time left; for the journal and the display."""
+"""The numbers of a step: added up over ranks in one reduction, read one step late, logged.
+
+A number read at once makes the processor wait for the device. So each step sends a few to the host
+and goes on. Flags travel with them (one rank was asked to stop, the main rank's clock says
+checkpoint), so that all ranks act on the same flag at the same step.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from model.config import flops_per_token
-from trainer.config.config import RunConfig
-from trainer.config.plan import TrainPlan
+from model.loss import IGNORED
+from trainer.config.train_plan import TrainPlan
+from trainer.distributed.world import World
 from trainer.metrics import goodput
 from trainer.metrics.display import Display
 from trainer.metrics.metrics import Journal
-from trainer.metrics.step_metrics import PendingMetrics, StepMetrics
 from trainer.session.state import State
 from trainer.validation.validation import Score
+
+
+class StepFlags(NamedTuple):
+    """What a rank knows at a step and the others do not."""
+
+    stop: bool  # it was asked to stop
+    checkpoint: bool  # its clock says so
+    skip: bool  # the update was skipped when this step was made before
+    damaged: bool  # a row of this step, or of one before, could not be read
+    budget: int  # what the main rank's budget asks for (trainer/session/budget.py)
+
+
+class StepMetrics(NamedTuple):
+    """A step's numbers, on the host. `loss` is the mean over the step's targets, in nats."""
+
+    loss: float
+    n_targets: int
+    first_index: int  # the sample that the step began with
+    flags: StepFlags  # of any rank
+    skipped: bool  # the optimizer made no update
+    logged: dict[str, float]  # `grad_norm`, and whatever else the loop wants in metrics.jsonl
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm of the full gradient before clipping."""
+        return self.logged["grad_norm"]
+
+
+class StepSums:
+    """Sums of one step, on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(2 + len(StepFlags._fields), dtype=dtype, device=device)
+
+    def add(self, loss_sum: Tensor, targets: Tensor) -> None:
+        """Count one micro-batch."""
+        self._sums[0] += loss_sum.detach()
+        self._sums[1] += (targets != IGNORED).sum()
+
+    def reduce(self, world: World, flags: StepFlags) -> Tensor:
+        """[7] over all ranks: loss sum, targets, and how many have each flag of StepFlags."""
+        for place, flag in enumerate(flags, start=2):
+            if flag:  # a kernel less for each that is not
+                self._sums[place] = float(flag)
+        return world.all_reduce(self._sums)
+
+
+class PendingMetrics:
+    """A step's numbers on their way to the host; `logged` are the same on all ranks."""
+
+    def __init__(self, sums: Tensor, skip: Tensor, first_index: int, **logged: Tensor) -> None:
+        values = torch.cat([sums, torch.stack([skip, *logged.values()]).to(sums.dtype)])
+        self._first_index, self._names = first_index, tuple(logged)
+        self._host = values.to("cpu", non_blocking=True)  # into pinned memory
+        self._arrived = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> StepMetrics:
+        """The numbers, waiting for them if they are still under way."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss_sum, n_targets, stop, checkpoint, skip, damaged, budget, skipped, *logged = (
+            self._host.tolist()
+        )
+        return StepMetrics(
+            loss=loss_sum / n_targets if n_targets else float("nan"),
+            n_targets=int(n_targets),
+            first_index=self._first_index,
+            flags=StepFlags(stop > 0, checkpoint > 0, skip > 0, damaged > 0, int(budget)),
+            skipped=skipped > 0,
+            logged=dict(zip(self._names, logged, strict=True)),
+        )
+
 
 CompletedStep = tuple[int, StepMetrics] | None
 """A step and its numbers, once they are on the host."""
@@ -74,6 +157,8 @@ class MetricsLogger:
         rate = (state.step - step) * self._plan.step_tokens / elapsed
         left_s = (last_step - state.step) * self._plan.step_tokens / rate
         seconds = goodput.parts(state.time_s, state.spent_s)
+        scores = entry.scores.items()
+        bits = {name: s.bits_per_byte for name, s in scores if s.bits_per_byte is not None}
         line = {
             "step": state.step,
             "loss": _finite(metrics.loss),
@@ -86,23 +171,16 @@ class MetricsLogger:
             "time_s": round(state.time_s, 3),
             "data_wait": round(min(1.0, (entry.waited_s - waited_s) / elapsed), 5),
             **self._derived(rate, sum(seconds.values()), left_s),
-            **self._held_out(entry.scores),
+            **self._by_source("val_loss", "val", {name: s.loss for name, s in scores}),
+            **self._by_source("val_bits_per_byte", "val_bits", bits),
             "spent_s": {part: round(value, 3) for part, value in seconds.items()},
             "ledger": self._state.data_use(state.next_index),
         }
         self._journal.metrics(line)
         self._display.step({**line, "max_steps": last_step, "eta_s": left_s})
 
-    def _held_out(self, scores: Mapping[str, Score]) -> dict[str, Any]:
-        """The scores of sources, and their means in the mixture's weights."""
-        losses = {name: score.loss for name, score in scores.items()}
-        bits = {name: s.bits_per_byte for name, s in scores.items() if s.bits_per_byte is not None}
-        return {
-            **self._by_source("val_loss", "val", losses),
-            **self._by_source("val_bits_per_byte", "val_bits", bits),
-        }
-
     def _by_source(self, mean: str, by_source: str, values: dict[str, float]) -> dict[str, Any]:
+        """The values of sources, and their mean in the mixture's weights."""
         weights = {name: w for name, w in self._plan.weights.items() if name in values}
         line: dict[str, Any] = {by_source: values} if values else {}
         if weights:
@@ -123,14 +201,6 @@ class MetricsLogger:
         if config.max_dollars > 0:
             derived["dollars_left"] = round(config.max_dollars - derived["dollars"], 4)
         return derived
-
-
-def spent_line(seconds: Mapping[str, float], config: RunConfig) -> str:
-    """Where the run's seconds went, and its dollars."""
-    text = f"time: {goodput.describe(seconds)}"
-    if config.dollars_per_hour > 0:
-        text += f"; $ {sum(seconds.values()) / 3600 * config.dollars_per_hour:.2f}"
-    return text
 
 
 def _finite(value: float) -> float | None:

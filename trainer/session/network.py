@@ -3,11 +3,9 @@
 With `shard_degree` 1 every rank holds everything and DDP exchanges gradients. With S above 1, S
 ranks hold one copy of weights, gradients and moments between them (FSDP2): a block's matrices are
 gathered when its turn comes, in the type in which they are multiplied, and dropped after it. The
-embedding, head and vectors stay fp32, and the vectors (norms, LayerScale: 0.01 % of the weights)
-whole on every rank, so that the numbers are those of DDP; only sums over ranks may be rounded in
-another order. Whole gradients would take back what sharding saves, so every micro-step sums them
-up within a replica; replicas exchange theirs in the last. Attention dropout follows the rank, as
-under DDP.
+embedding, head and vectors stay fp32, and every rank has all vectors (norms, LayerScale: 0.01 % of
+the weights), so that the numbers are those of DDP but for the order of sums over ranks. Every
+micro-step sums gradients up within a replica; replicas exchange theirs in the last.
 """
 
 from __future__ import annotations
@@ -29,11 +27,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils import checkpoint as recomputing
+from torch.utils.checkpoint import CheckpointPolicy
 
 from model.attention import self_test
 from model.config import ModelError
@@ -53,13 +48,15 @@ class Network(NamedTuple):
 
 
 def build_network(config: RunConfig, world: World) -> Network:
-    """The model on this rank's device, initialised from the seed, tested and ready to be called.
-
-    No device ever holds more of it than it trains with, and one parameter as a whole.
-    """
+    """The model on this rank's device, initialised from the seed, its attention kernel tested."""
     with torch.device("meta"):
         bare = Transformer(config.model)
-    notes = [_test_attention(config, world.device)]
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    try:
+        error = self_test(world.device, dtype, config.model)
+    except ModelError as failure:
+        raise TrainingError(str(failure)) from failure
+    notes = [f"attention kernel: within {error:.1e} nats of fp32 math (limit 1e-3)"]
     if config.activation_checkpointing != "none":
         _recompute_blocks(bare, config)
     if config.compile and (lack := _lack_of_a_compiler(world.device)):
@@ -74,7 +71,7 @@ def build_network(config: RunConfig, world: World) -> Network:
     if config.shard_degree > 1:
         _shard(bare, config, world)
     bare.to_empty(device=world.device)
-    with filled_whole():
+    with fill_shards():
         bare.init_weights(config.seed)
     model = bare if config.shard_degree > 1 else _replicate(bare, world)
     return Network(bare, model, tuple(notes))
@@ -88,10 +85,7 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
 def no_sync_unless_last(
     model: nn.Module, micro_step: int, grad_accum_steps: int
 ) -> contextlib.AbstractContextManager[None]:
-    """The context in which gradients stay on their rank, until the last micro-batch of a step.
-
-    Those of a sharded model stay in their replica.
-    """
+    """The context in which gradients stay on their rank (or replica) until a step's last pass."""
     last = micro_step == grad_accum_steps - 1
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
@@ -101,10 +95,7 @@ def no_sync_unless_last(
 
 
 def exposed_exchange_s(model: nn.Module) -> float:
-    """Seconds that a backward pass lately waited for gradients of other ranks with nothing to do.
-
-    DDP takes them by itself, on the device's own clock, in every hundredth step; FSDP does not.
-    """
+    """Seconds that a backward pass waited for other ranks' gradients (DDP times each 100th)."""
     if not isinstance(model, DistributedDataParallel):
         return 0.0
     seen: dict[str, Any] = model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
@@ -118,11 +109,8 @@ def reseed_attention_dropout(config: RunConfig, step: int, micro_step: int, rank
         torch.manual_seed(key_of(config.seed, "attention", step, micro_step, rank) >> 1)
 
 
-class filled_whole(TorchFunctionMode):  # noqa: N801  # used as a function is
-    """A context in which a sharded tensor is filled as if it were whole: with the same values.
-
-    The whole is there for a moment, and each rank keeps its slice.
-    """
+class fill_shards(TorchFunctionMode):  # noqa: N801  # used as a function is
+    """A context in which a sharded tensor is filled with the values of the full one."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -130,10 +118,10 @@ class filled_whole(TorchFunctionMode):  # noqa: N801  # used as a function is
         target = args[0] if args else None
         if func not in _FILLS or not isinstance(target, DTensor):
             return func(*args, **(kwargs or {}))
-        whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-        func(whole, *args[1:], **(kwargs or {}))
+        full = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        func(full, *args[1:], **(kwargs or {}))
         mesh, placements = target.device_mesh, target.placements
-        kept = distribute_tensor(whole, mesh, placements, src_data_rank=None)  # nothing is sent
+        kept = distribute_tensor(full, mesh, placements, src_data_rank=None)  # nothing is sent
         target.to_local().copy_(kept.to_local())
         return target
 
@@ -160,9 +148,7 @@ def _replicate(bare: Transformer, world: World) -> nn.Module:
     if world.world_size == 1:
         return bare
     block_mb = sum(p.numel() * p.element_size() for p in bare.blocks[0].parameters()) / 2**20
-    with (
-        warnings.catch_warnings()
-    ):  # torch 2.13 renames broadcast_buffers, 2.11 knows no other name
+    with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, 2.11 does not yet
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             bare,
@@ -173,45 +159,34 @@ def _replicate(bare: Transformer, world: World) -> nn.Module:
         )
 
 
-def _test_attention(config: RunConfig, device: torch.device) -> str:
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    try:
-        error = self_test(device, dtype, config.model)
-    except ModelError as failure:
-        raise TrainingError(str(failure)) from failure
-    return f"attention kernel: within {error:.1e} nats of fp32 math (limit 1e-3)"
-
-
 def _recompute_blocks(bare: Transformer, config: RunConfig) -> None:
     """Let each block keep its input alone (full), or its matrix products too (selective)."""
     options: dict[str, Any] = {"preserve_rng_state": config.model.attention_dropout > 0}
     if config.activation_checkpointing == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
+        contexts = recomputing.create_selective_checkpoint_contexts
+        options["context_fn"] = functools.partial(contexts, _keep)
     for block in bare.blocks:
         block.forward = functools.partial(_recomputed, block.forward, options)
 
 
-def _recomputed(forward: Callable[..., Tensor], options: dict[str, Any], *args: Any) -> Tensor:
+def _recomputed(forward: Callable[..., Tensor], options: dict[str, Any], *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args)
-    out: Tensor = checkpoint(forward, *args, use_reentrant=False, **options)
-    return out
+    return recomputing.checkpoint(forward, *args, use_reentrant=False, **options)
 
 
-def _keep(context: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+def _keep(context: object, operator: object, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Products are kept, pointwise work is done again."""
-    name = str(operator)
-    if name.startswith(("aten.mm", "aten.addmm", "aten._scaled_dot_product")):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+    product = str(operator).startswith(("aten.mm", "aten.addmm", "aten._scaled_dot_product"))
+    return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _lack_of_a_compiler(device: torch.device) -> str:
     """What torch.compile would miss on the CPU, or nothing."""
-    if device.type != "cpu":
-        return ""
-    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+    compilers = [shutil.which(name) for name in ("g++", "c++", "clang++")]
+    if device.type == "cpu" and not any(compilers):
         return "there is no C++ compiler (install g++, or --set compile=false)"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if device.type == "cpu" and not header.exists():
         return "Python.h is missing (install python3-dev, or --set compile=false)"
     return ""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,60 +16,42 @@ from shards.format import TOKENIZER
 from shards.reader import ShardReader
 from trainer.checkpoint import storage
 from trainer.checkpoint.retention import invalidate_after, mirror_of, newest_intact, resumable
-from trainer.checkpoint.runs import (
-    CONFIG,
-    METRICS,
-    checkpoints,
-    is_checkpoint,
-    newest_checkpoint,
-)
-from trainer.checkpoint.storage import read_record
+from trainer.checkpoint.runs import CONFIG, METRICS, checkpoints, is_checkpoint, newest_checkpoint
 from trainer.config.config import differences, load_config, save_config
-from trainer.config.plan import TrainPlan, describe
+from trainer.config.train_plan import TrainPlan, describe
 from trainer.data.batches import MicroBatches, StepRange
 from trainer.data.loader import Loader
 from trainer.distributed.world import World, make_deterministic
 from trainer.errors import CheckpointError, ConfigError
-from trainer.faults.history import NEW_HISTORY, GuardHistory, read_history
 from trainer.faults.inject import Faults, flip_a_bit
-from trainer.metrics import goodput
+from trainer.metrics import goodput, metrics
 from trainer.metrics.display import Display
-from trainer.metrics.metrics import Journal, RunEvent, read_events, read_lines, report_rank_failure
+from trainer.metrics.metrics import NEW_HISTORY, GuardHistory, Journal, RunEvent
 from trainer.optimizer.optimizer import make_optimizer
-from trainer.session.network import build_network, filled_whole
-from trainer.session.session import Session
-from trainer.session.state import (
-    State,
-    check_max_epochs,
-    describe_data_use,
-    initial_state,
-    state_from,
-)
+from trainer.session import state as states
+from trainer.session.network import build_network, fill_shards
+from trainer.session.state import Session, State, initial_state, state_from
 from trainer.validation.validation import HeldOutScorer, read_token_bytes
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunHistory:
+class RunHistory(NamedTuple):
     """What the folder of a run says of it so far."""
 
     candidates: list[Path]  # checkpoints to go on from, the newest first
     fallbacks: list[str]  # why none is taken from the run itself
-    explicit: bool  # one checkpoint was named: no other will do
     events: list[dict[str, Any]]
     guard: GuardHistory  # skipped updates and rollbacks that hold for the steps to come
-    tokens_per_s: float | None  # of its last logged step, if it has one
     new_history: bool  # what events.jsonl says of earlier steps need not hold for them
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResumePoint:
+class ResumePoint(NamedTuple):
     """The state to go on from, and the checkpoint that holds its weights and moments."""
 
     checkpoint: Path | None  # None: the beginning
     state: State
     notes: list[str]  # what differs from the configuration so far
     fallbacks: list[str]  # what is wrong with newer checkpoints
-    saved_unix_s: float | None = None  # when the run was in that state
+    saved_unix_s: float | None  # when the run was in that state
 
 
 @contextlib.contextmanager
@@ -86,8 +67,8 @@ def begin(
     point = find_checkpoint(plan, history, world)
     state = point.state
     if not restarted:
-        show_plan(plan, state, history.tokens_per_s, display)
-    check_max_epochs(plan, state)
+        show_plan(plan, state, measured_rate(run) if world.is_main else None, display)
+    states.check_max_epochs(plan, state)
     if config.deterministic:
         make_deterministic(world.device)
     network = build_network(config, world)
@@ -119,15 +100,12 @@ def begin(
 
 def show_plan(plan: TrainPlan, state: State, tokens_per_s: float | None, display: Display) -> None:
     """Print what the run will do from a state on; the rate is that of its last logged step."""
-    for line in (*describe(plan, tokens_per_s), *describe_data_use(plan, state)):
+    for line in (*describe(plan, tokens_per_s), *states.describe_data_use(plan, state)):
         display.print(line)
 
 
 def _prepare_folder(plan: TrainPlan, run: Path, step: int) -> tuple[list[str], list[Path]]:
-    """Set later checkpoints aside and write what makes the run explain itself.
-
-    The names of those set aside, and the checkpoints that stay.
-    """
+    """The names of later checkpoints, now set aside, and those that stay; config.json is new."""
     set_aside = invalidate_after(run, step, mirror_of(run, plan.config.checkpoint))
     save_config(run, plan.config)
     tokenizer = next(iter(plan.folders.values())) / TOKENIZER
@@ -137,11 +115,9 @@ def _prepare_folder(plan: TrainPlan, run: Path, step: int) -> tuple[list[str], l
 
 
 def _load_initial_weights(source: Path, model: Transformer) -> None:
-    """Give the model the weights of another run's newest checkpoint, or of one of its
-    checkpoints."""
-    checkpoint = newest_checkpoint(source)
-    weights = storage.load_weights(checkpoint)
-    with torch.no_grad(), filled_whole():
+    """Give the model the weights of another run's newest checkpoint."""
+    weights = storage.load_weights(newest_checkpoint(source))
+    with torch.no_grad(), fill_shards():
         for name, parameter in model.named_parameters():
             stored = weights.get(name)
             if stored is None or stored.shape != parameter.shape:
@@ -157,45 +133,31 @@ def _announce(
     session: Session, point: ResumePoint, notes: list[str], mark: dict[str, bool]
 ) -> None:
     state, say = point.state, session.display.print
+    # all that says which samples the steps from here on take, and on which rank
+    facts = {"step": state.step, "next_index": state.next_index, "skipped": state.skipped}
+    phases = [[phase.first_index, dict(phase.weights)] for phase in state.order.phases]
+    facts |= {"phases": phases, "shape": session.plan.shape._asdict()}
     for note in notes:
         say(note)
     if point.checkpoint is None:
         text = f"{session.run}: starting at step 0"
-        session.log(text, RunEvent.START, notes=notes, **mark, **_place(session, state))
+        session.log(text, RunEvent.START, notes=notes, **mark, **facts)
         return
     for reason in point.fallbacks:
         text = f"! {reason}; GOING ON FROM {point.checkpoint.name}"
         session.log(text, RunEvent.FALLBACK, reason=reason)
-    if state.order.phases[-1].first_index == state.next_index:
-        weights = dict(state.order.phases[-1].weights)
-        session.log(
-            f"the mixture is now {weights}", RunEvent.MIXTURE, step=state.step, weights=weights
-        )
+    if phases[-1][0] == state.next_index:
+        text = f"the mixture is now {phases[-1][1]}"
+        session.log(text, RunEvent.MIXTURE, step=state.step, weights=phases[-1][1])
     if state.step >= state.last_step(session.plan.config.max_steps):
         say(f"{session.run}: already at step {state.step}; --set max_steps=N takes it further")
     else:
-        text = f"resumed {point.checkpoint} at step {state.step}"
-        place = _place(session, state)
-        session.log(
-            text, RunEvent.RESUME, commit=str(point.checkpoint), notes=notes, **mark, **place
-        )
+        facts = {"commit": str(point.checkpoint), "notes": notes, **mark, **facts}
+        session.log(f"resumed {point.checkpoint} at step {state.step}", RunEvent.RESUME, **facts)
 
 
-def _place(session: Session, state: State) -> dict[str, Any]:
-    """All that says which samples the steps from here on take, and on which rank."""
-    phases = [[phase.first_index, dict(phase.weights)] for phase in state.order.phases]
-    shape = session.plan.shape._asdict()
-    place = {"step": state.step, "next_index": state.next_index, "skipped": state.skipped}
-    return {**place, "phases": phases, "shape": shape}
-
-
-def read_run_history(
-    plan: TrainPlan, run: Path, resume: str, *, restarted: bool = False
-) -> RunHistory:
-    """The history that `--resume auto|never|PATH` goes on with; ConfigError where it cannot.
-
-    `restarted`: the same job goes on by itself, after a rank was lost or the run rolled back.
-    """
+def read_run_history(plan: TrainPlan, run: Path, resume: str, *, restarted: bool) -> RunHistory:
+    """The history that `--resume auto|never|PATH` goes on with; ConfigError where it cannot."""
     own = checkpoints(run)
     if restarted and own:
         resume = "auto"
@@ -204,46 +166,30 @@ def read_run_history(
             f"{run} holds a run with checkpoints up to {own[-1].name}: --resume never would "
             "mix two runs; give another --out, or remove it"
         )
-    new_history = not restarted and _is_new_history(plan, run, resume)
-    candidates, fallbacks = _candidates(plan, run, resume)
-    return RunHistory(
-        candidates=candidates,
-        fallbacks=fallbacks,
-        explicit=resume not in ("auto", "never") and is_checkpoint(Path(resume)),
-        events=read_events(run),
-        guard=GuardHistory() if new_history else read_history(run),
-        tokens_per_s=measured_rate(run),
-        new_history=new_history,
-    )
+    named = resume not in ("auto", "never")
+    new_history = not restarted and (run / CONFIG).exists()
+    if new_history and not named:
+        new_history = bool(differences(load_config(run), plan.config))
+    guard = GuardHistory() if new_history else metrics.read_history(run)
+    found = _candidates(plan, run, resume)
+    return RunHistory(*found, metrics.read_events(run), guard, new_history)
 
 
 def find_checkpoint(plan: TrainPlan, history: RunHistory, world: World) -> ResumePoint:
-    """The newest intact checkpoint of a history with its state; the beginning if there is none.
-
-    All ranks verify it together. CheckpointError if there are some and none is intact.
-    """
-    if history.explicit:
-        [checkpoint] = history.candidates
-        record, fallbacks = storage.verify(checkpoint, world), history.fallbacks
-    elif (found := newest_intact(history.candidates, history.fallbacks, world)) is None:
-        return ResumePoint(checkpoint=None, state=initial_state(plan), notes=[], fallbacks=[])
-    else:
-        checkpoint, record, fallbacks = found
-    state, notes = state_from(record, plan)
-    return ResumePoint(
-        checkpoint=checkpoint,
-        state=state,
-        notes=notes,
-        fallbacks=fallbacks,
-        saved_unix_s=float(record.get("unix_s", time.time())),
-    )
+    """The newest intact checkpoint of a history, verified by all ranks; else the beginning."""
+    found = newest_intact(history.candidates, history.fallbacks, world)
+    if found is None:
+        return ResumePoint(None, initial_state(plan), [], [], None)
+    checkpoint, record, fallbacks = found
+    saved_unix_s = float(record.get("unix_s", time.time()))
+    return ResumePoint(checkpoint, *state_from(record, plan), fallbacks, saved_unix_s)
 
 
 def peek_state(plan: TrainPlan, run: Path, resume: str) -> State:
     """The state that a run would go on from, by its newest readable record; nothing is verified."""
     for checkpoint in _candidates(plan, run, resume)[0]:
         try:
-            return state_from(read_record(checkpoint), plan)[0]
+            return state_from(storage.read_record(checkpoint), plan)[0]
         except CheckpointError:
             continue  # reported when it is to be loaded
     return initial_state(plan)
@@ -251,7 +197,7 @@ def peek_state(plan: TrainPlan, run: Path, resume: str) -> State:
 
 def measured_rate(run: Path) -> float | None:
     """Tokens a second of a run's last logged step, if it has one."""
-    lines = read_lines(run / METRICS)
+    lines = metrics.read_lines(run / METRICS)
     return float(lines[-1]["tokens_per_s"]) if lines else None
 
 
@@ -263,13 +209,6 @@ def _candidates(plan: TrainPlan, run: Path, resume: str) -> tuple[list[Path], li
     if not found:
         raise CheckpointError(f"--resume {resume}: no checkpoint there; name a run or its step-N")
     return found, []
-
-
-def _is_new_history(plan: TrainPlan, run: Path, resume: str) -> bool:
-    if not (run / CONFIG).exists():
-        return False
-    explicit = resume not in ("auto", "never")
-    return explicit or bool(differences(load_config(run), plan.config))
 
 
 @contextlib.contextmanager
@@ -292,7 +231,8 @@ def open_loader(session: Session, state: State, faults: Faults) -> Iterator[Load
     batches = MicroBatches(order, readers, steps)
 
     def log(text: str) -> None:
-        report_rank_failure(session.run, f"! rank {rank}: {text}", RunEvent.LOADER, rank=rank)
+        text = f"! rank {rank}: {text}"
+        metrics.report_rank_failure(session.run, text, RunEvent.LOADER, rank=rank)
 
     loader = Loader(batches, plan.config.loader, session.world.device, plan.pad_id, log)
     with contextlib.closing(loader):
@@ -303,22 +243,18 @@ def open_held_out(plan: TrainPlan, world: World) -> HeldOutScorer | None:
     """What the run scores while it trains; None if it scores nothing."""
     if not plan.config.validation.interval:
         return None
-    opened: list[HeldOutScorer] = []
+    shards, opened = Path(plan.config.shards), list[HeldOutScorer]()
 
     def read() -> None:
-        opened.append(_read_held_out(plan, world))
+        scorer = HeldOutScorer(
+            {name: shards / name for name in (*plan.sources, *plan.evaluated)},
+            rows=plan.config.validation.rows,
+            batch_size=plan.shape.micro_batch_size,
+            pad_id=plan.pad_id,
+            token_bytes=read_token_bytes(shards / next(iter(plan.sources)), plan.tokenizer_sha256),
+            world=world,
+        )
+        opened.append(scorer)
 
     world.on_all(read)  # a damaged row stops all ranks: alone, one would leave the others waiting
     return opened[0] if opened[0].sources else None
-
-
-def _read_held_out(plan: TrainPlan, world: World) -> HeldOutScorer:
-    shards = Path(plan.config.shards)
-    return HeldOutScorer(
-        {name: shards / name for name in (*plan.sources, *plan.evaluated)},
-        rows=plan.config.validation.rows,
-        batch_size=plan.shape.micro_batch_size,
-        pad_id=plan.pad_id,
-        token_bytes=read_token_bytes(next(iter(plan.folders.values())), plan.tokenizer_sha256),
-        world=world,
-    )

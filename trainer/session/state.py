@@ -1,30 +1,41 @@
-"""What changes while a run trains: where it stands, what it has drawn, its checkpoint's record."""
+"""What a process holds of a run; its state, which changes in each step; the checkpoint's record."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+from torch.optim import Optimizer
 
 from shards.versions import writer_of
 from trainer.checkpoint.storage import Record
 from trainer.config.config import differences, from_stored, spell_value
-from trainer.config.plan import SourceFacts, TrainPlan
+from trainer.config.train_plan import SourceFacts, TrainPlan
 from trainer.data.mixture import DataOrder, Phase, leave_out
+from trainer.distributed.world import World
 from trainer.errors import ConfigError
-from trainer.faults.history import add_left_out
-from trainer.optimizer.schedule import Anneal
+from trainer.metrics.display import Display
+from trainer.metrics.metrics import GuardHistory, Journal, add_left_out
+from trainer.optimizer.optimizer import Anneal
+from trainer.session.network import Network
 
 DataUse = dict[str, dict[str, Any]]
 """Of each source: rows, tokens, epochs."""
 
 
+_AS_IT_IS: Final = ("step", "next_index", "time_s", "refused_in_a_row", "norms", "skipped")
+"""Fields that a record holds under their names."""
+
+
 @dataclass(kw_only=True)
 class State:
-    """Where a run stands. The weights and moments are with the model and the optimizer."""
+    """The state of a run, without weights and moments: the model and the optimizer hold those."""
 
     step: int = 0
     next_index: int = 0
@@ -86,12 +97,7 @@ class State:
     def record(self, plan: TrainPlan) -> Record:
         """What a checkpoint's record says of the run; `storage.save` adds files and versions."""
         return {
-            "step": self.step,
-            "next_index": self.next_index,
-            "time_s": self.time_s,
-            "refused_in_a_row": self.refused_in_a_row,
-            "norms": self.norms,
-            "skipped": self.skipped,
+            **{key: getattr(self, key) for key in _AS_IT_IS},
             "phases": [[phase.first_index, dict(phase.weights)] for phase in self.order.phases],
             "data": {name: asdict(facts) for name, facts in self.data.items()},
             "tokenizer_sha256": plan.tokenizer_sha256,
@@ -102,6 +108,48 @@ class State:
             "world_size": plan.shape.world_size,
             "config": asdict(plan.config),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What a process holds of a run."""
+
+    plan: TrainPlan
+    run: Path
+    world: World
+    display: Display
+    journal: Journal
+    network: Network
+    optimizer: Optimizer
+    history: GuardHistory
+    first_index: int  # where it began or was resumed
+    saved: list[Path]  # the checkpoints that the run had then, oldest first
+
+    def log(self, text: str, event: str, **facts: Any) -> None:
+        """Show a line and write the event down."""
+        self.display.print(text)
+        self.journal.event(event, **facts)
+
+
+@contextlib.contextmanager
+def claim(run: Path, world: World) -> Iterator[None]:
+    """The run's folder, made and held by this job alone until it ends, however it ends."""
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            run.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((run / ".lock").open("w"))
+            try:
+                # of the process: a lock of the file handle would be inherited by loader workers
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"{run} is being trained by another process: wait for it, stop it, "
+                    "or give another --out"
+                ) from None
+
+        world.on_main(lock)
+        yield
 
 
 def initial_state(plan: TrainPlan) -> State:
@@ -124,7 +172,13 @@ def state_from(record: Record, plan: TrainPlan) -> tuple[State, list[str]]:
     where, writer = f"the record of step {record['step']}", writer_of(record)
     before = from_stored(type(plan.config), record["config"], where, writer)
     changes = differences(before, plan.config)
-    _check_changes(changes, before.preset)
+    for key, (old, new) in changes.items():
+        if key.startswith("model.") or key in ("seed", "optim.name"):
+            raise ConfigError(
+                f"{key} is {spell_value(new)} and was {spell_value(old)} in this run: go on with "
+                f"--set {key}={spell_value(old)} (or the same --preset: it was {before.preset}), "
+                "or start a new run with --out"
+            )
     data = {
         name: from_stored(SourceFacts, facts, where, writer, f"data.{name}.")
         for name, facts in record["data"].items()
@@ -132,11 +186,11 @@ def state_from(record: Record, plan: TrainPlan) -> tuple[State, list[str]]:
     _check_data(record, data, plan)
     phases = tuple(Phase(int(first), dict(weights)) for first, weights in record["phases"])
     next_index, norms = int(record["next_index"]), [float(n) for n in record.get("norms", [])]
-    if phases[-1].weights != plan.weights:
+    new_phase = phases[-1].weights != plan.weights
+    if new_phase:
         phases += (Phase(next_index, plan.weights),)
-        norms = []  # other data may have gradients of another size
-    if "global_batch_tokens" in changes:
-        norms = []
+    if new_phase or "global_batch_tokens" in changes:
+        norms = []  # gradients may have another size
     another_budget = changes.keys() & {"max_dollars", "dollars_per_hour"}
     anneal = None if another_budget else record.get("anneal")
     state = State(
@@ -154,18 +208,8 @@ def state_from(record: Record, plan: TrainPlan) -> tuple[State, list[str]]:
     return state, [f"changed: {key} was {old}, is {new}" for key, (old, new) in changes.items()]
 
 
-def _check_changes(changes: dict[str, tuple[object, object]], preset: str) -> None:
-    for key, (old, new) in changes.items():
-        if key.startswith("model.") or key in ("seed", "optim.name"):
-            raise ConfigError(
-                f"{key} is {spell_value(new)} and was {spell_value(old)} in this run: go on with "
-                f"--set {key}={spell_value(old)} (or the same --preset: it was {preset}), "
-                "or start a new run with --out"
-            )
-
-
 def _check_data(record: Record, data: dict[str, SourceFacts], plan: TrainPlan) -> None:
-    """Refuse another tokenizer or changed sources; add the plan's new sources to `data`."""
+    """ConfigError for another tokenizer or changed sources; new sources are added to `data`."""
     if record["tokenizer_sha256"] != plan.tokenizer_sha256:
         raise ConfigError(
             "the shards were made with another tokenizer than this run has learned; "

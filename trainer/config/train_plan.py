@@ -10,9 +10,7 @@ from pathlib import Path
 from model.config import count_params, flops_per_token
 from trainer.config.config import RunConfig
 from trainer.data.mixture import BatchShape
-from trainer.distributed.devices import (
-    find_accelerator,
-)
+from trainer.distributed.devices import find_accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class TrainPlan:
     config: RunConfig
     weights: dict[str, int]
     sources: dict[str, SourceFacts]
-    evaluated: tuple[str, ...]  # sources held out as a whole, which are scored beside them
+    evaluated: tuple[str, ...]  # sources that are held out entirely, and scored too
     pad_id: int
     tokenizer_sha256: str
     shape: BatchShape
@@ -65,7 +63,11 @@ def describe(plan: TrainPlan, tokens_per_s: float | None = None) -> Iterator[str
     """The plan in lines, for people: configuration, data, batch, memory, length."""
     config, shape = plan.config, plan.shape
     model, n_params = config.model, count_params(config.model)
-    yield from _describe_config(config)
+    keys = asdict(config)
+    run = {"run": {key: value for key, value in keys.items() if not isinstance(value, dict)}}
+    for name, table in {**run, **keys}.items():
+        if isinstance(table, dict) and table:
+            yield f"{name}: " + " ".join(f"{key}={_spell(value)}" for key, value in table.items())
     yield from (f"! {note}" for note in plan.notes)
     yield from _describe_sources(plan)
     yield (
@@ -86,13 +88,6 @@ def describe(plan: TrainPlan, tokens_per_s: float | None = None) -> Iterator[str
         yield f"time: {duration} at the {tokens_per_s:,.0f} tokens/s that this run has measured"
 
 
-def _describe_config(config: RunConfig) -> Iterator[str]:
-    top = {k: v for k, v in asdict(config).items() if not isinstance(v, dict)}
-    tables = {k: v for k, v in asdict(config).items() if isinstance(v, dict) and v}
-    for name, table in {"run": top, **tables}.items():
-        yield f"{name}: " + " ".join(f"{key}={_spell(value)}" for key, value in table.items())
-
-
 def _spell(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
@@ -108,7 +103,7 @@ def _describe_sources(plan: TrainPlan) -> Iterator[str]:
             f"({facts.n_rows * facts.tokens_per_row:,.0f} tokens), {facts.n_val_rows:,} held out"
         )
     for name in plan.evaluated:
-        yield f"source {name}: held out as a whole, scored beside the others"
+        yield f"source {name}: held out entirely, scored with the others"
 
 
 def describe_bytes(parts: Mapping[str, int]) -> str:
