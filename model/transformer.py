@@ -12,10 +12,9 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention, LayerCache
+from model.attention import Attention, KVCache, LayerCache
 from model.config import ModelConfig
 from model.dropout import CounterDropout, row_state
-from model.kv_cache import KVCache
 from model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from model.loss import linear_cross_entropy
 from model.positions import Positions, PositionTables

@@ -3,10 +3,14 @@
 import ast
 import copy
 import importlib.util
+import marshal
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any, Final
 
 SWAPS: Final[dict[type[Any], type[Any]]] = {
@@ -153,9 +157,9 @@ def spelled(
 class Changed(SourceFileLoader):
     """Finds one module, and gives it another code than its file has."""
 
-    def __init__(self, module: str, path: Path, tree: ast.Module) -> None:
+    def __init__(self, module: str, path: Path, code: CodeType) -> None:
         super().__init__(module, str(path))
-        self._code = compile(ast.fix_missing_locations(tree), self.path, "exec")
+        self._code = code
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Where the module is from; None for any other."""
@@ -166,3 +170,20 @@ class Changed(SourceFileLoader):
     def get_code(self, fullname: str) -> Any:
         """The changed module's code."""
         return self._code
+
+
+def change(module: str, path: Path, tree: ast.Module, folder: Path) -> None:
+    """Let imports of `module`, here and in processes started from here, find it as `tree`."""
+    code = compile(ast.fix_missing_locations(tree), path, "exec")
+    sys.meta_path.insert(0, Changed(module, path, code))
+    (folder / "code").write_bytes(marshal.dumps(code))
+    start = f"""
+import marshal, sys
+from pathlib import Path
+sys.path.append({str(Path(__file__).parent)!r})
+from mutations import Changed
+code = marshal.loads(Path({str(folder / "code")!r}).read_bytes())
+sys.meta_path.insert(0, Changed({module!r}, Path({str(path)!r}), code))
+"""
+    (folder / "sitecustomize.py").write_text(start)  # Python imports it when it starts
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])

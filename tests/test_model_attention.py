@@ -225,3 +225,11 @@ def test_the_global_random_state_is_left_alone() -> None:
     torch.manual_seed(5)
     self_test("cpu", torch.float32, ModelConfig(n_heads=2, d_model=64, seq_len=16))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_expected_probabilities_are_made_on_the_queries_device() -> None:
+    q = k = torch.zeros(12, 8)
+    with torch.device("meta"):
+        uniform = model.attention._true_probabilities(q, k, 0.0)
+    assert uniform[0].tolist() == [1.0] + [0.0] * 7
+    torch.testing.assert_close(uniform[11], torch.tensor([2.0] * 4 + [1.0] * 4) / 12)

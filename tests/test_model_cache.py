@@ -1,10 +1,12 @@
 """Reading with a cache gives what reading without one gives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from model.attention import KVCache
 from model.config import ModelConfig, ModelError
-from model.kv_cache import KVCache
 from model.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -68,3 +70,11 @@ def test_a_full_cache_is_rejected_and_stays_as_it_was(model: Transformer) -> Non
 def test_a_cache_beyond_the_exact_context_is_rejected() -> None:
     with pytest.raises(ModelError, match="16449 tokens is beyond 16448"):
         KVCache(CONFIG, batch_size=1, max_len=16_449)
+
+
+def test_a_cache_of_one_layer_has_the_device_and_precision_asked_for() -> None:
+    cache = KVCache(replace(CONFIG, n_layers=1), 2, 8, "meta", torch.bfloat16)
+    [layer] = cache.layers
+    for held in (layer.keys, layer.values):
+        assert held.is_meta and held.dtype == torch.bfloat16
+    assert cache.length == 0 and KVCache(CONFIG, 2, 8).layers[0].keys.device.type == "cpu"

@@ -102,3 +102,9 @@ def test_the_site_survives_meta_and_dtype_moves_and_stays_out_of_checkpoints() -
     assert drop.site.dtype == torch.int32
     assert drop.site.item() == 7
     assert not drop.state_dict()
+
+
+def test_the_site_is_on_the_device_asked_for() -> None:
+    drop = CounterDropout(RATE, site=7)
+    drop.make_buffers(torch.device("meta"))
+    assert drop.site.is_meta

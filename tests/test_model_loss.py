@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model.loss
 from model.loss import linear_cross_entropy
 
 N, V, D = 37, 101, 24
@@ -141,3 +142,54 @@ def test_the_operator_passes_torch_s_own_checks() -> None:
     arguments = (hidden, weight, targets, 0.01, 7, torch.float64, True, False)
     operator = torch.ops.model_loss.linear_cross_entropy.default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_first_class_is_a_target_like_any_other() -> None:
+    hidden, weight, targets = inputs(torch.float64)
+    targets = torch.where(targets == -100, targets, targets % 2)
+    expected = loss_and_grads(textbook, hidden, weight, targets)
+    for part, other in zip(
+        loss_and_grads(linear_cross_entropy, hidden, weight, targets), expected, strict=True
+    ):
+        torch.testing.assert_close(part, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("elements", "rows"), [(8 * 50, 8), (10, 1)])
+def test_a_chunk_has_as_many_logits_as_the_device_is_given(
+    monkeypatch: pytest.MonkeyPatch, elements: int, rows: int
+) -> None:
+    """One row at least."""
+    shapes, measure = [], model.loss._measure
+
+    def noted(logits: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        shapes.append(tuple(logits.shape))
+        return measure(logits, *others)
+
+    monkeypatch.setattr(model.loss, "CHUNK_ELEMENTS", {"cpu": elements})
+    monkeypatch.setattr(model.loss, "_measure", noted)
+    monkeypatch.delattr(model.loss, "_compiled")  # not the default
+    hidden, weight = torch.randn(40, 1), torch.randn(50, 1)
+    linear_cross_entropy(hidden, weight, torch.zeros(40, dtype=torch.int64))
+    assert shapes == [(rows, 50)] * (40 // rows)
+
+
+def test_gradients_that_nobody_wants_take_no_memory() -> None:
+    hidden, weight, targets = (part.detach() for part in inputs())
+    operator = torch.ops.model_loss.linear_cross_entropy.default
+    _, *gradients = operator(hidden, weight, targets, 0.0, 7, torch.float32, False, False)
+    assert [gradient.numel() for gradient in gradients] == [0, 0]
+
+
+def test_an_input_in_another_precision_than_autocast_s_keeps_its_own() -> None:
+    hidden, weight, targets = inputs(torch.float16)
+    expected = loss_and_grads(linear_cross_entropy, hidden, weight, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = loss_and_grads(linear_cross_entropy, hidden, weight, targets)
+    assert all(map(torch.equal, got, expected))
+
+
+def test_bf16_chunks_are_summed_in_fp32() -> None:
+    hidden, weight, targets = (part.detach() for part in inputs(torch.bfloat16))
+    operator = torch.ops.model_loss.linear_cross_entropy.default
+    parts = operator(hidden, weight, targets, 0.0, 1, torch.bfloat16, True, False)
+    assert [part.dtype for part in parts] == [torch.float32, torch.bfloat16, torch.float32]

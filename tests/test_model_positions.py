@@ -5,7 +5,13 @@ import torch
 
 from model.config import MAX_ALIBI_CONTEXT, ModelConfig, ModelError
 from model.layers import rotate
-from model.positions import PositionTables, alibi_slopes, alibi_tables, rotary_tables
+from model.positions import (
+    FOLDED_DIMS,
+    PositionTables,
+    alibi_slopes,
+    alibi_tables,
+    rotary_tables,
+)
 
 CONFIG = ModelConfig(n_heads=2, d_model=32, seq_len=16)
 
@@ -112,3 +118,28 @@ def test_what_is_switched_off_has_no_table() -> None:
     assert not list(tables.buffers())
     assert tables(0, 40) == (None,) * 5
     assert not PositionTables(CONFIG).state_dict()
+
+
+def test_angles_are_exact_to_the_end_of_a_long_context() -> None:
+    """fp32 angles would be off by up to 2e-4 rad."""
+    cos, sin = rotary_tables(96, 500_000.0, 4096)
+    frequency = torch.logspace(0, -47 / 48, 48, base=500_000.0, dtype=torch.float64)
+    angle = torch.arange(4096)[:, None] * frequency
+    torch.testing.assert_close(cos.double(), angle.cos(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(sin.double(), angle.sin(), rtol=0, atol=1e-7)
+
+
+def test_tables_are_made_on_the_cpu_and_moved_to_the_device_asked_for() -> None:
+    with torch.device("meta"):
+        tables = (*rotary_tables(8, 10_000.0, 4), *alibi_tables(3, 8, 4))
+        positions = PositionTables(CONFIG)
+        positions.make_buffers(torch.device("cpu"))
+    assert all(table.device.type == "cpu" for table in (*tables, *positions.buffers()))
+    assert tables[2].shape[-1] == tables[3].shape[-1] == FOLDED_DIMS
+
+
+def test_tables_double_when_they_are_too_short_and_only_then() -> None:
+    tables = PositionTables(CONFIG)
+    for end, length in ((16, 16), (17, 32), (32, 32), (100, 100)):
+        tables(end - 1, 1)
+        assert [len(table) for table in tables.buffers()] == [length] * 4

@@ -181,3 +181,13 @@ def test_attention_dropout_is_the_kernel_s_own() -> None:
     assert not torch.equal(first, second)
     assert not torch.equal(first, plain)
     assert torch.equal(model(TOKENS, TARGETS), plain)
+
+
+def test_every_tensor_is_made_on_the_device_of_its_inputs() -> None:
+    """With another default device, a tensor made without `device=` would meet those of the CPU."""
+    model = Transformer(CONFIG)
+    expected = model(TOKENS, TARGETS, KEY)
+    with torch.device("meta"):
+        loss = model(TOKENS, TARGETS, KEY)
+        torch.autograd.backward(loss)
+    assert torch.equal(loss, expected)

@@ -27,7 +27,7 @@ PART = Part(file="a", first=0, last=1)
 
 
 def encoded(conversations: Any, vocabulary: Any) -> Any:
-    """[(ids, targets)] of conversations, and the refusals."""
+    """[(ids, targets)] of conversations, and the rejections."""
     maker = DocumentMaker(find("slimorca"), 0.0)
     (documents,) = maker.documents(0, PART, [Records(0, conversations)])
     encoder, template = make_encoder(vocabulary), ChatTemplate.of(vocabulary)

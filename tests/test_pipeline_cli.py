@@ -1,4 +1,4 @@
-"""The command line: what it says, and how it refuses."""
+"""The command line: what it says, and how it rejects."""
 
 import json
 import resource

@@ -210,14 +210,14 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("vocabulary", [Tokenizer.default(), small_tokenizer()])
 def test_slices_give_the_ids_of_the_whole(vocabulary: Tokenizer, small_slices: None) -> None:
     rng = random.Random(3)
-    sliced, whole = SlicedEncoder(vocabulary), ColumnarEncoder(vocabulary)
+    sliced, complete = SlicedEncoder(vocabulary), ColumnarEncoder(vocabulary)
     for _ in range(200):
         texts = []
         for _ in range(rng.randint(1, 4)):
             first = rng.randrange(len(LONG))
             texts.append(LONG[first : first + rng.choice([0, 5, 50, 200, 900])])
         array = pa.array(["left out", *texts], pa.large_string())[1:]
-        found, wanted = sliced.encode(array), whole.encode(array)
+        found, wanted = sliced.encode(array), complete.encode(array)
         assert found.tokens.tolist() == wanted.tokens.tolist(), texts
         assert found.starts.tolist() == wanted.starts.tolist()
 

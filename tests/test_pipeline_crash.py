@@ -37,11 +37,11 @@ class Stage:
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
-        assert self.run(place / "whole", 2) == 0, self.errors(place / "whole")
+        assert self.run(place / "complete", 2) == 0, self.errors(place / "complete")
         began = time.monotonic()
         self.run(next(self.outs), 2)
         self.seconds = time.monotonic() - began
-        self.expected = files(place / "whole")
+        self.expected = files(place / "complete")
 
     def ask(self, **order: Any) -> int:
         assert self.server.stdin is not None and self.server.stdout is not None
@@ -159,7 +159,7 @@ def test_a_run_killed_at_any_point_goes_on_to_the_same_bytes(masked: Stage) -> N
             assert files(out) == masked.expected, point
 
 
-def durability_faults(events: list[list[str]], whole: Any) -> set[str]:
+def durability_faults(events: list[list[str]], complete: Any) -> set[str]:
     """What a loss of power could have undone or left half, by what was flushed and when."""
     flushed: set[str] = set()
     visible: set[str] = set()
@@ -177,14 +177,14 @@ def durability_faults(events: list[list[str]], whole: Any) -> set[str]:
         elif event in ("replace", "link"):
             if name not in flushed:
                 found.add("a file is published that was not flushed")
-            if not required_by(other[0], {*whole, *visible}) <= durable:
+            if not required_by(other[0], {*complete, *visible}) <= durable:
                 found.add("a file is published before what it lists")
             visible.add(other[0])
         elif event == "unlink" and name in visible:
             if any(name in required_by(unit_record, [name]) for unit_record in durable):
                 found.add("a file is removed before what lists it")
             visible.discard(name)
-    if durable != set(whole):
+    if durable != set(complete):
         found.add("a folder is not flushed")
     return found
 
@@ -238,7 +238,7 @@ def test_a_repair_killed_at_any_point_is_repaired(masked: Stage) -> None:
     rng = random.Random(3)
 
     def harmed() -> tuple[Path, list[str]]:
-        out = Path(shutil.copytree(masked.place / "whole", next(masked.outs)))
+        out = Path(shutil.copytree(masked.place / "complete", next(masked.outs)))
         (source,) = out.iterdir()
         (source / "00001-000.mask.npy").unlink()
         return out, ["repair", str(source), "--data-files", str(masked.place / "in")]

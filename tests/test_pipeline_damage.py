@@ -35,7 +35,7 @@ class RandomDamage:
         self.kinds: list[Callable[[], Hit]] = [
             self.flip, self.flip, self.cut, self.extend, self.remove, self.zero, self.swap_shards,
             self.swap_sidecars, self.swap_pairs, self.swap_rows, self.edit, self.edit, self.edit,
-            self.edit_and_count_again, self.contradict, self.edit_refusals, self.put_more,
+            self.edit_and_count_again, self.contradict, self.edit_rejections, self.put_more,
         ]  # fmt: skip
         if any(".mask." in name for name in self.names):
             self.kinds.append(self.flip_mask)
@@ -189,14 +189,14 @@ class RandomDamage:
         path.write_bytes(json_bytes(value))
         return f"contradict, {key}", {path.name: set()}
 
-    def edit_refusals(self) -> Hit:
+    def edit_rejections(self) -> Hit:
         path = self.any([name for name in self.names if name.endswith(".jsonl")])
         lines = path.read_text().splitlines()
         number = self.rng.randrange(len(lines))
         entry = {**json.loads(lines[number]), "record": self.rng.randrange(100)}
         lines[number : number + 1] = self.rng.choice([[], [json.dumps(entry)], [lines[number]] * 2])
         path.write_text("".join(f"{line}\n" for line in lines))
-        return "refusals", {path.name: set()}
+        return "rejections", {path.name: set()}
 
     def put_more(self) -> Hit:
         path = self.any(self.shards)
@@ -216,7 +216,7 @@ def names_it(found: list[Damage], name: str, rows: set[int]) -> bool:
 
 
 @pytest.fixture(scope="module", params=["text", "chat"])
-def whole(request: Any, tmp_path_factory: Any) -> Any:
+def complete(request: Any, tmp_path_factory: Any) -> Any:
     """A folder with a prepared source of two units or more, with rejected records."""
     place, chat = tmp_path_factory.mktemp(request.param), request.param == "chat"
     for number in range(2 + (not chat)):
@@ -238,9 +238,9 @@ def wanted(out: Path, files: Path, chat: bool) -> Any:
 
 
 @pytest.fixture
-def folder(whole: Any, tmp_path: Path) -> Any:
+def folder(complete: Any, tmp_path: Path) -> Any:
     """A copy of the source's folder, to damage."""
-    (source,) = (path for path in whole[0].iterdir() if (path / "manifest.json").exists())
+    (source,) = (path for path in complete[0].iterdir() if (path / "manifest.json").exists())
     return Path(shutil.copytree(source, tmp_path / source.name))
 
 
@@ -266,8 +266,8 @@ def test_of_a_thousand_random_damages_all_are_named(folder: Path) -> None:
     assert not missed, "\n".join(map(repr, missed))
 
 
-def test_repair_redoes_the_units_concerned_and_no_others(whole: Any, folder: Path) -> None:
-    place, chat = whole
+def test_repair_redoes_the_units_concerned_and_no_others(complete: Any, folder: Path) -> None:
+    place, chat = complete
     before, damage = contents(folder), RandomDamage(folder, seed=2)
     files = (str(place / "in"),)
     for turn in range(25):

@@ -16,7 +16,7 @@ from pipeline.inputs.inputs import local_inputs
 from pipeline.inputs.reading import PartReader, Records
 from pipeline.inputs.sources import find
 from pipeline.text import documents
-from pipeline.text.documents import DocumentMaker, Documents, held_out, in_batches
+from pipeline.text.documents import DocumentMaker, held_out, in_batches
 from pipeline.units.units import cut_into_parts
 from pipeline_samples import TEXT
 from shards.format import Part
@@ -84,15 +84,15 @@ def test_batches_hold_the_same_documents() -> None:
         next(maker.documents(n, PART, [Records(n, pa.array([f"{n}", f"text {n}"]))]))
         for n in range(10)
     ]
-    (whole,) = in_batches(several, 1 << 20)
+    (full,) = in_batches(several, 1 << 20)
     single = list(in_batches(several, 1))
     assert [batch.texts.to_pylist() for batch in single] == [
         [f"{n}", f"text {n}"] for n in range(10)
     ]
-    assert whole.texts.to_pylist() == [text for batch in single for text in batch.texts.to_pylist()]
-    assert whole.parts.tolist() == np.repeat(np.arange(10), 2).tolist()
-    assert whole.records.tolist() == [r for n in range(10) for r in (n, n + 1)]
-    first = whole.first(3)
+    assert full.texts.to_pylist() == [text for batch in single for text in batch.texts.to_pylist()]
+    assert full.parts.tolist() == np.repeat(np.arange(10), 2).tolist()
+    assert full.records.tolist() == [r for n in range(10) for r in (n, n + 1)]
+    first = full.first(3)
     assert first.texts.to_pylist() == ["0", "text 0", "1"] and len(first) == 3
 
 
@@ -128,9 +128,7 @@ def test_a_bound_of_one_holds_out_what_hashes_to_zero() -> None:
     assert held_out(texts[:0], 1).tolist() == []
 
 
-def test_a_conversation_above_the_largest_record_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_above_the_largest_record_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "MAX_RECORD_BYTES", 5)
     maker = DocumentMaker(find("slimorca"), 0.0)
     chats = [
@@ -140,14 +138,9 @@ def test_a_conversation_above_the_largest_record_is_refused(
     (found,) = maker.documents(0, PART, [Records(3, chats)])
     assert found.records.tolist() == [3]
     assert [(each["record"], each["reason"]) for each in maker.rejected] == [(4, "above 128 MiB")]
-
-
-def test_a_text_above_the_largest_record_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "MAX_RECORD_BYTES", 5)
     maker = DocumentMaker(TEXT, 0.0)
     records = Records(40, pa.array(["12345", "123456", None, "é é"]))
     (found,) = maker.documents(0, PART, [records])
-    assert isinstance(found, Documents)
     assert found.texts.to_pylist() == ["12345", "é é"]
     assert found.records.tolist() == [40, 43]
     assert [(r["record"], r["reason"]) for r in maker.rejected] == [

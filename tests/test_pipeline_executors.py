@@ -48,8 +48,8 @@ class Stage:
         for number in range(N_UNITS):
             rows = [f"{number}/{n} {rng.choice(TEXTS)}" for n in range(4500)]
             write_jsonl(folder / "in" / f"{number:03}.jsonl", rows)
-        assert self.run("whole", "--workers", "1").returncode == 0
-        self.expected = contents(folder / "whole")
+        assert self.run("complete", "--workers", "1").returncode == 0
+        self.expected = contents(folder / "complete")
         assert sum(name.endswith(".rows.npy") for name in self.expected) > N_UNITS
 
     def arguments(self, out: str, *more: str) -> list[str]:
@@ -222,9 +222,9 @@ def test_parts_at_once_and_in_any_order_give_the_same_bytes(
     if files == "in":
         assert contents(tmp_path / "parts") == stage.expected
         return
-    process = start("whole", "1/1")
+    process = start("complete", "1/1")
     process.communicate(timeout=120)
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "parts") == contents(tmp_path / "complete")
 
 
 def test_the_array_script_of_the_readme_does_each_part_once(tmp_path: Path) -> None:
@@ -237,9 +237,8 @@ def test_the_array_script_of_the_readme_does_each_part_once(tmp_path: Path) -> N
     for task in (first, last):
         environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task),
                        "SLURM_ARRAY_TASK_COUNT": str(last - first + 1)}  # fmt: skip
-        whole = 'srun() { "$@"; }; summer-prep() { echo "$@"; }\n' + script
-        out = subprocess.run(["bash", "-c", whole], env=environment, capture_output=True, text=True,
-                             check=True).stdout  # fmt: skip
+        called = 'srun() { "$@"; }; summer-prep() { echo "$@"; }\n' + script
+        out = subprocess.check_output(["bash", "-c", called], env=environment, text=True)
         assert f"--workers {cores} " in out
         message.add(out.split("--part ")[1].strip())
     assert message == {f"1/{last}", f"{last}/{last}"}

@@ -156,7 +156,7 @@ PACKED = [".zst", ".gz"]
 
 @pytest.mark.parametrize("ending", [*ENDINGS, ".jsonl.zst", ".jsonl.gz", ".txt.zst", ".txt.gz"])
 def test_files_of_no_byte_and_of_one(tmp_path: Path, ending: str) -> None:
-    """Each is an error with the file's name, or some documents and refusals; nothing else."""
+    """Each is an error with the file's name, or some documents and rejections; nothing else."""
     write_jsonl(tmp_path / "a.jsonl", ["good"])
     for number, data in enumerate([b"", *(bytes([n]) for n in b'\n{}["a1 \0\xff\xef\r')]):
         path = tmp_path / f"b{number}{ending}"
@@ -184,20 +184,20 @@ def pack(ending: str, data: bytes) -> bytes:
 def test_a_compressed_file_cut_anywhere_is_noticed(tmp_path: Path, ending: str) -> None:
     blocks = [b'{"text": "%x"}\n' % random.Random(n).getrandbits(400) for n in range(3)]
     frames = [pack(ending, block) for block in blocks]
-    whole, edges = b"".join(frames), [0, len(frames[0]), len(frames[0] + frames[1])]
+    full, edges = b"".join(frames), [0, len(frames[0]), len(frames[0] + frames[1])]
     path = tmp_path / f"a.jsonl{ending}"
     large = b"".join(b'{"text": "%d"}\n' % random.Random(n).getrandbits(200) for n in range(5000))
     path.write_bytes(pack(ending, large)[:70_000])
     with pytest.raises(SourceError, match=r"is damaged .*fetch the file again"):
         read(path)
-    for cut in range(1, len(whole)):
-        path.write_bytes(whole[:cut])
+    for cut in range(1, len(full)):
+        path.write_bytes(full[:cut])
         if cut in edges:  # nothing in the format tells that there was more
             assert len(read(path)[0]) == edges.index(cut)
             continue
         with pytest.raises(SourceError, match=r"a\.jsonl\.\w+ is damaged .*fetch the file again"):
             read(path)
-    path.write_bytes(whole)
+    path.write_bytes(full)
     assert len(read(path)[0]) == 3
 
 
@@ -249,14 +249,14 @@ def test_spoilt_files_are_errors_or_rejections(
     tmp_path: Path, name: str, spoil: Callable[[bytes, random.Random], bytes]
 ) -> None:
     if name == "a.parquet":
-        whole = write_parquet(tmp_path / name, [f"text {n}" for n in range(40)]).read_bytes()
+        full = write_parquet(tmp_path / name, [f"text {n}" for n in range(40)]).read_bytes()
     else:
-        whole = write_jsonl(tmp_path / "x", [f"text {n}" for n in range(40)]).read_bytes()
+        full = write_jsonl(tmp_path / "x", [f"text {n}" for n in range(40)]).read_bytes()
         (tmp_path / "x").unlink()
-        whole = pack(name[-4:].lstrip("l"), whole) if name.endswith(("zst", "gz")) else whole
+        full = pack(name[-4:].lstrip("l"), full) if name.endswith(("zst", "gz")) else full
     rng = random.Random(3)
     for _ in range(60):
-        (tmp_path / name).write_bytes(spoil(whole, rng))
+        (tmp_path / name).write_bytes(spoil(full, rng))
         try:
             texts, _ = read(tmp_path / name)
         except SourceError as error:

@@ -79,9 +79,9 @@ def test_rows_are_the_stream_cut_and_padded(
 def test_choosing_documents_keeps_them_complete(lengths: list[int], data: Any) -> None:
     chosen = np.array(data.draw(st.lists(st.booleans(), min_size=len(lengths),
                                          max_size=len(lengths))))  # fmt: skip
-    whole = encoded(lengths, True, 0)
-    part = whole.choose(chosen)
-    pieces = np.split(whole.tokens, whole.starts[1:])
+    complete = encoded(lengths, True, 0)
+    part = complete.choose(chosen)
+    pieces = np.split(complete.tokens, complete.starts[1:])
     wanted = [piece.tolist() for piece, kept in zip(pieces, chosen, strict=True) if kept]
     found = np.split(part.tokens, part.starts[1:]) if len(part.starts) else []
     assert [piece.tolist() for piece in found] == wanted

@@ -1,4 +1,4 @@
-"""The whole stage: real sources, and the same bytes whoever makes them."""
+"""The complete stage: real sources, and the same bytes whoever makes them."""
 
 import os
 import random
@@ -130,11 +130,11 @@ prepare(request(Path(sys.argv[1]), sys.argv[2]), Executor("ray"), PrepareListene
 def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     corpus(tmp_path / "in")
-    prepared(request(tmp_path / "whole", str(tmp_path / "in")))
+    prepared(request(tmp_path / "complete", str(tmp_path / "in")))
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), "tests", "."])
     command = [sys.executable, "-c", RUN_ON_RAY, str(tmp_path / "ray"), str(tmp_path / "in")]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
-    assert contents(tmp_path / "whole") == contents(tmp_path / "ray")
+    assert contents(tmp_path / "complete") == contents(tmp_path / "ray")
 
 
 def test_a_finished_source_is_left_alone(tmp_path: Path) -> None:

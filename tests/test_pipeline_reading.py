@@ -166,8 +166,8 @@ def test_files_that_cannot_be_read_are_named_with_the_fix(tmp_path: Path) -> Non
     chat = Source(name="m", about="", licence="", shape="chat", text_column="content")
     with pytest.raises(SourceError, match="not a list of turns"):
         read(tmp_path / "a.parquet", chat)
-    whole = (tmp_path / "a.parquet").read_bytes()
-    (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    complete = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(complete[: len(complete) // 2])
     with pytest.raises(SourceError, match=r"b\.parquet is damaged"):
         read(tmp_path / "b.parquet")
     for name in ("c.parquet", "c.jsonl.zst"):

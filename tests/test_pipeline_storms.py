@@ -1,4 +1,4 @@
-"""A Hub that refuses, stalls, cuts short, hangs up or dies changes no byte."""
+"""A Hub that rejects, stalls, cuts short, hangs up or dies changes no byte."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Publishing: whole or absent, first writer wins, nothing of the dead stays."""
+"""Publishing: complete or absent, first writer wins, nothing of the dead stays."""
 
 import os
 import signal

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shards import writer as writer_module
 from shards.errors import ShardError
 from shards.format import Part
-from shards.reader import ShardReader, find_sources, read_manifest
+from shards.reader import RowFile, ShardReader, find_sources, read_manifest
 from shards.writer import ShardWriter, write_manifest
 from shards_samples import make_source, sample_facts
 
@@ -215,6 +215,15 @@ def test_a_row_that_ends_early_is_damaged_whatever_the_buffer_held(
     os.truncate(tmp_path / "s" / name, (tmp_path / "s" / name).stat().st_size - 1)
     with pytest.raises(ShardError, match="row 1 is damaged"):
         reader.read(1, tokens, mask)
+
+
+def test_some_rows_of_a_file_are_read_at_once(tmp_path: Path) -> None:
+    rows = np.arange(20, dtype=np.uint16).reshape(5, 4)
+    np.save(tmp_path / "rows.npy", rows)
+    file = RowFile(tmp_path / "rows.npy", (5, 4), "uint16")
+    np.testing.assert_array_equal(file.read(slice(2, 5)), rows[2:5])
+    os.truncate(tmp_path / "rows.npy", file.n_bytes - 8)
+    np.testing.assert_array_equal(file.read(slice(3, 5)), [rows[3], [0] * 4])
 
 
 def test_sources_are_found_and_unfinished_ones_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.kv_cache import KVCache
+from model.attention import KVCache
 from pipeline.errors import SourceError
 from pipeline.inputs.sources import Source
 from shards.errors import SummerError

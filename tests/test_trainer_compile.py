@@ -64,7 +64,7 @@ def compiled(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     torch._dynamo.reset()
     counters.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.train.reseed_attention_dropout", note)
+        patch.setattr("trainer.session.network.reseed_attention_dropout", note)
         curve = losses(shards, tmp_path_factory.mktemp("run"), compile="true")
     seen.append((STEPS, *compiler_s_work()))
     yield Compiled(curve, seen)

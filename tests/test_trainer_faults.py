@@ -235,6 +235,7 @@ def test_no_fault_happens_twice(
 
 def test_faults_are_parsed_or_rejected() -> None:
     assert parse_faults("") == ()
+    assert parse_faults("rot:1:2") == (Fault("bit-flip", 1, 2),)  # as version 0.1 called it
     assert parse_faults("nan:0:3, full-disk:12:40") == (
         Fault("nan", 0, 3),
         Fault("full-disk", 12, 40),

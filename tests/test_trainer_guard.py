@@ -255,3 +255,37 @@ def test_a_guard_that_cannot_be(key: str, shards: Path) -> None:
     name, _, value = key.partition("=")
     with pytest.raises(ConfigError, match=rf"guard\.{name}={value}.*must be at least"):
         small_plan(shards, 1, **{f"guard__{name}": value})
+
+
+def test_every_limit_of_the_guard_s_options() -> None:
+    least = {"window": 8, "sigma": 0, "ratio": 1, "patience": 1, "max_rollbacks": 0}
+    least["hang_timeout_s"] = 0
+    GuardConfig(**least)
+    for key, value in least.items():
+        with pytest.raises(ConfigError, match=f"guard.{key}={value - 1}"):
+            GuardConfig(**{key: value - 1})
+
+
+def test_the_guard_s_defaults_are_the_published_rule_s() -> None:
+    assert GuardConfig() == GuardConfig(
+        window=128, sigma=6.0, ratio=2.0, patience=20, max_rollbacks=3, hang_timeout_s=600.0
+    )
+
+
+def test_a_spike_lies_so_many_sample_deviations_above_the_mean() -> None:
+    """Of the logarithms, with n - 1 below the sum; one norm just below, one just above."""
+    logs = np.log([1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 1.0, 2.0])
+    limit = np.exp(logs.mean() + 2.5 * logs.std(ddof=1))
+    config = GuardConfig(window=16, sigma=2.5, ratio=1.0)
+    for factor, expected in ((0.999, False), (1.001, True)):
+        guard = Guard(config, np.exp(logs).tolist(), CPU)
+        assert skips(guard, float(limit * factor)) is expected
+
+
+def test_a_norm_of_zero_is_accepted_and_does_not_enter_the_window() -> None:
+    guard = Guard(GuardConfig(window=8), QUIET, CPU)
+    assert not any(skips(guard, 0.0) for _ in range(8))
+    assert skips(guard, 2.5)
+    for _ in range(8):  # small ones do: now 0.5 is the spike
+        skips(guard, 0.1)
+    assert skips(guard, 0.5)

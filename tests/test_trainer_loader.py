@@ -1,6 +1,7 @@
 """Micro-batches: the right rows, in the right order, with the right targets."""
 
 import os
+import pickle
 import re
 import signal
 import threading
@@ -14,7 +15,7 @@ from model.loss import IGNORED
 from shards.errors import ShardError
 from shards.reader import ShardReader
 from shards_samples import make_source
-from trainer.data.batches import HostBatch, MicroBatches, StepRange, to_device
+from trainer.data.batches import HostBatch, MicroBatches, ReadFailure, StepRange, to_device
 from trainer.data.loader import Loader, LoaderConfig
 from trainer.data.mixture import BatchShape, DataOrder, Keys, Phase, dropout_keys
 from trainer.errors import TrainingError
@@ -201,3 +202,35 @@ def test_workers_that_always_die_are_an_error_with_a_fix(
     with pytest.raises(TrainingError, match=message):
         loader.next()
     loader.close()
+
+
+def test_a_disk_that_fails_is_a_failure_that_is_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: ShardReader, *args: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    batches = batches_of(make_shards(tmp_path), BatchShape(8, 8, 1), 1)
+    monkeypatch.setattr(ShardReader, "read", fails)
+    failure = next(iter(batches))
+    assert isinstance(failure, ReadFailure)
+    assert str(failure.error) == "a shard cannot be read: [Errno 5] Input/output error"
+
+
+def test_an_empty_micro_batch_is_like_any_other_but_has_no_target(tmp_path: Path) -> None:
+    batches = batches_of(make_shards(tmp_path), BatchShape(8, 4, 1), 1)
+    empty, full = batches.empty(), next(iter(batches))
+    assert isinstance(full, HostBatch)
+    for part, other in ((empty.tokens, full.tokens), (empty.dropout_key, full.dropout_key)):
+        assert (part.shape, part.dtype) == (other.shape, other.dtype)
+    batch = to_device(empty, CPU, pad_id=7)
+    assert (batch.targets == IGNORED).all() and batch.targets.shape == full.tokens.shape
+    assert not batch.tokens.any() and not batch.dropout_key.any()
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[True, False]])])
+def test_a_batch_survives_the_workers_pipe(mask: torch.Tensor | None) -> None:
+    host = HostBatch(torch.tensor([[7, 8]], dtype=torch.uint16), mask, torch.tensor([[1, -2]]))
+    back = pickle.loads(pickle.dumps(host))
+    assert torch.equal(back.tokens, host.tokens) and torch.equal(back.dropout_key, host.dropout_key)
+    assert back.is_target is None if mask is None else torch.equal(back.is_target, mask)

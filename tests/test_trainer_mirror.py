@@ -82,7 +82,7 @@ def test_a_copy_that_went_wrong_is_no_checkpoint(
 
     def wrongly(source: Path, target: Path) -> None:
         copyfile(source, target)
-        if "step-4" in str(target):
+        if "step-6" in str(target):  # the last one, which is copied however slow the mirror is
             flip(target)
 
     monkeypatch.setattr(shutil, "copyfile", wrongly)
@@ -92,8 +92,7 @@ def test_a_copy_that_went_wrong_is_no_checkpoint(
         checkpoint__keep_last=9,
     )  # fmt: skip
     train(plan, tmp_path / "run", display=said)
-    assert [c.name for c in checkpoints(tmp_path / "mirror" / "run")][-1] == "step-6"
-    assert "step-4" not in [c.name for c in checkpoints(tmp_path / "mirror" / "run")]
+    assert "step-6" not in [c.name for c in checkpoints(tmp_path / "mirror" / "run")]
     assert "is not what was copied (its digest differs)); TRAINING GOES ON" in said
     assert len(checkpoints(tmp_path / "run")) == 3
 

@@ -1,5 +1,6 @@
 """The data order, by its properties: shares, permutations, ranks, phases."""
 
+import hashlib
 import math
 import tempfile
 from collections import Counter
@@ -290,3 +291,38 @@ def test_dropout_keys_belong_to_samples() -> None:
     assert len(np.unique(keys, axis=0)) == 1000
     assert np.array_equal(dropout_keys(0, np.array([7, 5]))[1], keys[5])
     assert not np.array_equal(dropout_keys(1, np.arange(1000)), keys)
+
+
+def digest(*arrays: np.ndarray) -> str:
+    joined = b"".join(np.ascontiguousarray(array, "<i8").tobytes() for array in arrays)
+    return hashlib.sha256(joined).hexdigest()[:16]
+
+
+BEGIN = [2, 0, 2, 2, 2, 0, 2, 2]
+LOCATED = "834c50ffd0c94be1"
+PERMUTED = {
+    7: "3dd2aebb0bb8e522",
+    4096: "272a075b93c00beb",
+    4097: "a46cc132e1c3e2b5",
+    10000: "f220c90e75703462",
+}
+SAMPLES = [20, 22]
+KEYS = [[-1138008063, -904351133], [2029280830, 244003380]]
+
+
+def test_the_order_of_a_run_is_the_same_in_every_version() -> None:
+    """A run that goes on reads on where it was: numbers written down, not a property."""
+    rows = {"books": 40, "chat": 9, "web": 5000}
+    phases = [Phase(0, {"books": 1, "web": 3}), Phase(100, {"books": 2, "chat": 1, "web": 5})]
+    order = DataOrder(seed=5, rows=rows, phases=phases)
+    located = order.locate(np.arange(700))
+    assert located.source[:8].tolist() == BEGIN
+    assert digest(*located) == LOCATED
+    assert balanced_pattern([1, 1, 3]).tolist() == [2, 0, 2, 1, 2]
+    assert balanced_pattern([1, 1, 1, 5]).tolist() == [3, 3, 0, 3, 1, 3, 2, 3]
+    for n, expected in PERMUTED.items():
+        permutation = Permutation(n, 17)
+        assert digest(permutation(np.arange(n))) == expected
+    shape = BatchShape(8, 2, 2)
+    assert micro_batch_indices(5, 16, shape, 1, 1).tolist() == SAMPLES
+    assert dropout_keys(5, np.array([0, 2**40])).tolist() == KEYS

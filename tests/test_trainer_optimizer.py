@@ -23,6 +23,7 @@ from trainer.optimizer.optimizer import (
     OptimConfig,
     finish_gradients,
     make_optimizer,
+    optimizer_bytes,
     set_lr,
     update,
 )
@@ -217,3 +218,38 @@ def test_a_run_from_before_there_was_a_choice_goes_on() -> None:
     assert before == RunConfig()
     linear = RunConfig(optim=OptimConfig(schedule="linear"))
     assert differences(before, linear) == {"optim.schedule": ("cosine", "linear")}
+
+
+def test_clipping_a_tiny_gradient_never_makes_it_larger() -> None:
+    """torch's own rule: the limit over the norm and 1e-6, at most 1."""
+    for limit, factor in ((1e-6, 0.25), (1.0, 1.0)):
+        toy = Toy()
+        with_gradients(toy, 1e-6)  # the norm of nine is 3e-6
+        optimizer = make_optimizer(toy, OptimConfig())
+        finish_gradients(optimizer, 1, torch.tensor(1.0), OptimConfig(grad_clip=limit))
+        assert toy.matrix.grad is not None
+        assert toy.matrix.grad.flatten().tolist() == pytest.approx([1e-6 * factor] * 6, rel=1e-5)
+
+
+def test_an_optimizer_is_made_on_the_device_of_its_weights() -> None:
+    toy = Toy()
+    with torch.device("meta"):
+        optimizer = make_optimizer(toy, OptimConfig())
+        optimizer_bytes.cache_clear()
+        assert optimizer_bytes(OptimConfig()) == 8
+    assert all(not value.is_meta for value in tensors_of(toy, optimizer))
+
+
+@pytest.mark.parametrize("key", ["weight_decay", "eps", "grad_clip", "warmup_steps"])
+def test_no_option_may_be_negative_and_each_may_be_zero(key: str) -> None:
+    options: dict[str, Any] = {key: 0}
+    assert getattr(OptimConfig(**options), key) == 0
+    with pytest.raises(ConfigError, match=rf"optim.{key}=-1"):
+        OptimConfig(**options | {key: -1})
+
+
+@pytest.mark.parametrize(("beta1", "beta2"), [(1.0, 0.5), (0.5, 1.0), (-0.1, 0.5), (0.5, -0.1)])
+def test_each_beta_lies_below_one(beta1: float, beta2: float) -> None:
+    assert OptimConfig(beta1=0, beta2=0).beta2 == 0
+    with pytest.raises(ConfigError, match=r"must lie in \[0, 1\)"):
+        OptimConfig(beta1=beta1, beta2=beta2)

@@ -1,7 +1,7 @@
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.optimizer.optimizer import OptimConfig, lr_at
+from trainer.optimizer.optimizer import Anneal, OptimConfig, lr_at
 
 OPTIM = OptimConfig(lr=1.0, warmup_steps=10)
 
@@ -35,3 +35,35 @@ def test_min_lr_may_be_given() -> None:
 
 def test_a_run_shorter_than_its_warmup() -> None:
     assert [lr_at(step, OPTIM, 5) for step in (0, 4)] == pytest.approx([0.1, 0.5])
+
+
+def test_an_anneal_is_a_line_from_its_first_rate_to_the_least() -> None:
+    anneal = Anneal(55, 10)
+    assert anneal.last_step == 65
+    assert lr_at(54, OPTIM, 100, anneal) == lr_at(54, OPTIM, 100)
+    rates = [lr_at(step, OPTIM, 100, anneal) for step in (55, 60, 64, 65, 70)]
+    assert rates == pytest.approx([0.55, 0.325, 0.145, 0.1, 0.1])
+    assert lr_at(55, OPTIM, 100, Anneal(55, 0)) == pytest.approx(0.55)
+    early = [lr_at(step, OPTIM, 100, Anneal(0, 4)) for step in range(3)]
+    assert early == pytest.approx([0.1, 0.1, 0.1])  # begins at the least rate: nothing to go down
+    below = [
+        lr_at(step, OptimConfig(lr=1.0, warmup_steps=20), 100, Anneal(0, 4)) for step in (0, 3)
+    ]
+    assert below == pytest.approx([0.05, 0.05])  # begins below it, and never goes up
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_rate_is_a_number_above_zero(lr: float) -> None:
+    with pytest.raises(ConfigError, match="must be a number above 0"):
+        OptimConfig(lr=lr)
+
+
+def test_the_least_rate_may_be_the_rate() -> None:
+    assert lr_at(50, OptimConfig(lr=1.0, min_lr=1.0, warmup_steps=0), 100) == 1.0
+    with pytest.raises(ConfigError, match="between 0 and lr"):
+        OptimConfig(lr=1.0, min_lr=-0.1)
+
+
+def test_a_warmup_as_long_as_the_run_ends_it_at_the_rate() -> None:
+    assert lr_at(10, OPTIM, 10) == pytest.approx(1.0)
+    assert lr_at(10, OPTIM, 11) == 1.0 and lr_at(11, OPTIM, 11) == pytest.approx(0.1)

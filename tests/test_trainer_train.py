@@ -21,6 +21,7 @@ from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.checkpoint.storage import load_weights
 from trainer.config.config import load_config
 from trainer.errors import ConfigError, TrainingError
+from trainer.faults.heartbeat import Watchdog
 from trainer.metrics.metrics import read_lines
 from trainer.train import Outcome, train
 from trainer_samples import (
@@ -157,3 +158,20 @@ def test_training_outside_the_main_thread(shards: Path, tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert outcomes[0].step == 1
+
+
+def test_the_watchdog_knows_what_each_step_does(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = list[tuple[int, str]]()
+    monkeypatch.setattr(Watchdog, "mark", lambda self, *mark: marks.append(mark))
+    freed = list[bool]()
+    monkeypatch.setattr("trainer.train.keep_freed_memory", lambda: freed.append(True))
+    changes: dict[str, Any] = {"micro_batch_size": 4, "checkpoint__interval_steps": 2}
+    changes |= {"validation__interval": 2, "validation__rows": 1}
+    train(small_plan(shards, max_steps=3, **changes), tmp_path / "run")
+    assert freed == [True]
+    steps = [[(step, part) for part in ("data", "gradient")] * 2 for step in (1, 2, 3)]
+    assert marks == [
+        *steps[0], *steps[1], (2, "validation"), (2, "checkpoint"), *steps[2], (3, "checkpoint")
+    ]  # fmt: skip

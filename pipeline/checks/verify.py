@@ -53,7 +53,7 @@ class Damage:
 
     @property
     def unit(self) -> str | None:
-        """The unit that it belongs to; None if the file is one of the whole source's."""
+        """The unit that it belongs to; None if the file is of no unit."""
         name = self.file.split(".")[0].split("-")[0]
         return name if name.isdigit() else None
 

@@ -188,7 +188,7 @@ def _read_lines(
 
 
 def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[bytes | None]:
-    """Whole lines, about 8 MiB at a time; None stands for one line above the largest record.
+    """Complete lines, about 8 MiB at a time; None stands for one line above the largest record.
 
     The lines are those that begin in [first, last), so that neighbouring ranges share none.
     """
@@ -199,10 +199,10 @@ def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[byte
         cut = tail.find(b"\n", max(searched, end - 1 - begun)) + 1 if at >= end else 0
         cut = cut or tail.rfind(b"\n", searched) + 1
         if cut:
-            whole = [bytes(tail[:cut])]
+            lines = [bytes(tail[:cut])]
             del tail[:cut]
             searched = len(tail)
-            yield whole.pop()  # not kept here: a line may be of many megabytes
+            yield lines.pop()  # not kept here: a line may be of many megabytes
         elif len(tail) > MAX_RECORD_BYTES:
             yield None
             at, tail = _skip_line(stream, at, end)
@@ -229,7 +229,7 @@ def _skip_line(stream: BinaryIO, at: int, end: int) -> tuple[int, bytearray]:
 
 
 def parse_lines(block: bytes, first: int, source: Source) -> Records:
-    """The records of whole lines: one for each that is not blank."""
+    """The records of complete lines: one for each that is not blank."""
     lines = block if block.endswith(b"\n") else block + b"\n"
     values = _parse_fast(lines, source) if _one_object_a_line(lines) else None
     if values is not None:
@@ -321,7 +321,7 @@ def raw_lines(block: bytes, first: int) -> Records:
 
 
 def _read_whole(stream: BinaryIO) -> Iterator[Records]:
-    """The whole file as one record."""
+    """The file as one record."""
     chunks, size = [], 0
     while size <= MAX_RECORD_BYTES and (data := stream.read(BLOCK_BYTES)):
         chunks.append(data)

@@ -250,7 +250,7 @@ def _parse(model: bytes, name: str) -> Any:
 
 
 def _check_usable(proto: Any, info: TokenizerInfo) -> None:
-    """TokenizerError unless the ids can be told apart from BOS, EOS and padding."""
+    """TokenizerError unless the ids differ from those of BOS, EOS and padding."""
     kinds = proto.SentencePiece
     if min(info.bos_id, info.eos_id) < 0:
         raise TokenizerError(

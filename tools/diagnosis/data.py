@@ -74,7 +74,8 @@ def shards(context: Context) -> Iterator[CheckResult]:
         if not fast:
             text = f"{text}; {readers} of them may be too slow for {wanted:,.0f} tokens/s"
             fix = "a faster disk, or loader.num_workers"
-        figures = {"tokens_per_s": rate}
+        n_bytes = rate * np.dtype(manifest.facts.dtype).itemsize
+        figures = {"tokens_per_s": rate, "bytes_per_s": n_bytes}
         yield CheckResult("ok" if fast else "warn", "shards", text, fix, figures=figures)
 
 

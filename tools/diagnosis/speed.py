@@ -58,7 +58,7 @@ def products(context: Context) -> Iterator[CheckResult]:
     rates = _on_each(context, lambda: product_rate(context.device, dtype))
     context.measured["product_flops_per_s"] = min(rates)
     text = f"TFLOP/s in {context.config.precision}"
-    yield _compared("products", rates, text, stated, {"flops_per_s": min(rates)})
+    yield _compared("products", rates, text, stated, "flops_per_s")
 
 
 def bandwidth(context: Context) -> Iterator[CheckResult]:
@@ -70,14 +70,15 @@ def bandwidth(context: Context) -> Iterator[CheckResult]:
         stated.append(Stated(known.memory_tb_s * 1e12, text, 0.6, known.source))
     rates = _on_each(context, lambda: memory_rate(context.device))
     text = "TB/s copied (read and written bytes both counted)"
-    yield _compared("bandwidth", rates, text, stated, {"bytes_per_s": min(rates)})
+    yield _compared("bandwidth", rates, text, stated, "bytes_per_s")
 
 
 def _compared(
-    topic: str, rates: list[float], unit: str, stated: list[Stated], figures: dict[str, float]
+    topic: str, rates: list[float], unit: str, stated: list[Stated], key: str
 ) -> CheckResult:
     """The slowest device's rate against its maker's figures, of which the last decides."""
     rate = min(rates)
+    figures = {key: rate, f"{key}_of_the_best": max(rates)}
     text = f"{rate / 1e12:.3g} {unit}"
     if len(rates) > 1:
         text += f" on device {rates.index(rate)}, the slowest (best: {max(rates) / 1e12:,.3g})"
@@ -137,7 +138,8 @@ def all_reduce(context: Context) -> Iterator[CheckResult]:
     seconds = time_all_reduce(context.device, n, n_bytes)
     algorithm = context.measured["exchange_bytes_per_s"] = n_bytes / seconds
     bus = algorithm * 2 * (n - 1) / n
-    figures = {"bytes": n_bytes, "algorithm_bytes_per_s": algorithm, "bus_bytes_per_s": bus}
+    figures = {"ranks": n, "bytes": n_bytes, "seconds": seconds}
+    figures |= {"algorithm_bytes_per_s": algorithm, "bus_bytes_per_s": bus}
     text = (
         f"{n} ranks, {n_bytes / 1e6:,.1f} MB in {seconds * 1e3:,.1f} ms: "
         f"algorithm {algorithm / 1e9:,.3g} GB/s, bus {bus / 1e9:,.3g}"

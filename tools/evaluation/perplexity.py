@@ -16,7 +16,6 @@ metric would move on other windows of the same kind of text.
 
 import math
 import time
-from collections.abc import Sequence
 from typing import Any, Final, cast
 
 import numpy as np
@@ -26,7 +25,6 @@ from tools.evaluation.cards import Metric, Result
 from tools.evaluation.protocols import (
     PLANS,
     BosPolicy,
-    Ids,
     Protocol,
     ProtocolName,
     WindowPlan,
@@ -34,7 +32,7 @@ from tools.evaluation.protocols import (
 )
 from tools.evaluation.scoring import Progress, Scorer, check_context, score
 from tools.evaluation.tasks import TaskOptions
-from tools.evaluation.wikitext import READ_AS, EvaluationText, Piece, read_text
+from tools.evaluation.wikitext import READ_AS, EvaluationText, read_text
 from tools.models.loading import LoadedModel
 from tools.models.tokenizers import Vocabulary
 
@@ -74,7 +72,10 @@ def measure(
     pieces = text.pieces(protocol.name)
     by_page = protocol.name == "lm-eval"
     chosen = pieces[:limit] if by_page else pieces
-    all_windows = plan_windows(encode(loaded.vocabulary, chosen), protocol)
+    ids = [np.asarray(loaded.vocabulary.encode(piece.text), np.int64) for piece in chosen]
+    if not any(map(len, ids)):
+        raise EvaluationError("the text is empty: name another file with --data")
+    all_windows = plan_windows(ids, protocol)
     plan = all_windows if by_page else all_windows[:limit]
     scored = score(Scorer.of(loaded), plan, batch_tokens=batch_tokens, progress=progress)
     share = scored_share(plan, loaded.vocabulary)
@@ -117,14 +118,6 @@ def measure(
         model=loaded.describe(),
         notes=_notes(settings, loaded.trained_context),
     )
-
-
-def encode(vocabulary: Vocabulary, pieces: Sequence[Piece]) -> list[Ids]:
-    """The tokens of each text, without BOS."""
-    ids = [np.asarray(vocabulary.encode(piece.text), dtype=np.int64) for piece in pieces]
-    if not sum(map(len, ids)):
-        raise EvaluationError("the text is empty: name another file with --data")
-    return ids
 
 
 def scored_share(plan: WindowPlan, vocabulary: Vocabulary) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from model.kv_cache import KVCache
+from model.attention import KVCache
 from tools.errors import GenerationError
 from tools.models.loading import DTYPES, LoadedModel, max_context
 from tools.models.tokenizers import Vocabulary

@@ -252,7 +252,9 @@ def _build(cls: type[Any], table: Mapping[str, Any], prefix: str = "") -> Any:
     for key in table:
         if key not in hints:
             mean = _nearest(f"{prefix}{key}", [f"{prefix}{name}" for name in hints])
-            raise ConfigError(f"unknown key {prefix}{key}; {mean}there are: {', '.join(hints)}")
+            raise ConfigError(
+                f"unknown key {prefix}{key}; {mean or 'there are: ' + ', '.join(hints)}"
+            )
     for field_ in dataclasses.fields(cls):
         if field_.name not in table and field_.default is field_.default_factory is MISSING:
             raise ConfigError(f"{prefix}{field_.name} is missing")

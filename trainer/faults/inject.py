@@ -35,6 +35,7 @@ KINDS: Final = {
 _SIGNALS: Final = {"sigterm", "sigint", "sigkill", "sigstop"}
 _FACTORS: Final = {"nan": float("nan"), "spike": 1e4}
 _SMALL: Final = 4096
+_OLD_KINDS: Final = {"rot": "bit-flip"}  # as version 0.1 called it
 
 
 class Fault(NamedTuple):
@@ -50,6 +51,7 @@ def parse_faults(text: str | None = None) -> tuple[Fault, ...]:
     faults = []
     for order in filter(None, (os.environ.get(VARIABLE, "") if text is None else text).split(",")):
         kind, _, place = order.strip().partition(":")
+        kind = _OLD_KINDS.get(kind, kind)
         rank, _, step = place.partition(":")
         if kind not in KINDS or not (rank.isdigit() and step.isdigit() and int(step) > 0):
             raise ConfigError(

@@ -82,14 +82,14 @@ def test_a_missing_field_is_noticed_before_anything_is_done(tmp_path: Path) -> N
 def test_a_damaged_file_stops_the_run_and_nothing_done_is_lost(tmp_path: Path) -> None:
     corpus(tmp_path / "in")
     files = tmp_path / "in"
-    whole = (files / "3.parquet").read_bytes()
-    spoilt = bytearray(whole)
+    complete = (files / "3.parquet").read_bytes()
+    spoilt = bytearray(complete)
     spoilt[200:4000] = bytes(3800)
     (files / "3.parquet").write_bytes(spoilt)
     with pytest.raises(SourceError, match=r"3\.parquet is damaged"):
         prepared(request(tmp_path / "out", str(files)), workers=2)
     assert not [p for p in (tmp_path / "out" / "mine").iterdir() if p.name.startswith(".")]
-    (files / "3.parquet").write_bytes(whole)
+    (files / "3.parquet").write_bytes(complete)
     prepared(request(tmp_path / "out", str(files)))
     prepared(request(tmp_path / "undisturbed", str(files)))
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
@@ -124,17 +124,17 @@ except PrepareError as error:
 def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
     corpus(tmp_path / "in")
     small: dict[str, Any] = {"unit_bytes": 1 << 16}
-    prepared(request(tmp_path / "whole", str(tmp_path / "in"), **small))
+    prepared(request(tmp_path / "complete", str(tmp_path / "in"), **small))
     (tmp_path / "out" / "mine").mkdir(parents=True)
     for name in ("tokenizer.model", "units.json"):  # the plan was made while there was room
-        shutil.copy(tmp_path / "whole" / "mine" / name, tmp_path / "out" / "mine")
+        shutil.copy(tmp_path / "complete" / "mine" / name, tmp_path / "out" / "mine")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", "."])}
     command = [sys.executable, "-c", RUN_SHORT_OF_ROOM, str(tmp_path / "out"), str(tmp_path / "in")]
     message = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert ": make room and start the same command again" in message.stdout
     assert not [path for path in (tmp_path / "out" / "mine").iterdir() if path.name[0] == "."]
     prepared(request(tmp_path / "out", str(tmp_path / "in"), **small))
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "complete")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_vocabulary_without_chat_markers_cannot_prepare_chat(tmp_path: Path) -
     proto = Tokenizer.default().proto.__class__()
     proto.CopyFrom(tokenizer().proto)
     proto.pieces[3].piece = "[OTHER]"
-    strange = Tokenizer(proto.SerializeToString(), "strange")
+    other = Tokenizer(proto.SerializeToString(), "other")
     write_jsonl(tmp_path / "a.jsonl", [[]], column="conversations")
-    wanted = request(tmp_path, str(tmp_path / "a.jsonl"), name="slimorca", tokenizer=strange)
-    assert "strange has no control piece [INST]" in rejected(wanted, TokenizerError)
+    wanted = request(tmp_path, str(tmp_path / "a.jsonl"), name="slimorca", tokenizer=other)
+    assert "other has no control piece [INST]" in rejected(wanted, TokenizerError)
