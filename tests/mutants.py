@@ -228,7 +228,7 @@ def main() -> None:
     """Try a sample of the mutants of every module, or of one; exit code 1 if one survives."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--module", action="append", choices=TESTS, help="only this one")
-    parser.add_argument("--per-module", type=int, default=12, help="mutants of each (default 12)")
+    parser.add_argument("--per-module", type=int, default=10, help="mutants of each (default 10)")
     parser.add_argument("--all", action="store_true", help="every mutant; hours")
     parser.add_argument("--seed", type=int, default=0, help="another sample")
     options = parser.parse_args()

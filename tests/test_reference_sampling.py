@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.generation.generation import Sampling, draw
+from tools.generation.generation import Generation, Sampling, draw
 
 
 def shares(logits: list[float], temperature: float, top_k: int, top_p: float) -> dict[int, float]:
@@ -77,3 +77,8 @@ def test_a_uniform_number_on_the_border_takes_the_next_id(
 
 def test_without_options_a_text_is_drawn_at_0_8_from_all_ids() -> None:
     assert Sampling() == Sampling(temperature=0.8, top_k=0, top_p=1.0, seed=0)
+
+
+def test_a_text_has_256_tokens_at_most_if_nothing_is_said_and_one_at_least() -> None:
+    assert Generation() == Generation(max_tokens=256, sampling=Sampling(), use_cache=True)
+    assert Generation(max_tokens=1).max_tokens == 1

@@ -19,7 +19,7 @@ import torch
 
 from tools.evaluation.cards import Metric, Result
 from tools.evaluation.multiple_choice import evaluate_task
-from tools.evaluation.perplexity import measure
+from tools.evaluation.perplexity import measure_perplexity
 from tools.evaluation.protocols import Protocol
 from tools.evaluation.tasks import TASKS, TaskOptions
 from tools.evaluation.wikitext import from_raw
@@ -157,7 +157,7 @@ def check(
 
 def run(loaded: LoadedModel, name: Any, bos: Any, **changes: Any) -> Result:
     protocol = Protocol(name=name, context=CONTEXT, bos=bos, bos_id=BOS, **changes)
-    return measure(loaded, from_raw(RAW), protocol, batch_tokens=40)
+    return measure_perplexity(loaded, from_raw(RAW), protocol, batch_tokens=40)
 
 
 @pytest.mark.parametrize("bos", ["never", "start", "window"])
@@ -190,7 +190,7 @@ def test_lm_eval(loaded: LoadedModel) -> None:
 def test_a_limit_of_lm_eval_is_one_of_pages(loaded: LoadedModel) -> None:
     protocol = Protocol(name="lm-eval", context=CONTEXT, bos_id=BOS)
     page = pieces().encode(DETOKENIZED[0])
-    result = measure(loaded, from_raw(RAW), protocol, limit=1)
+    result = measure_perplexity(loaded, from_raw(RAW), protocol, limit=1)
     check(loaded, result, lm_eval([page]), page, PAGES[0])
 
 

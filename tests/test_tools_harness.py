@@ -21,7 +21,7 @@ from conftest import REPOSITORY
 from tools.evaluation.cards import Metric, Result
 from tools.evaluation.datasets import read_records
 from tools.evaluation.multiple_choice import evaluate_task
-from tools.evaluation.perplexity import measure
+from tools.evaluation.perplexity import measure_perplexity
 from tools.evaluation.protocols import Protocol
 from tools.evaluation.tasks import TASKS, TaskOptions
 from tools.evaluation.wikitext import detokenized, from_raw, pages_of
@@ -238,7 +238,7 @@ def test_wikitext_has_the_harness_perplexities(
         "dataset_kwargs": {"data_files": {split: str(path) for split in splits}},
     }
     results, _ = ask([config], 0)
-    result = measure(ours, text, Protocol(name="lm-eval", context=448, bos_id=1))
+    result = measure_perplexity(ours, text, Protocol(name="lm-eval", context=448, bos_id=1))
     theirs = {
         name.removesuffix(",none"): value for name, value in results["wikitext_local"].items()
     }

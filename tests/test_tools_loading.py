@@ -11,7 +11,7 @@ from shards.errors import SummerError
 from shards.format import TOKENIZER
 from tools.errors import LoadingError
 from tools.evaluate import main
-from tools.evaluation.perplexity import measure
+from tools.evaluation.perplexity import measure_perplexity
 from tools.evaluation.protocols import Protocol
 from tools.evaluation.wikitext import from_raw
 from tools.models.hf_folder import write_folder
@@ -86,7 +86,10 @@ def test_a_llama_folder_is_scored_by_the_same_code(llama_folder: Path) -> None:
     assert loaded.weights_sha256 == ours.weights_sha256
     assert max_context(loaded.model.config) is None
     text, protocol = from_raw(sample_text()[:3000]), Protocol(context=SEQ_LEN)
-    assert measure(loaded, text, protocol)["nats"] == measure(ours, text, protocol)["nats"]
+    assert (
+        measure_perplexity(loaded, text, protocol)["nats"]
+        == measure_perplexity(ours, text, protocol)["nats"]
+    )
 
 
 def test_a_llama_folder_with_another_tokenizer_is_rejected(llama_folder: Path) -> None:

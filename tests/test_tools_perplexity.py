@@ -15,7 +15,7 @@ from pipeline.errors import SourceError
 from pipeline.inputs.sources import Source
 from shards.errors import SummerError
 from tools.errors import EvaluationError
-from tools.evaluation.perplexity import evaluate_corpus, measure, perplexity
+from tools.evaluation.perplexity import evaluate_corpus, measure_perplexity, perplexity
 from tools.evaluation.protocols import IGNORED, PLANS, Protocol, plan_windows
 from tools.evaluation.scoring import Scorer, check_context, score
 from tools.evaluation.tasks import TaskOptions
@@ -109,7 +109,7 @@ def test_pieces_spell_the_text_byte_for_byte() -> None:
 def test_a_uniform_model_has_perplexity_v(name: Any) -> None:
     loaded = uniform_loaded()
     text = from_raw(sample_text()[:3000])
-    result = measure(loaded, text, Protocol(name=name, context=SEQ_LEN, bos_id=1))
+    result = measure_perplexity(loaded, text, Protocol(name=name, context=SEQ_LEN, bos_id=1))
     assert result["token_perplexity"] == pytest.approx(512, rel=1e-6)
     bits = math.log2(512) * result["scored_tokens"]
     n_bytes = len(text.raw.encode()) * result["scored_share"]
@@ -122,7 +122,7 @@ def test_a_uniform_model_has_perplexity_v(name: Any) -> None:
 def test_a_freshly_initialised_transformer_is_near_perplexity_v() -> None:
     loaded = sample_loaded()
     loaded.model.init_weights(seed=3)
-    result = measure(loaded, from_raw(sample_text()[:6000]), Protocol(context=SEQ_LEN))
+    result = measure_perplexity(loaded, from_raw(sample_text()[:6000]), Protocol(context=SEQ_LEN))
     assert result["token_perplexity"] is not None and 400 < result["token_perplexity"] < 650
 
 
@@ -131,7 +131,9 @@ def test_a_freshly_initialised_transformer_is_near_perplexity_v() -> None:
 def test_the_scored_share_is_that_of_the_scored_ids_bytes(name: Any, bos: Any) -> None:
     loaded = uniform_loaded()
     text = from_raw(RAW * 5)
-    result = measure(loaded, text, Protocol(name=name, context=SEQ_LEN, bos=bos, bos_id=1), limit=3)
+    result = measure_perplexity(
+        loaded, text, Protocol(name=name, context=SEQ_LEN, bos=bos, bos_id=1), limit=3
+    )
     ids = loaded.vocabulary.encode(text.joined)
     sizes = [len(loaded.vocabulary.pieces[i]) for i in ids]
     assert sum(sizes) == len(text.joined.encode()) + 1  # the dummy prefix
@@ -163,7 +165,7 @@ def test_the_score_is_the_models_own_loss(name: Any) -> None:
             inputs, targets = map(torch.from_numpy, window)
             expected += float(loaded.model(inputs[None], targets[None]))
             n_scored += int((targets != IGNORED).sum())
-    result = measure(loaded, text, protocol)
+    result = measure_perplexity(loaded, text, protocol)
     assert result["nats"] == pytest.approx(expected, rel=1e-6)
     assert result["token_perplexity"] == pytest.approx(math.exp(expected / n_scored))
 
@@ -173,7 +175,8 @@ def test_the_score_does_not_depend_on_the_batch() -> None:
     text = from_raw(sample_text()[:4000])
     protocol = Protocol(name="stride", context=48, stride=7)
     alone, together = (
-        measure(loaded, text, protocol, batch_tokens=size)["nats"] for size in (1, 48 * 50)
+        measure_perplexity(loaded, text, protocol, batch_tokens=size)["nats"]
+        for size in (1, 48 * 50)
     )
     assert together == pytest.approx(alone, rel=1e-6)
 
@@ -182,8 +185,8 @@ def test_bf16_is_autocast_and_close() -> None:
     loaded = sample_loaded()
     text = from_raw(sample_text()[:2000])
     protocol = Protocol(context=SEQ_LEN)
-    narrow = measure(dataclasses.replace(loaded, dtype="bf16"), text, protocol)
-    exact = measure(loaded, text, protocol)
+    narrow = measure_perplexity(dataclasses.replace(loaded, dtype="bf16"), text, protocol)
+    exact = measure_perplexity(loaded, text, protocol)
     assert narrow["nats"] != exact["nats"]
     assert narrow["nats"] == pytest.approx(exact["nats"], rel=0.02)
     assert narrow.model["dtype"] == "bf16"
@@ -192,12 +195,12 @@ def test_bf16_is_autocast_and_close() -> None:
 def test_a_context_beyond_training_is_allowed_and_said_up_to_the_exact_limit() -> None:
     loaded = sample_loaded()
     text = from_raw(sample_text()[:6000])
-    assert not measure(loaded, text, Protocol(context=SEQ_LEN))["beyond_training"]
-    assert measure(loaded, text, Protocol(context=5 * SEQ_LEN))["beyond_training"]
+    assert not measure_perplexity(loaded, text, Protocol(context=SEQ_LEN))["beyond_training"]
+    assert measure_perplexity(loaded, text, Protocol(context=5 * SEQ_LEN))["beyond_training"]
     assert max_context(loaded.model.config) == 16_448
     check_context(loaded, 16_448)
     with pytest.raises(EvaluationError, match=r"context 16,449: .* up to 16,448"):
-        measure(loaded, text, Protocol(context=16_449))
+        measure_perplexity(loaded, text, Protocol(context=16_449))
     without_alibi = sample_loaded(alibi=False)
     assert max_context(without_alibi.model.config) is None
 
@@ -206,12 +209,12 @@ def test_limit_and_tail_are_reported() -> None:
     loaded = uniform_loaded()
     text = from_raw(sample_text()[:4000])
     n_ids = len(loaded.vocabulary.encode(text.joined))
-    result = measure(loaded, text, Protocol(context=SEQ_LEN), limit=2)
+    result = measure_perplexity(loaded, text, Protocol(context=SEQ_LEN), limit=2)
     assert (result["windows"], result["limit"]) == (2, 2)
     assert result["tail_dropped"] == n_ids % SEQ_LEN
     assert result["text_tokens"] == n_ids
     with pytest.raises(EvaluationError, match="the text is empty"):
-        measure(loaded, EvaluationText("", ""), Protocol(context=SEQ_LEN))
+        measure_perplexity(loaded, EvaluationText("", ""), Protocol(context=SEQ_LEN))
 
 
 def test_logits_and_transformer_scorers_agree() -> None:
@@ -287,13 +290,13 @@ def test_a_perplexity_that_is_no_number_is_none() -> None:
 def test_what_has_no_figure_has_no_error_either() -> None:
     loaded = sample_loaded()
     text = from_raw(sample_text()[:400])
-    one = measure(loaded, text, Protocol(context=SEQ_LEN), limit=1)
+    one = measure_perplexity(loaded, text, Protocol(context=SEQ_LEN), limit=1)
     assert one["token_perplexity"] is not None
     for name in ("token_perplexity", "bits_per_byte"):
         assert one.to_json()[f"{name}_error"] is None  # a single window
     with torch.no_grad():
         loaded.model.embedding.weight.mul_(1e5)
-    endless = measure(loaded, text, Protocol(context=SEQ_LEN)).to_json()
+    endless = measure_perplexity(loaded, text, Protocol(context=SEQ_LEN)).to_json()
     assert endless["token_perplexity"] is endless["token_perplexity_error"] is None
     assert endless["bits_per_byte"] > 1000 and endless["bits_per_byte_error"] is not None
 
@@ -321,4 +324,4 @@ def test_without_a_bos_lm_eval_alone_starts_with_eos(tmp_path: Path) -> None:
         "disjoint": "never", "stride": "never", "lm-eval": "start", "llama.cpp": "never",
     }  # fmt: skip
     with_eos = Protocol(name="lm-eval", context=SEQ_LEN, bos_id=loaded.vocabulary.eos_id)
-    assert results[2]["nats"] == measure(loaded, from_raw(RAW * 4), with_eos)["nats"]
+    assert results[2]["nats"] == measure_perplexity(loaded, from_raw(RAW * 4), with_eos)["nats"]

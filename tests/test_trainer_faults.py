@@ -109,7 +109,7 @@ def test_asked_to_stop_and_a_flipped_row_end_in_a_checkpoint(
         assert len(flipped) == 1
         last = result.stderr.strip().splitlines()[-1]
         assert last.startswith("error: ") and f"{flipped[0]} row " in last
-        assert f"`summer-prep repair {flipped[0].parent}` makes it anew" in last
+        assert f"`summer-prep repair {flipped[0].parent}` makes it again" in last
         assert "the run is saved at step 8 and goes on from there" in last
         assert newest_checkpoint(run).name == "step-8"
         assert [event["step"] for event in find_events(run, "resume")] == [stopped_at]

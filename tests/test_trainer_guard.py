@@ -219,7 +219,10 @@ def test_a_skipped_update_is_skipped_again_when_its_step_is_repeated(
     (run / "checkpoints" / "step-8" / "checkpoint.json").unlink()
     (run / "checkpoints" / "step-9" / "checkpoint.json").unlink()
     made = small_plan(shards, max_steps=9, checkpoint__interval_steps=4, guard__window=8)
+    said = list[str]()
+    monkeypatch.setattr("trainer.train.Display.print", lambda self, text: said.append(text))
     train(made, run, resume="auto")
+    assert "! step 6: update skipped, as it was before" in said
     assert len(find_events(run, "skipped")) == 2
     assert tensor_files(newest_checkpoint(run)) == files
     assert [line[0] for line in log_of(run)] == [line[0] for line in log]

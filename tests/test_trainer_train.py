@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from model.transformer import Transformer
+from shards.errors import ShardError
 from shards.format import Part
 from shards.writer import ShardWriter, write_manifest
 from shards_samples import make_source, sample_facts
@@ -28,6 +29,7 @@ from trainer_samples import (
     RecordingDisplay,
     events_of,
     log_of,
+    make_shards,
     same_weights,
     small_plan,
 )
@@ -175,3 +177,24 @@ def test_the_watchdog_knows_what_each_step_does(
     assert marks == [
         *steps[0], *steps[1], (2, "validation"), (2, "checkpoint"), *steps[2], (3, "checkpoint")
     ]  # fmt: skip
+
+
+def test_a_damaged_row_ends_the_run_before_its_step_and_repaired_it_goes_on(
+    tmp_path: Path,
+) -> None:
+    shards, run = make_shards(tmp_path / "shards", fineweb=16), tmp_path / "run"
+    plan = small_plan(shards, max_steps=4)
+    train(plan, tmp_path / "intact")
+    shard = shards / "fineweb" / "00001-000.npy"
+    intact = shard.read_bytes()
+    damaged = bytearray(intact)
+    damaged[-1 - 64 * 2] ^= 4  # the third row from the end
+    shard.write_bytes(damaged)
+    with pytest.raises(ShardError, match=r"is damaged .*; the run is saved at step 1 and goes on"):
+        train(plan, run)
+    assert newest_checkpoint(run).name == "step-1"
+    assert read_lines(run / "events.jsonl")[-1].items() >= {"event": "damaged", "step": 2}.items()
+    shard.write_bytes(intact)
+    train(plan, run)
+    assert log_of(run) == log_of(tmp_path / "intact")
+    assert same_weights(run, tmp_path / "intact")

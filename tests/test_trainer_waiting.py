@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.faults.guard import Guard
+from trainer.metrics.metrics_logger import PendingMetrics, StepMetrics
 from trainer.session import network as parallel
-from trainer.session.metrics_logger import PendingMetrics, StepMetrics
 from trainer.session.save import CheckpointSaver
 from trainer.train import train
 from trainer_samples import small_plan

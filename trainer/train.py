@@ -42,20 +42,20 @@ from trainer.errors import TrainingError
 from trainer.faults.guard import Guard
 from trainer.faults.heartbeat import Watchdog, watch_ranks
 from trainer.faults.inject import Faults, check_reachable, parse_faults
-from trainer.metrics import goodput
+from trainer.metrics import goodput, metrics_logger
 from trainer.metrics.display import Display
 from trainer.metrics.metrics import RunEvent
+from trainer.metrics.metrics_logger import TARGETS, CompletedStep, StepFlags, StepMetrics, flagged
 from trainer.metrics.profiling import StepProfiler, parse_steps
 from trainer.optimizer.optimizer import finish_gradients, lr_at, set_lr, update
-from trainer.session import metrics_logger, network
+from trainer.session import network
 from trainer.session.budget import Budget, apply_request
-from trainer.session.metrics_logger import CompletedStep, StepFlags, StepMetrics
 from trainer.session.resume import begin, open_held_out, open_loader
 from trainer.session.save import CheckpointSaver, open_saver
 from trainer.session.state import Session, State, claim
 
 
-class Job(NamedTuple):
+class TrainingJob(NamedTuple):
     """What the loop of one rank works with."""
 
     session: Session
@@ -103,13 +103,15 @@ def train(
                     open_loader(*found, faults) as loader,
                     open_saver(*found) as saver,
                 ):
-                    return _go_on(Job(*found, loader, saver, watchdog, faults, asked_to_stop))
+                    return _go_on(
+                        TrainingJob(*found, loader, saver, watchdog, faults, asked_to_stop)
+                    )
             except RolledBackError:
                 restarted = True
             gc.collect()  # the old model, before another is made
 
 
-def _go_on(job: Job) -> Outcome:
+def _go_on(job: TrainingJob) -> Outcome:
     """Train from the state that was found to the end, or until some rank is asked to stop."""
     session, state, loader, saver, watchdog, faults, _ = job
     plan, world, optimizer = session.plan, session.world, session.optimizer
@@ -141,8 +143,10 @@ def _go_on(job: Job) -> Outcome:
             step_sums.add(loss_sum, targets)
         with watch.within("communication"):
             sums = step_sums.reduce(world, _flags(job, budget))
-        grad_norm = finish_gradients(optimizer, plan.step_tokens, sums[1], config.optim)
-        skip = guard.should_skip(grad_norm, flagged=sums[4] + sums[5])  # skip, damaged
+        grad_norm = finish_gradients(optimizer, plan.step_tokens, sums[TARGETS], config.optim)
+        skip = guard.should_skip(
+            grad_norm, flagged=flagged(sums, "skip") + flagged(sums, "damaged")
+        )
         update(optimizer, skip)
 
         pending = metrics_logger.PendingMetrics(sums, skip, state.first_index, grad_norm=grad_norm)
@@ -175,7 +179,7 @@ def _go_on(job: Job) -> Outcome:
     return _ended(session, state)
 
 
-def _flags(job: Job, budget: Budget) -> StepFlags:
+def _flags(job: TrainingJob, budget: Budget) -> StepFlags:
     """What this rank knows of the step under way and the others do not."""
     return StepFlags(
         stop=job.asked_to_stop(),
@@ -201,7 +205,7 @@ def _ended(session: Session, state: State) -> Outcome:
     return Outcome(state.step, stopped, checkpoint)
 
 
-def apply_step_result(completed: CompletedStep, job: Job) -> tuple[bool, bool]:
+def apply_step_result(completed: CompletedStep, job: TrainingJob) -> tuple[bool, bool]:
     """Whether to stop, and to checkpoint; what else the step's numbers ask for is done here."""
     if completed is None:
         return False, False
@@ -234,7 +238,7 @@ def _log_skipped(step: int, metrics: StepMetrics, session: Session) -> None:
     session.log(text, RunEvent.SKIPPED, **facts, grad_norm=norm)
 
 
-def _stop_before(step: int, metrics: StepMetrics, job: Job) -> None:
+def _stop_before(step: int, metrics: StepMetrics, job: TrainingJob) -> None:
     """Checkpoint as of before `step`, of which a row is damaged (updates stopped), and raise."""
     session, state = job.session, job.state
     found = [error for error in session.world.gather(job.loader.damage) if error is not None]
@@ -247,7 +251,7 @@ def _stop_before(step: int, metrics: StepMetrics, job: Job) -> None:
     )
 
 
-def _roll_back(step: int, job: Job) -> None:
+def _roll_back(step: int, job: TrainingJob) -> None:
     """Have the run go on from the last good checkpoint, without the samples from there to here."""
     session, state = job.session, job.state
     most = session.plan.config.guard.max_rollbacks

@@ -22,7 +22,7 @@ import torch
 
 from measure import machine, parse
 from tools.evaluation.cards import Result, to_text
-from tools.evaluation.perplexity import measure
+from tools.evaluation.perplexity import measure_perplexity
 from tools.evaluation.protocols import PLANS, Protocol
 from tools.evaluation.wikitext import EvaluationText, from_raw, pages_of, read_text
 from tools.models.loading import LoadedModel, ModelSpec, load
@@ -99,7 +99,7 @@ def by_protocol(ours: LoadedModel, text: EvaluationText, name: str, context: int
     """The text's perplexity under a protocol; like the harness, with EOS where there is no BOS."""
     bos_id = ours.vocabulary.bos_id
     first = ours.vocabulary.eos_id if bos_id is None else bos_id
-    return measure(ours, text, Protocol(name=name, context=context, bos_id=first))  # type: ignore[arg-type]
+    return measure_perplexity(ours, text, Protocol(name=name, context=context, bos_id=first))  # type: ignore[arg-type]
 
 
 def perplexity_of(theirs: Any, folder: Path, pages: list[str], context: int) -> dict[str, Any]:

@@ -49,14 +49,14 @@ def evaluate_corpus(
     text = read_text(options.data, name)
     given = {each: getattr(options, each) for each in ("limit", "batch_tokens")}
     return [
-        measure(
+        measure_perplexity(
             loaded, text, _protocol(each, loaded, options), task=name, **given, progress=progress
         )
         for each in (PLANS if every else [options.protocol])
     ]
 
 
-def measure(
+def measure_perplexity(
     loaded: LoadedModel,
     text: EvaluationText,
     protocol: Protocol,

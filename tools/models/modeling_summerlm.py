@@ -51,7 +51,7 @@ class SummerLMConfig(PretrainedConfig):  # type: ignore[misc, no-untyped-call, u
         return ModelConfig(**{name: getattr(self, name) for name in OPTIONS})
 
 
-class LayerOfCache(LayerCache):
+class HFLayerCache(LayerCache):
     """One layer of the library's cache."""
 
     def __init__(self, cache: DynamicCache, layer: int) -> None:
@@ -135,7 +135,7 @@ class SummerLMModel(PreTrainedModel):  # type: ignore[misc, no-untyped-call, unu
 
         caches = None
         if past_key_values is not None:
-            caches = [LayerOfCache(past_key_values, n) for n in range(len(self.blocks))]
+            caches = [HFLayerCache(past_key_values, n) for n in range(len(self.blocks))]
         itself: Any = self  # which has all that a Transformer's body uses
         last = Transformer.body(itself, x, positions, caches=caches, call=call)
         if output_hidden_states is None:

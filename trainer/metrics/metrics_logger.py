@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,24 +52,34 @@ class StepMetrics(NamedTuple):
         return self.logged["grad_norm"]
 
 
+LOSS, TARGETS = 0, 1
+_FLAGS: Final = {name: place for place, name in enumerate(StepFlags._fields, start=2)}
+"""Where the sums of a step are."""
+
+
 class StepSums:
     """Sums of one step, on the device."""
 
     def __init__(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(2 + len(StepFlags._fields), dtype=dtype, device=device)
+        self._sums = torch.zeros(2 + len(_FLAGS), dtype=dtype, device=device)
 
     def add(self, loss_sum: Tensor, targets: Tensor) -> None:
         """Count one micro-batch."""
-        self._sums[0] += loss_sum.detach()
-        self._sums[1] += (targets != IGNORED).sum()
+        self._sums[LOSS] += loss_sum.detach()
+        self._sums[TARGETS] += (targets != IGNORED).sum()
 
     def reduce(self, world: World, flags: StepFlags) -> Tensor:
         """[7] over all ranks: loss sum, targets, and how many have each flag of StepFlags."""
-        for place, flag in enumerate(flags, start=2):
+        for place, flag in zip(_FLAGS.values(), flags, strict=True):
             if flag:  # a kernel less for each that is not
                 self._sums[place] = float(flag)
         return world.all_reduce(self._sums)
+
+
+def flagged(sums: Tensor, name: str) -> Tensor:
+    """How many ranks have set a flag of StepFlags in a step, on the device. []"""
+    return sums[_FLAGS[name]]
 
 
 class PendingMetrics:
