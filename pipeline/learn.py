@@ -43,7 +43,7 @@ def learn(lines: Iterator[str], vocab_size: int, out: Path) -> Tokenizer:
 def extended(path: Path, pieces: Sequence[str], out: Path) -> Tokenizer:
     """The tokenizer of a file, or `default`, with further control pieces, written to `out`."""
     model = default_model() if str(path) == "default" else path.read_bytes()
-    return _written(extend(model, pieces), out)
+    return _written(extend(model, pieces, str(path)), out)
 
 
 def describe(tokenizer: Tokenizer) -> str:

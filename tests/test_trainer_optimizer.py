@@ -193,8 +193,9 @@ def test_each_optimizer_trains_is_guarded_and_resumes_bit_for_bit(
     assert newest_checkpoint(run).name == "step-4"
     train(plan, run)
     assert tensor_files(newest_checkpoint(run)) == files
-    with pytest.raises(ConfigError, match=r"optim\.name is adamw and was lion in this run"):
-        train(small_plan(shards, **changes), run)
+    monkeypatch.setitem(OPTIMIZERS, "another", OTHERS["sgd"])
+    with pytest.raises(ConfigError, match=rf"optim\.name is another and was {other} in this run"):
+        train(small_plan(shards, optim__name="another", **changes), run)
 
 
 @pytest.mark.parametrize("other", ["rprop"], indirect=True)

@@ -152,6 +152,8 @@ def invoke(*arguments: str) -> Result:
             ["--preset", "tiny", "--resume", "nowhere"],
             "error: --resume nowhere: no checkpoint there",
         ),
+        (["--preset", "tiny", "--nnodes", "2", "--nproc", "1"], "say where the machines meet"),
+        (["--preset", "tiny", "--set", "device=mps"], "error: device mps: torch"),
         (["--preset", "tiny", "--nproc", "3"], "ranks cannot share evenly"),
     ],
 )

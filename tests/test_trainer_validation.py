@@ -176,3 +176,6 @@ def test_steps_to_profile() -> None:
         ConfigError, match="profile_steps=soon: write a step, 10, or first and last"
     ):
         parse_steps("soon")
+    for text in ("12-10", "0", "0-3"):
+        with pytest.raises(ConfigError, match=f"profile_steps={text}: steps count from 1"):
+            parse_steps(text)

@@ -82,6 +82,11 @@ def start(request: Request, stream: TextIO) -> int:
             return 0
         if plan.shape.world_size == 1:
             return _train(plan, run, request, display)
+        if request.nnodes != "1" and "rdzv_endpoint" not in request.torchrun:
+            raise ConfigError(
+                f"--nnodes {request.nnodes}: say where the machines meet, "
+                "--rdzv-backend c10d --rdzv-endpoint HOST:29500"
+            )
         n_bytes = 4 + optimizer_bytes(plan.config.optim)  # a parameter and its moments, fp32
         state_bytes = n_bytes * count_params(plan.config.model)
         options = tuple(f"--{k.replace('_', '-')}={v}" for k, v in request.torchrun.items())

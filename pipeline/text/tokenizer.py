@@ -164,14 +164,14 @@ def base_model() -> bytes:
     return path.read_bytes()
 
 
-def extend(model: bytes, pieces: Sequence[str]) -> bytes:
+def extend(model: bytes, pieces: Sequence[str], name: str = "the model to extend") -> bytes:
     """The model with each of `pieces` as a control piece, and no user-defined symbols left.
 
     Spare slots (`[control_7]`) are renamed first, which leaves every id and the size of the
     vocabulary alone; what does not fit is appended. User-defined symbols match in text, so they
     become control pieces: otherwise a document could spell one and be given a special id.
     """
-    proto = _parse(model, "the model to extend")
+    proto = _parse(model, name)
     kinds = proto.SentencePiece
     names = {entry.piece for entry in proto.pieces}
     spare = [e for e in proto.pieces if e.type == kinds.CONTROL and SPARE.fullmatch(e.piece)]

@@ -120,6 +120,11 @@ def read_plan(folder: Path) -> PreparePlan | None:
         return None
     try:
         value = parse_json(data)
+    except SummerError as error:
+        raise PrepareError(
+            f"{folder / PLAN} is damaged ({error}): delete it, and the same command goes on"
+        ) from error
+    try:
         check_format(value, UNITS, PLAN)
         del value[FORMAT_KEY]
         files = tuple(listed(file["path"], file["bytes"]) for file in value.pop("files"))

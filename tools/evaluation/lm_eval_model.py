@@ -17,11 +17,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lm_eval.models  # noqa: F401 - fills the registry before ours is added
 import numpy as np
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
+
+try:
+    import lm_eval.models  # noqa: F401 - fills the registry before ours is added
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    raise SystemExit(f"error: {error}: pip install 'summerlm[eval]'") from None
 
 from model.config import ModelError
 from shards.errors import one_line_failures

@@ -52,7 +52,12 @@ class RunLog:
         if not by_step:
             why = "no step has been logged yet" if (folder / METRICS).exists() else f"no {METRICS}"
             raise ReportError(f"{folder}: {why}: name the folder of a run, such as runs/NAME")
-        config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).exists() else {}
+        try:
+            config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).exists() else {}
+        except ValueError as error:
+            raise ReportError(
+                f"{folder / CONFIG} is damaged ({error}): restore or remove it"
+            ) from error
         steps = [by_step[step] for step in sorted(by_step)]
         return cls(folder.resolve().name, config, steps, read_events(folder))
 

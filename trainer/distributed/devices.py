@@ -12,6 +12,8 @@ from typing import Final
 
 import torch
 
+from shards.errors import SummerError
+
 _M_TRIM_THRESHOLD: Final = -1  # malloc.h
 _M_MMAP_MAX: Final = -4
 
@@ -65,12 +67,22 @@ def find_accelerator(name: str) -> Accelerator | None:
 
 
 def pick_device(requested: str) -> str:
-    """The type of device to train on: the one requested, or for `auto` the best that is there."""
-    if requested != "auto":
-        return requested
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """The type of device to use: the one requested, or for `auto` the best that is there.
+
+    SummerError for one that is not there.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    best = next(kind for kind, is_there in there.items() if is_there)
+    if not there.get(requested, True):
+        raise SummerError(
+            f"device {requested}: torch {torch.__version__} sees none here; "
+            f"leave it out, and {best} is taken"
+        )
+    return best if requested == "auto" else requested
 
 
 def device_name(kind: str) -> str:

@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from shards.errors import SummerError
 from shards.files import publish_bytes
 from trainer.checkpoint.runs import EVENTS, METRICS
 
@@ -113,9 +114,20 @@ class _Lines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log; a last line cut short by a kill is left out."""
+    """The complete lines of a log; a last line cut short by a kill is left out.
+
+    SummerError for any other line that is no JSON.
+    """
+    lines: list[dict[str, Any]] = []
     data = path.read_bytes() if path.exists() else b""
-    return [json.loads(line) for line in data.split(b"\n")[:-1]]
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise SummerError(
+                f"{path}: line {number} is damaged; correct or delete that line"
+            ) from error
+    return lines
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,10 @@ def parse_steps(text: str) -> range:
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     if text and match is None:
         raise ConfigError(f"profile_steps={text}: write a step, 10, or first and last, 10-12")
-    return range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+    steps = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+    if match and not (steps and steps[0]):
+        raise ConfigError(f"profile_steps={text}: steps count from 1, the first one first: 10-12")
+    return steps
 
 
 class StepProfiler:
