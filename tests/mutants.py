@@ -54,7 +54,8 @@ TESTS: Final = {
     "pipeline.text.columnar": "pipeline_columnar",
     "pipeline.text.encode": "reference_packing pipeline_encode pipeline_columnar",
     "pipeline.text.pack": "reference_packing pipeline_pack",
-    "pipeline.text.documents": "reference_packing pipeline_documents pipeline_chat",
+    "pipeline.text.documents": "reference_packing pipeline_documents pipeline_chat "
+    "pipeline_hostile",
     "shards.format": "shards_format shards_reader shards_readme",
     "shards.reader": "shards_reader shards_format",
     "shards.writer": "shards_reader shards_format shards_readme reference_packing",

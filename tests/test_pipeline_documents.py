@@ -115,6 +115,12 @@ def test_the_first_conversations_keep_their_turns() -> None:
     assert (len(first.texts), first.records.tolist()) == (6, [5, 6])
 
 
+def test_a_bad_line_is_listed_by_its_record() -> None:
+    maker = DocumentMaker(find("wikitext2"), 0.0)
+    list(maker.documents(0, PART, [Records(5, pa.array([" = A = \n", None, "text\n"]))]))
+    assert [each["record"] for each in maker.rejected] == [6]
+
+
 def test_lines_become_pages_once_however_they_are_given() -> None:
     maker = DocumentMaker(find("wikitext2"), 0.0)
     (pages,) = maker.documents(0, PART, [Records(0, pa.array([" = A = \n", "text\n"]))])

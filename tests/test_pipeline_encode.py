@@ -39,6 +39,7 @@ def checked(texts: list[str], n: int, encoder: Any = None) -> Encoded:
 def test_what_is_right_passes_unchanged() -> None:
     honest = make_encoder(tokenizer())
     texts = [*CLEAN, *TEXTS]
+    assert CheckedEncoder(honest, tokenizer(), 1).note == honest.note == "in columns"
     got, want = checked(texts, 1000, honest), honest.encode(pa.array(texts, pa.string()))
     assert np.array_equal(got.tokens, want.tokens) and np.array_equal(got.starts, want.starts)
 
