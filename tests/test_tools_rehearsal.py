@@ -140,9 +140,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_uninterrupted_o
     tmp_path: Path,
 ) -> None:
     """In a step, while a checkpoint is written or removed, before the first step. `make soak`."""
-    kills, chooser = int(os.environ.get("SUMMER_SOAK_KILLS", "3")), random.Random(0)
+    kills, chooser = int(os.environ.get("SUMMER_SOAK_KILLS", "2")), random.Random(0)
     arguments = ["--shards", str(make_shards(tmp_path / "shards")), "--preset", "tiny"]
-    steps = 90 + 30 * kills  # a life is some twenty steps, on an idle machine
+    steps = 40 + 30 * kills  # a life is some twenty steps, on an idle machine
     changes = {"max_steps": steps, "checkpoint__interval_steps": 3, "log_interval": 1}
     arguments += [text for change in set_texts(**changes) for text in ("--set", change)]
     twin, killed, first_s, began = tmp_path / "twin", tmp_path / "killed", [], time.monotonic()

@@ -1,6 +1,8 @@
 """Compiled and recomputed blocks share one graph, and give the gradients of neither."""
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -76,11 +78,19 @@ def test_what_is_recomputed_is_nothing_pointwise_work_or_everything() -> None:
     assert min(selective[False], full[False]) > none[False]
 
 
+@pytest.fixture
+def unset() -> Iterator[None]:
+    """The two settings unset, and restored by torch's own means: monkeypatch would delete them."""
+    with contextlib.ExitStack() as stack:
+        for settings, name in ((torch._dynamo.config, "optimize_ddp"), *INDUCTOR):
+            stack.enter_context(settings.patch({name: None}))
+        yield
+
+
+@pytest.mark.usefixtures("unset")
 def test_compiling_needs_a_compiler_and_two_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = list[Transformer]()
     monkeypatch.setattr(Transformer, "compile_parts", lambda model: compiled.append(model))
-    for settings, name in ((torch._dynamo.config, "optimize_ddp"), *INDUCTOR):
-        monkeypatch.setattr(settings, name, None)
     sets = set_texts(model__n_layers=1, model__vocab_size=128, compile="true")
     config = configure(preset="tiny", sets=sets).config
     monkeypatch.setattr("shutil.which", lambda name: None)
