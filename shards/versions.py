@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from shards.errors import VersionError
 
-VERSION: Final = "0.1.0"
+VERSION: Final = "0.2.0"
 """Of the package: pyproject.toml reads it from here."""
 
 SHARDS: Final = "summerlm-shards/1"  # manifest.json and the units' records

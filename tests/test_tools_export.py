@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError
 from conftest import REPOSITORY
 from pipeline.text.chat import SCHEMAS, ChatTemplate, render
 from pipeline.text.tokenizer import Tokenizer
+from shards.versions import VERSION
 from tools.conversion.conversion import model_card
 from tools.convert import main
 from tools.generation.generation import Generation, Sampling, generate
@@ -246,7 +247,7 @@ def test_the_card_says_where_the_weights_come_from(tmp_path: Path) -> None:
                  "| started from | base |", "### lambada\n\n```\nacc 0.25", "run, step 3",
                  load(ModelSpec(run=run, device="cpu")).weights_sha256,
                  sample_tokenizer().info.sha256,
-                 "summerlm 0.1.0", "trust_remote_code=True"):  # fmt: skip
+                 f"summerlm {VERSION}", "trust_remote_code=True"):  # fmt: skip
         assert said in card
     plain = trained_run(tmp_path / "plain", alibi=False) / "checkpoints" / "step-3"
     assert "trust_remote_code" not in model_card(plain, load(ModelSpec(checkpoint=plain)))
