@@ -39,7 +39,7 @@ def checked(texts: list[str], n: int, encoder: Any = None) -> Encoded:
 def test_what_is_right_passes_unchanged() -> None:
     honest = make_encoder(tokenizer())
     texts = [*CLEAN, *TEXTS]
-    assert CheckedEncoder(honest, tokenizer(), 1).note == honest.note == "in columns"
+    assert CheckedEncoder(honest, tokenizer(), 1).note == honest.note == "columnar encoder"
     got, want = checked(texts, 1000, honest), honest.encode(pa.array(texts, pa.string()))
     assert np.array_equal(got.tokens, want.tokens) and np.array_equal(got.starts, want.starts)
 
@@ -87,7 +87,7 @@ def test_a_short_text_next_to_a_long_one_is_compared_to_its_end(
 def test_columns_serve_what_they_are_exact_on_and_sentencepiece_the_rest() -> None:
     fit = tokenizer()
     encoder = make_encoder(fit)
-    assert isinstance(encoder, SlicedEncoder) and encoder.note == "in columns"
+    assert isinstance(encoder, SlicedEncoder) and encoder.note == "columnar encoder"
     proto = type(fit.proto).FromString(fit.model)
     proto.normalizer_spec.add_dummy_prefix = False
     unfit = Tokenizer(proto.SerializeToString(), "unfit")

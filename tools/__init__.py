@@ -10,5 +10,5 @@ conversion/    to and from folders of Hugging Face, with a model card
 diagnosis/     what the doctor checks          planning   memory, time and money on paper
 rehearsal/     runs that are killed, and the comparison that shows no harm
 reporting/     what a run wrote about itself, as a page
-benchmarks/    one script a bar; RESULTS.md has what was measured
+benchmarks/    one script for each speed target; RESULTS.md has what was measured
 """

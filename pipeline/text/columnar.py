@@ -209,7 +209,7 @@ def _room(places: npt.NDArray[np.int32]) -> int:
 class SlicedEncoder:
     """The columnar encoder, given at most about 8 MiB at a time."""
 
-    note = "in columns"
+    note = "columnar encoder"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._encoder = ColumnarEncoder(tokenizer)
