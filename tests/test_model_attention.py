@@ -4,6 +4,7 @@ Right kernels pass that test, subtly wrong ones do not.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import model.attention
-from model.attention import attend, fold, kernel_head_dim, self_test
+import model.self_test
+from model.attention import attend, fold, kernel_head_dim
 from model.config import MAX_ALIBI_CONTEXT, ModelConfig, ModelError
 from model.positions import PositionTables, alibi_slopes
+from model.self_test import self_test
 
 CONFIG = ModelConfig(n_heads=8, n_kv_heads=4, d_model=8 * 96, seq_len=1024)
 
@@ -32,7 +34,9 @@ def test_this_machine_s_kernels_pass(
 ) -> None:
     config = ModelConfig(n_heads=4, n_kv_heads=2, d_model=128, seq_len=1024, alibi=alibi)
     with sdpa_kernel(kernel):
-        assert 0 < self_test("cpu", dtype, config) <= limit
+        test = self_test("cpu", dtype, replace(config, attention_dropout=0.0))
+        assert 0 < test.error_nats <= limit
+        assert 0 < test.gradient_error <= (5e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
 def explicit_mask_attention(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
@@ -179,7 +183,8 @@ def random_heads(config: ModelConfig) -> list[Tensor]:
 
 
 def test_a_short_training_context_is_tested_as_well() -> None:
-    assert self_test("cpu", torch.bfloat16, ModelConfig(n_heads=2, d_model=64, seq_len=16)) < 1e-3
+    config = ModelConfig(n_heads=2, d_model=64, seq_len=16)
+    assert self_test("cpu", torch.bfloat16, config).error_nats < 1e-3
 
 
 def mask_in_bf16(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
@@ -205,7 +210,7 @@ def scale_of_the_padded_head(q: Tensor, k: Tensor, v: Tensor, config: ModelConfi
 
 
 def not_a_number(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
-    return torch.full_like(q, torch.nan)
+    return attend(q, k, v, config) * torch.nan
 
 
 @pytest.mark.parametrize(
@@ -214,9 +219,61 @@ def not_a_number(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor
 def test_a_kernel_that_computes_another_model_is_rejected(
     monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor]
 ) -> None:
-    monkeypatch.setattr(model.attention, "attend", kernel)
-    with pytest.raises(ModelError, match=r"bfloat16 on cpu is off by .+ use another build"):
+    monkeypatch.setattr(model.self_test, "attend", kernel)
+    with pytest.raises(ModelError, match=r"bfloat16 on cpu \(\w+\) is off by .+ use another build"):
         self_test("cpu", torch.bfloat16, CONFIG)
+
+
+def half_the_gradient(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
+    return attend(q, (k + k.detach()) / 2, v, config)
+
+
+def test_a_kernel_with_a_wrong_gradient_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scores are right."""
+    monkeypatch.setattr(model.self_test, "attend", half_the_gradient)
+    with pytest.raises(ModelError, match=r"gradients of attention .* are off by 0\.5 of fp32"):
+        self_test("cpu", torch.float32, CONFIG)
+
+
+def dropping(rate: float, *, again: bool = False, backward: bool = True) -> Callable[..., Tensor]:
+    """Attention that drops at this rate: another mask each time, or none in the backward pass."""
+    masks = torch.Generator().manual_seed(9)
+
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, config: ModelConfig, mask: None = None, dropout: float = 0
+    ) -> Tensor:
+        if not dropout:
+            return attend(q, k, v, config)
+        if not backward:
+            dropped = attend(q, k, v.detach(), config, dropout=rate)
+            return dropped + attend(q, k, v - v.detach(), config)
+        if again:
+            torch.manual_seed(int(torch.randint(1000, (1,), generator=masks)))
+        return attend(q, k, v, config, dropout=rate)
+
+    return kernel
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [dropping(0.0), dropping(0.9), dropping(0.1, again=True), dropping(0.1, backward=False)],
+    ids=["none", "the rest", "another mask in recomputation", "another mask backward"],
+)
+def test_a_wrong_dropout_is_rejected(
+    monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor]
+) -> None:
+    monkeypatch.setattr(model.self_test, "attend", kernel)
+    with pytest.raises(ModelError, match=r"dropout 0\.1 of .* use another build"):
+        self_test("cpu", torch.float32, CONFIG)
+
+
+def test_the_kernel_of_the_run_s_dropout_is_tested() -> None:
+    """On the CPU flash has no dropout, so SDPA takes another kernel with it."""
+    with_it = self_test("cpu", torch.float32, CONFIG)
+    without = self_test("cpu", torch.float32, replace(CONFIG, attention_dropout=0.0))
+    assert (with_it.kernel, without.kernel) == ("MATH", "FLASH_ATTENTION")
+    assert with_it.kept == pytest.approx(0.9, abs=0.005) and without.kept is None
+    assert "dropout keeps 90" in str(with_it) and "dropout" not in str(without)
 
 
 def test_the_global_random_state_is_left_alone() -> None:
@@ -230,6 +287,6 @@ def test_the_global_random_state_is_left_alone() -> None:
 def test_the_expected_probabilities_are_made_on_the_queries_device() -> None:
     q = k = torch.zeros(12, 8)
     with torch.device("meta"):
-        uniform = model.attention._true_probabilities(q, k, 0.0)
+        uniform = model.self_test._true_probabilities(q, k, 0.0)
     assert uniform[0].tolist() == [1.0] + [0.0] * 7
     torch.testing.assert_close(uniform[11], torch.tensor([2.0] * 4 + [1.0] * 4) / 12)

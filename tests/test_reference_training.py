@@ -134,8 +134,8 @@ def in_fp64() -> Iterator[None]:
     But for AdamW's flag that says whether to skip, which torch wants in fp32.
     """
 
-    def flagged(optimizer: AdamW, refused: Tensor) -> None:
-        update(optimizer, refused.to(torch.float32))
+    def flagged(optimizer: AdamW, refused: Tensor, *, keep_gradients: bool) -> None:
+        update(optimizer, refused.to(torch.float32), keep_gradients=keep_gradients)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "float", Tensor.double)

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
+from model.self_test import KernelTest
 from model.transformer import Transformer
 from trainer.config.config import configure
 from trainer.session.network import autocast, build_network, exposed_exchange_s
@@ -104,7 +105,7 @@ def test_compiling_needs_a_compiler_and_two_settings(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": "/nowhere"})
     assert "Python.h is missing" in build_network(config, ALONE).notes[1]
     monkeypatch.setattr("trainer.session.network._lack_of_a_compiler", lambda device: "")
-    bare, _, notes = build_network(config, ALONE)
+    bare, _, notes, _ = build_network(config, ALONE)
     assert compiled == [bare] and len(notes) == 1
     assert torch._dynamo.config.optimize_ddp is False
     assert all(getattr(settings, name) is True for settings, name in INDUCTOR)
@@ -144,15 +145,18 @@ def test_matrices_are_multiplied_in_the_run_s_precision(
 ) -> None:
     tested = list[torch.dtype]()
 
-    def noted(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> float:
+    def noted(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> KernelTest:
         tested.append(dtype)
-        return 1.5e-5
+        return KernelTest("FLASH_ATTENTION", 1.5e-5, 2e-3, None)
 
     monkeypatch.setattr("trainer.session.network.self_test", noted)
     sets = set_texts(model__n_layers=1, model__vocab_size=128, precision=precision)
     config = configure(preset="tiny", sets=sets).config
     notes = build_network(config, ALONE).notes
-    assert notes == ("attention kernel: within 1.5e-05 nats of fp32 math (limit 1e-3)",)
+    assert notes == (
+        "attention kernel: FLASH_ATTENTION, within 1.5e-05 nats of fp32 math (limit 0.001), "
+        "gradients within 2.0e-03",
+    )
     with autocast(config, torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
     assert tested == [dtype]

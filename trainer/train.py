@@ -147,7 +147,7 @@ def _go_on(job: TrainingJob) -> Outcome:
         skip = guard.should_skip(
             grad_norm, flagged=flagged(sums, "skip") + flagged(sums, "damaged")
         )
-        update(optimizer, skip)
+        update(optimizer, skip, keep_gradients=network.gradients_in_buckets(model))
 
         pending = metrics_logger.PendingMetrics(sums, skip, state.first_index, grad_norm=grad_norm)
         state.advance(shape.global_batch_size, watch.lap())

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from measure import in_turns, machine, parse, ratios, spread
@@ -190,25 +191,31 @@ def shares(
             side.step(*batches[number % len(batches)])
         settle()
     took: Counter[str] = Counter()
-    launches = 0
-    for event in profiler.events() or ():
-        if on_gpu:
-            for kernel in event.kernels:  # those that this operator itself launched
-                took[part_of(event, kernel.name)] += kernel.duration
-                launches += 1
-        else:
+    operators = {event.id: event for event in profiler.events() or () if not event.is_async}
+    if not on_gpu:
+        for event in operators.values():
             took[part_of(event, event.name)] += event.self_cpu_time_total
-    return {part: us / 1e3 / steps for part, us in took.most_common()}, launches / steps
+        return {part: us / 1e3 / steps for part, us in took.most_common()}, 0.0
+    assert profiler.profiler is not None
+    kernels = [
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
+    ]
+    for kernel in kernels:  # each once, with the operator that launched it
+        launcher = operators.get(kernel.linked_correlation_id())
+        took[part_of(launcher, kernel.name())] += kernel.duration_ns() / 1e3
+    parts = {part: us / 1e3 / steps for part, us in took.most_common()}
+    return parts, len(kernels) / steps
 
 
-def part_of(event: Any, kernel: str) -> str:
-    """The part of the step that this kernel of an operator belongs to."""
-    ancestor = event
-    while ancestor is not None:
+def part_of(operator: Any, kernel: str) -> str:
+    """The part of the step that a kernel belongs to, by its name and by who launched it."""
+    while operator is not None:
         for word, part in WITHIN.items():
-            if word in ancestor.name:
+            if word in operator.name:
                 return part
-        ancestor = ancestor.cpu_parent
+        operator = operator.cpu_parent
     name = kernel.lower()
     return next((part for part, words in KERNELS.items() if any(w in name for w in words)), REST)
 

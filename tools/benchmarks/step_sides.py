@@ -24,11 +24,12 @@ from trainer.session.network import Network, autocast, build_network
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a side: a step of the run's model on `rows` rows of its context."""
+    """The work of a side: steps of the run's model, in micro-batches of `rows` of its context."""
 
     config: RunConfig
     world: World
     rows: int
+    accumulated: int = 1  # micro-batches an update, for ours alone
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +96,8 @@ def _our_side(work: Work, network: Network) -> Side:
     parts = TrialStep(work.config, network, work.device, work.rows)
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = parts.micro_batch(tokens, targets)
+        for _ in range(work.accumulated):
+            loss = parts.micro_batch(tokens, targets)
         parts.update()
         return loss
 

@@ -45,6 +45,7 @@ _NEEDED: Final = ("step", "files")
 _OF_TRAINING: Final = (
     "next_index", "time_s", "refused_in_a_row", "norms", "skipped", "phases", "data",
     "tokenizer_sha256", "ledger", "anneal", "spent_s", "unix_s", "world_size", "config",
+    "bit_exact",
 )  # fmt: skip
 _KNOWN: Final = frozenset((*STAMP, *_NEEDED, *_OF_TRAINING, "versions", "converted_from"))
 """What a record may hold; trainer/session/state.py has a default for each key added later."""

@@ -46,6 +46,12 @@ A new key whose default changes what a run computes needs an entry: `"model.qk_n
 a default of True, so that stored runs and exports stay the models that they were.
 """
 
+SPELLED_BEFORE: Final[dict[tuple[str, object], Any]] = {
+    ("deterministic", True): "auto",  # 0.2.0 and before: as far as the device can
+    ("deterministic", False): "false",
+}
+"""(Key, stored value) -> how that value is spelled today."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -63,7 +69,7 @@ class RunConfig:
     shard_degree: int = 1  # ranks that hold one copy of weights and moments; 1: each holds all
     compile: bool = True
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    deterministic: bool = True  # kernels that give the same bits every time, on CUDA and ROCm
+    deterministic: Literal["auto", "true", "false"] = "auto"  # same bits twice; true: or none
     log_interval: int = 10
     tensorboard: bool = True
     dollars_per_hour: float = 0.0  # of all devices together; 0: nothing is said about money
@@ -163,6 +169,9 @@ def from_stored(
     """
     check_keys(_unknown_keys(cls, table, prefix), (), where, writer)
     full: dict[str, Any] = copy.deepcopy(dict(table))
+    for (name, old), new in SPELLED_BEFORE.items():
+        if not prefix and full.get(name) is old:
+            full[name] = new
     for name, value in MEANT_BEFORE.items():
         if name.startswith(prefix):
             section, _, key = name.removeprefix(prefix).rpartition(".")
@@ -275,6 +284,7 @@ def _fit(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is dict and isinstance(value, Mapping):
         return {key: _fit(f"{name}.{key}", entry, float) for key, entry in value.items()}
     if typing.get_origin(hint) is Literal:
+        value = str(value).lower() if isinstance(value, bool) else value  # `true` is a bool in TOML
         if value in typing.get_args(hint):
             return value
         raise ConfigError(f"{name}={value}: must be one of {', '.join(typing.get_args(hint))}")

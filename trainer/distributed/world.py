@@ -179,14 +179,6 @@ def _leave() -> None:
     time.sleep(_RELEASE_S)
 
 
-def make_deterministic(device: torch.device) -> None:
-    """Ask for kernels that give the same bits every time, as those of the CPU do anyway."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
 @contextlib.contextmanager
 def listen_for_stop() -> Iterator[Callable[[], bool]]:
     """A function that says whether SIGTERM or Ctrl-C has asked this process to stop."""

@@ -197,8 +197,10 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
     return get_total_norm([*parts, get_total_norm(vectors)])
 
 
-def update(optimizer: Optimizer, skip: Tensor) -> None:
+def update(optimizer: Optimizer, skip: Tensor, *, keep_gradients: bool = False) -> None:
     """Make the update, unless `skip` [] is 1.0: then weights and state stay, bit for bit.
+
+    Gradients are dropped after it, or with `keep_gradients` zeroed where they are.
 
     The device decides; nothing waits to find out. torch's fused optimizers do so by themselves; of
     any other, weights and state are copied before the step and selected after it.
@@ -216,7 +218,7 @@ def update(optimizer: Optimizer, skip: Tensor) -> None:
         with torch.no_grad():
             for tensor, old in before:
                 tensor.copy_(torch.where(skip > 0, old, tensor))
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=not keep_gradients)
 
 
 def _skips_by_itself(optimizer: Optimizer) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import shutil
 import sysconfig
 import warnings
@@ -30,8 +31,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as recomputing
 from torch.utils.checkpoint import CheckpointPolicy
 
-from model.attention import self_test
 from model.config import ModelError
+from model.self_test import self_test
 from model.transformer import Transformer
 from trainer.config.config import RunConfig
 from trainer.data.mixture import key_of
@@ -45,36 +46,116 @@ class Network(NamedTuple):
     bare: Transformer
     model: nn.Module
     notes: tuple[str, ...]
+    repeatable: bool = True  # whether the same step gives the same bits, and so does resuming
 
 
 def build_network(config: RunConfig, world: World) -> Network:
-    """The model on this rank's device, initialised from the seed, its attention kernel tested."""
-    with torch.device("meta"):
-        bare = Transformer(config.model)
+    """The model on this rank's device, initialised from the seed, its kernels tested.
+
+    TrainingError where the attention kernel computes another model, and with `deterministic=true`
+    where a kernel of this run cannot give the same bits twice.
+    """
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    notes = [] if not config.compile else _prepare_compiler(config, world.device)
+    compiled = config.compile and not notes
+    obstacle = _be_deterministic(config, world, compiled=compiled)
     try:
-        error = self_test(world.device, dtype, config.model)
+        test = self_test(world.device, dtype, config.model)
     except ModelError as failure:
         raise TrainingError(str(failure)) from failure
-    notes = [f"attention kernel: within {error:.1e} nats of fp32 math (limit 1e-3)"]
-    if config.activation_checkpointing != "none":
-        _recompute_blocks(bare, config)
-    if config.compile and (lack := _lack_of_a_compiler(world.device)):
-        notes.append(f"not compiled, which is slower: {lack}")
-    elif config.compile:
-        # DDP's own graph splitter would cut even graphs of a single block
-        torch._dynamo.config.optimize_ddp = False
-        # inductor's own random numbers can corrupt dropout on CUDA (pytorch#198333, torch 2.13)
-        if hasattr(torch._inductor.config, "align_random_eager"):
-            torch._inductor.config.align_random_eager = True
-        bare.compile_parts()
+    notes.insert(0, f"attention kernel: {test}")
+    if obstacle:
+        notes.append(f"! resuming will not be bit-exact here: {obstacle}")
+    with torch.device("meta"):
+        bare = Transformer(config.model)
+    _prepare(bare, config, compiled=compiled)
     if config.shard_degree > 1:
         _shard(bare, config, world)
     bare.to_empty(device=world.device)
     with fill_shards():
         bare.init_weights(config.seed)
     model = bare if config.shard_degree > 1 else _replicate(bare, world)
-    return Network(bare, model, tuple(notes))
+    return Network(bare, model, tuple(notes), repeatable=not obstacle)
+
+
+def _prepare(bare: Transformer, config: RunConfig, *, compiled: bool) -> None:
+    """Have the blocks recomputed and compiled as the configuration says."""
+    if config.activation_checkpointing != "none":
+        _recompute_blocks(bare, config)
+    if compiled:
+        bare.compile_parts()
+
+
+def _prepare_compiler(config: RunConfig, device: torch.device) -> list[str]:
+    """Set torch.compile up for a run; a note where it cannot be used."""
+    if lack := _lack_of_a_compiler(device):
+        return [f"not compiled, which is slower: {lack}"]
+    # DDP's own graph splitter would cut even graphs of a single block
+    torch._dynamo.config.optimize_ddp = False
+    # inductor's own random numbers can corrupt dropout on CUDA (pytorch#198333, torch 2.13)
+    if hasattr(torch._inductor.config, "align_random_eager"):
+        torch._inductor.config.align_random_eager = True
+    return []
+
+
+def _be_deterministic(config: RunConfig, world: World, *, compiled: bool) -> str:
+    """Ask torch for kernels that give the same bits every time; why this run has one that does not.
+
+    Strictly: told to warn only, torch keeps flash attention's other backward pass, and a resumed
+    run ended with other bits (H200, torch 2.11). A CPU's kernels need no asking.
+    """
+    if world.device.type != "cuda":
+        return ""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    strict = config.deterministic != "false"
+    torch.use_deterministic_algorithms(strict)
+    if not strict:
+        return "deterministic=false asks for speed"
+    found = world.gather(_unrepeatable(config, world.device, compiled=compiled))
+    obstacle = next((each for each in found if each), "")
+    if obstacle and config.deterministic == "true":
+        raise TrainingError(
+            f"deterministic=true: {obstacle}; --set deterministic=auto starts all the same, and "
+            "resuming is then not bit-exact"
+        )
+    if obstacle:
+        torch.use_deterministic_algorithms(False)  # nothing is left to gain from it
+    return obstacle
+
+
+def _unrepeatable(config: RunConfig, device: torch.device, *, compiled: bool) -> str:
+    """What of a training step does not give the same bits twice, or has no kernel that does.
+
+    Two forward and backward passes of the same model with a single layer: its kernels are those of
+    all layers.
+    """
+    with torch.device("meta"):
+        bare = Transformer(dataclasses.replace(config.model, n_layers=1))
+    _prepare(bare, config, compiled=compiled)
+    bare.to_empty(device=device)
+    bare.init_weights(config.seed)
+    shape = (config.micro_batch_size or 1, config.model.seq_len)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+    key = torch.zeros(shape[0], 2, dtype=torch.int32, device=device)
+    names, weights = zip(*bare.named_parameters(), strict=True)
+    passes = []
+    try:
+        for _ in range(2):
+            reseed_attention_dropout(config, 0, 0, 0)
+            with autocast(config, device):
+                loss = bare(tokens, tokens, key)
+            passes.append([loss.detach(), *torch.autograd.grad(loss, weights)])
+    except RuntimeError as failure:
+        if "deterministic" not in str(failure):
+            raise
+        return str(failure).partition(". ")[0].partition("\n")[0]
+    for name, one, other in zip(("the loss", *names), *passes, strict=True):
+        if not torch.equal(one, other):
+            what = name if name == "the loss" else f"the gradient of {name}"
+            return f"{what} differs between two passes over the same tokens"
+    return ""
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
@@ -92,6 +173,15 @@ def no_sync_unless_last(
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return contextlib.nullcontext()
+
+
+def gradients_in_buckets(model: nn.Module) -> bool:
+    """Whether gradients are views of DDP's buckets, to be zeroed there and never dropped.
+
+    Dropped, they would be made anew beside the buckets by the passes that do not exchange them:
+    17.9 GB at full size.
+    """
+    return isinstance(model, DistributedDataParallel)
 
 
 def exposed_exchange_s(model: nn.Module) -> float:
@@ -150,13 +240,28 @@ def _replicate(bare: Transformer, world: World) -> nn.Module:
     block_mb = sum(p.numel() * p.element_size() for p in bare.blocks[0].parameters()) / 2**20
     with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, 2.11 does not yet
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(
+        model = DistributedDataParallel(
             bare,
             device_ids=[world.local_rank] if world.device.type == "cuda" else None,
             broadcast_buffers=False,  # tables and constants, the same everywhere
             gradient_as_bucket_view=True,
             bucket_cap_mb=max(1, round(block_mb)),
         )
+    _fill_buckets(model, world.device)
+    return model
+
+
+def _fill_buckets(model: DistributedDataParallel, device: torch.device) -> None:
+    """Have every gradient be a view of its bucket, zero, before the first step.
+
+    After its first exchange DDP orders its buckets as gradients come, and moves them at the next
+    forward pass: without this the first step's gradients would be made beside the buckets, and
+    exchanged in one piece when the backward pass is over.
+    """
+    tokens = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(2):
+            (model(tokens, tokens) * 0).backward()
 
 
 def _recompute_blocks(bare: Transformer, config: RunConfig) -> None:

@@ -21,7 +21,7 @@ from trainer.config.config import differences, load_config, save_config
 from trainer.config.train_plan import TrainPlan, describe
 from trainer.data.batches import MicroBatches, StepRange
 from trainer.data.loader import Loader
-from trainer.distributed.world import World, make_deterministic
+from trainer.distributed.world import World
 from trainer.errors import CheckpointError, ConfigError
 from trainer.faults.inject import Faults, flip_a_bit
 from trainer.metrics import goodput, metrics
@@ -69,8 +69,6 @@ def begin(
     if not restarted:
         show_plan(plan, state, measured_rate(run) if world.is_main else None, display)
     states.check_max_epochs(plan, state)
-    if config.deterministic:
-        make_deterministic(world.device)
     network = build_network(config, world)
     optimizer = make_optimizer(network.bare, config.optim)
     if point.checkpoint is not None:

@@ -104,6 +104,7 @@ class CheckpointSaver:
             self._saved_at = time.monotonic()  # a failure too: the next try is an interval away
             share = self._tensors()
             record = copy.deepcopy(self._state.record(self._session.plan))
+            record["bit_exact"] = self._session.network.repeatable
             if self._copies is None or last:
                 written: Future[CheckpointError | None] = Future()
                 written.set_result(self._write(step, share, record))
