@@ -73,7 +73,7 @@ def unit_name(position: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerInfo:
+class ManifestTokenizer:
     """Which tokenizer made the ids. `sha256` is that of the SentencePiece model file."""
 
     name: str
@@ -149,7 +149,7 @@ class Facts:
     dtype: str
     packing: Packing
     val_fraction: float
-    tokenizer: TokenizerInfo
+    tokenizer: ManifestTokenizer
 
     @property
     def masked(self) -> bool:
@@ -184,7 +184,7 @@ class Manifest:
     def from_json(cls, value: Any) -> Manifest:
         """The manifest that a JSON object spells; ShardError if none, or if `root` differs."""
         value = _known_format(value, "the manifest")
-        tokenizer = _build(TokenizerInfo, value.get("tokenizer"))
+        tokenizer = _build(ManifestTokenizer, value.get("tokenizer"))
         facts = _build(Facts, {**value, "tokenizer": tokenizer})
         parts = tuple(_build(Part, part) for part in value.get("parts", ()))
         shards = tuple(_build(ShardInfo, shard) for shard in value.get("shards", ()))

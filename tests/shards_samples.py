@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.format import Facts, Manifest, Part, TokenizerInfo, token_dtype
+from shards.format import Facts, Manifest, ManifestTokenizer, Part, token_dtype
 from shards.writer import ShardWriter, write_manifest
 
-TOKENIZER = TokenizerInfo(
+TOKENIZER = ManifestTokenizer(
     name="sample", sha256="0" * 64, vocab_size=512, bos_id=1, eos_id=2, pad_id=0
 )
 
@@ -24,7 +24,7 @@ def sample_facts(
         dtype=token_dtype(vocab_size).name,
         packing="concat+mask" if masked else "concat",
         val_fraction=0.1,
-        tokenizer=TokenizerInfo(**{**TOKENIZER.__dict__, "vocab_size": vocab_size}),
+        tokenizer=ManifestTokenizer(**{**TOKENIZER.__dict__, "vocab_size": vocab_size}),
     )
 
 

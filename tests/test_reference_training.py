@@ -29,7 +29,7 @@ from shards_samples import TOKENIZER, sample_facts
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.config.train_plan import TrainPlan
 from trainer.data.mixture import DataOrder, Phase
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_metrics
 from trainer.optimizer.optimizer import update
 from trainer.session.network import reseed_attention_dropout
 from trainer.train import train
@@ -174,7 +174,7 @@ def expected(folder: Path, kind: str) -> tuple[list[Step], Learner]:
 
 def check(run: Path, steps: list[Step], learner: Learner, limits: Limits = FP64) -> None:
     """The run's log and its last checkpoint are those of the reference."""
-    lines = read_lines(run / "metrics.jsonl")
+    lines = read_metrics(run)
     assert [line["n_targets"] for line in lines] == [step.n_targets for step in steps]
     assert [line["lr"] for line in lines] == pytest.approx([step.lr for step in steps], rel=1e-12)
     losses, norms = ([line[key] for line in lines] for key in ("loss", "grad_norm"))

@@ -35,10 +35,9 @@ from tools_samples import (
     trained_run,
     write_shards,
 )
-from trainer.checkpoint.runs import METRICS
 from trainer.config.config import configure
 from trainer.config.resolve import make_plan
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_metrics
 from trainer.train import train
 
 transformers = pytest.importorskip("transformers")
@@ -122,7 +121,7 @@ def test_training_goes_on_from_a_converted_model(tmp_path: Path) -> None:
             "tensorboard=false", "mixture.s=1")  # fmt: skip
     config = configure(preset="tiny", sets=sets, shards=str(tmp_path / "shards"))
     train(make_plan(config, 1), tmp_path / "run")
-    losses = [line["loss"] for line in read_lines(tmp_path / "run" / METRICS) if "loss" in line]
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line]
     base = load(ModelSpec(run=tmp_path / "base", device="cpu", dtype="fp32")).model
     reader = ShardReader(tmp_path / "shards" / "s", "train")
     rows, _ = reader.rows(np.arange(reader.n_rows))

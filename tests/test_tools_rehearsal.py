@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from shards.errors import SummerError
+from shards_samples import make_source
 from tools.errors import RehearsalError
 from tools.rehearsal.certificate import FAULTS, Certificate, FaultResult, publish, table
 from tools.rehearsal.processes import POLL_S, compare_checkpoints, last_step, train, training
-from tools.rehearsal.rehearsal import INTERVAL, N_INTERVALS, Rehearsal, prepare, rehearse
-from trainer.checkpoint.runs import METRICS, RECORD
+from tools.rehearsal.rehearsal import INTERVAL, N_INTERVALS, Rehearsal, check_inputs, rehearse
+from trainer.checkpoint.runs import RECORD
 from trainer.faults.inject import KINDS
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_metrics
 from trainer_samples import make_shards, set_texts
 
 
@@ -61,13 +63,14 @@ def good_certificate() -> Certificate:
     )
     return Certificate(
         command="summer-train", steps=12, seconds=1.0, versions={"torch": "2"}, data={"a": "f00"},
+        bit_exact=False,
         digests={"weights": ("1", "1")}, scores={"faulted": 2.5, "uninterrupted": 2.5}, rows=rows,
     )  # fmt: skip
 
 
 def test_one_broken_promise_spoils_the_certificate(tmp_path: Path) -> None:
     good = good_certificate()
-    assert good.kept and "NO" not in "".join(table(good))
+    assert good.kept and "NO" not in "".join(table(replace(good, bit_exact=True)))
     row = good.rows[0]
     broken = [
         replace(row, detected=False), replace(row, recovered=False), replace(row, identical=False),
@@ -93,6 +96,11 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     promises = [case.promise for case in FAULTS.values()]
     for part in (*FAULTS, *promises, "| weights | `1` | `1` |", "| a | `f00` |"):
         assert part in page
+    assert "passes repeat bit for bit, as the run itself says: NO" in page
+    assert json.loads((tmp_path / "certificate.json").read_text())["bit_exact"] is False
+    assert any(
+        "not recorded" in line for line in table(replace(good_certificate(), bit_exact=None))
+    )
 
 
 def test_every_kind_of_fault_is_rehearsed_at_its_step() -> None:
@@ -132,7 +140,24 @@ def test_what_is_rehearsed_is_a_copy_in_an_empty_folder(
     (tmp_path / "shards" / "big").write_bytes(b"four")
     large = replace(taken, shards=tmp_path / "shards", out=tmp_path / "new")
     with pytest.raises(RehearsalError, match="is copied, because a bit of it is flipped"):
-        prepare(large)
+        check_inputs(large)
+
+
+def test_settings_that_are_wrong_are_found_before_anything_is_made(tmp_path: Path) -> None:
+    good = Rehearsal(shards=None, preset="tiny", sets=(), out=tmp_path / "out", seed=0)
+    check_inputs(good)
+    for name in ("one", "other"):
+        make_source(tmp_path / "shards" / name, n_val_rows=0)
+    for changes, words in (
+        ({"preset": "tinny"}, "did you mean tiny"),
+        ({"sets": ("optim.ler=1",)}, "optim.lr"),
+        ({"shards": tmp_path / "none"}, "no prepared source"),
+        ({"shards": tmp_path / "shards"}, "no document is held out"),
+        ({"shards": make_shards(tmp_path / "one", pg19=2)}, "needs two sources"),
+    ):
+        with pytest.raises(SummerError, match=words):
+            rehearse(replace(good, **changes), lambda _: pytest.fail("work has begun"))
+        assert not good.out.exists()
 
 
 @pytest.mark.slow
@@ -158,6 +183,6 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_uninterrupted_o
     print(f"{done} kills, the last at step {last_step(killed)} of {steps}")
     train(arguments, killed)
     assert done and compare_checkpoints(twin, killed, steps).identical
-    logs = [[(line["step"], line["loss"], line["grad_norm"]) for line in read_lines(run / METRICS)]
+    logs = [[(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(run)]
             for run in (twin, killed)]  # fmt: skip
     assert logs[0] == logs[1]

@@ -20,7 +20,7 @@ from tools.errors import TraceError
 from tools.trace import main
 from tools.tracing.run_trace import RunTrace, rows_of_document
 from trainer.data.mixture import BatchShape, micro_batch_indices
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_events, read_metrics
 from trainer.session.state import State
 from trainer.train import train
 from trainer_samples import small_plan
@@ -152,7 +152,7 @@ def test_what_is_traced_is_what_the_model_saw_whatever_happened(
     seen.poisoned = {7, 8}
     common |= {"mixture__pg19": 50, "global_batch_tokens": 512}
     train(small_plan(shards, max_steps=12, **common), tmp_path)
-    events = read_lines(tmp_path / "events.jsonl")
+    events = read_events(tmp_path)
     assert [event["event"] for event in events].count("rollback") == 1
     assert sorted(seen.rows) == list(range(1, 13))
     for step in range(1, 13):
@@ -162,7 +162,7 @@ def test_what_is_traced_is_what_the_model_saw_whatever_happened(
     indices = [each.index for step in range(1, 13) for each in trace.at_step(step)]
     assert sorted(indices) == [i for i in range(max(indices) + 1) if not begin <= i < end]
     drawn = Counter(each.source for step in range(1, 13) for each in trace.at_step(step))
-    ledger = read_lines(tmp_path / "metrics.jsonl")[-1]["ledger"]
+    ledger = read_metrics(tmp_path)[-1]["ledger"]
     assert {name: entry["rows"] for name, entry in ledger.items()} == drawn
     everything = {
         (each.step, each.index): each for step in range(1, 13) for each in trace.at_step(step)

@@ -13,7 +13,7 @@ import torch
 from trainer.checkpoint import storage
 from trainer.checkpoint.runs import checkpoints as saved
 from trainer.errors import CheckpointError
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_events
 from trainer.session import save as checkpoints
 from trainer.train import train
 from trainer_samples import RecordingDisplay, events_of, small_plan, tensor_files
@@ -140,9 +140,7 @@ def test_a_checkpoint_that_fails_is_reported_and_outlived(
     train(small_plan(shards, max_steps=6, **changes), tmp_path, display=said)
     assert "! no room; older checkpoints are intact: make room; TRAINING GOES ON" in said
     assert [checkpoint.name for checkpoint in saved(tmp_path)] == ["step-2", "step-6"]
-    [refused] = [
-        e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "checkpoint failed"
-    ]
+    [refused] = [e for e in read_events(tmp_path) if e["event"] == "checkpoint failed"]
     assert refused["step"] == 4
 
 

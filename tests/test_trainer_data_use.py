@@ -11,7 +11,7 @@ import pytest
 
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.errors import ConfigError
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_metrics
 from trainer.session.resume import peek_state
 from trainer.session.state import check_max_epochs, initial_state
 from trainer.start import Request, start
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_line_says_what_each_source_gave(folder: Path) -> None:
-    lines = read_lines(folder / "run" / "metrics.jsonl")
+    lines = read_metrics(folder / "run")
     assert [line["next_index"] for line in lines] == [8, 16, 24, 32, 40, 56, 72]
     changes: dict[str, Any] = {
         "mixture__fineweb": 0,

@@ -18,7 +18,7 @@ from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.errors import ConfigError
 from trainer.faults.inject import KINDS, Fault, flip_a_bit, parse_faults
 from trainer.metrics.display import Display
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_metrics
 from trainer.train import train
 from trainer_samples import find_events, log_of, make_shards, set_texts, small_plan, tensor_files
 
@@ -255,7 +255,7 @@ def test_a_signal_to_the_launcher_reaches_a_checkpoint(shards: Path, tmp_path: P
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + LIMIT_S
-        while len(read_lines(tmp_path / "run" / "metrics.jsonl")) < 3:
+        while len(read_metrics(tmp_path / "run")) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)

@@ -17,7 +17,7 @@ from trainer.data.mixture import DataOrder
 from trainer.errors import ConfigError
 from trainer.metrics import goodput
 from trainer.metrics.goodput import Stopwatch, count_start, parts
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_events, read_metrics
 from trainer.optimizer.optimizer import Anneal, OptimConfig, lr_at
 from trainer.session.budget import ANNEAL, END, annealing_steps, apply_request
 from trainer.session.save import CheckpointSaver
@@ -103,7 +103,7 @@ def test_every_second_of_a_run_is_somewhere(shards: Path, tmp_path: Path) -> Non
     train(small_plan(shards, max_steps=4, **changes), tmp_path)
     passed = time.time() - began
     train(small_plan(shards, max_steps=6, **changes), tmp_path)
-    lines = read_lines(tmp_path / "metrics.jsonl")
+    lines = read_metrics(tmp_path)
     for line in lines:
         spent = line["spent_s"]
         assert list(spent) == [
@@ -115,7 +115,7 @@ def test_every_second_of_a_run_is_somewhere(shards: Path, tmp_path: Path) -> Non
     for before, after in pairwise(lines):
         assert all(after["spent_s"][part] >= value for part, value in before["spent_s"].items()
                    if part != "compute")  # fmt: skip
-    done = [line for line in read_lines(tmp_path / "events.jsonl") if line["event"] == "done"]
+    done = [line for line in read_events(tmp_path) if line["event"] == "done"]
     assert sum(done[0]["spent_s"].values()) == pytest.approx(passed, rel=0.2)
 
 
@@ -167,7 +167,7 @@ def test_a_budget_anneals_checkpoints_and_ends_inside_itself(
     plan = small_plan(shards, max_steps=1000, **money)
     outcome = train(plan, tmp_path / "full")
     assert not outcome.stopped
-    happened = read_lines(tmp_path / "full" / "events.jsonl")
+    happened = read_events(tmp_path / "full")
     (anneal,) = [event for event in happened if event["event"] == "anneal"]
     first, n_steps = anneal["anneal"]
     assert outcome.step == first + n_steps
@@ -175,7 +175,7 @@ def test_a_budget_anneals_checkpoints_and_ends_inside_itself(
     assert [checkpoint.name for checkpoint in checkpoints(tmp_path / "full")] == [
         f"step-{first}", f"step-{outcome.step}"
     ]  # fmt: skip
-    lines = read_lines(tmp_path / "full" / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "full")
     assert [line["lr"] for line in lines] == [
         lr_at(step, plan.config.optim, 1000, Anneal(first, n_steps)) for step in range(len(lines))
     ]
@@ -197,7 +197,7 @@ def test_a_budget_that_runs_out_early_ends_the_annealing(
     metered(clock, monkeypatch, slows=True)
     plan = small_plan(shards, max_steps=1000, dollars_per_hour=36, max_dollars=8)
     assert train(plan, tmp_path).step > 30
-    happened = read_lines(tmp_path / "events.jsonl")
+    happened = read_events(tmp_path)
     assert [event["event"] for event in happened].count("anneal") == 2
     assert 600 < sum(happened[-1]["spent_s"].values()) <= 800
     record = json.loads((newest_checkpoint(tmp_path) / "checkpoint.json").read_text())

@@ -17,7 +17,7 @@ from trainer.data.batches import StepRange
 from trainer.data.mixture import BatchShape, leave_out
 from trainer.errors import ConfigError, TrainingError
 from trainer.faults.guard import Guard, GuardConfig
-from trainer.metrics.metrics import GuardHistory, add_left_out, read_history, read_lines
+from trainer.metrics.metrics import GuardHistory, add_left_out, read_history, read_metrics
 from trainer.optimizer.optimizer import finish_gradients, update
 from trainer.train import train
 from trainer_samples import find_events, log_of, small_plan, tensor_files
@@ -173,7 +173,7 @@ def test_bad_steps_that_persist_are_left_out_with_their_data(
     plan = rolled_back_run(shards, run, monkeypatch)
     [event] = find_events(run, "rollback")
     assert (event["to_step"], event["skipped"]) == (6, [48, 88])
-    assert [(line["step"], line["next_index"]) for line in read_lines(run / "metrics.jsonl")] == [
+    assert [(line["step"], line["next_index"]) for line in read_metrics(run)] == [
         *((step, 8 * step) for step in range(1, 7)),
         *((step, 8 * step + 40) for step in range(7, 17)),
     ]

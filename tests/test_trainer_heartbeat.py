@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.faults.heartbeat import RANKS, STACKS, Heartbeat, Watchdog
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_events
 from trainer_samples import ALONE
 
 TIMEOUT_S = 80.0  # a beat each five seconds
@@ -52,7 +52,7 @@ class Watched:
             self.watchdog._check()
 
     def event(self) -> dict[str, object]:
-        [event] = read_lines(self.run / "events.jsonl")
+        [event] = read_events(self.run)
         return event
 
 

@@ -15,7 +15,7 @@ from trainer.metrics.metrics import (
     drop_lines_after,
     read_events,
     read_history,
-    read_lines,
+    read_metrics,
 )
 
 VALUES = {
@@ -33,11 +33,11 @@ VALUES = {
 def test_lines_after_the_step_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
     drop_lines_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     Journal(tmp_path, 1, writes=True, tensorboard=False).metrics({"step": 2, "loss": 1.0})
-    assert read_lines(path) == [{"step": 1}, {"step": 2, "loss": 1.0}]
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2, "loss": 1.0}]
 
 
 def test_only_the_main_rank_writes(tmp_path: Path) -> None:
@@ -61,10 +61,10 @@ def test_lines_wait_for_a_disk_with_room(tmp_path: Path, monkeypatch: pytest.Mon
     for step, failure in ((2, half), (3, full)):
         monkeypatch.setattr(os, "write", failure)
         journal.metrics({"step": step})
-        assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1]
     monkeypatch.undo()
     journal.metrics({"step": 4})
-    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_events_have_a_time(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from trainer.config.config import RunConfig, differences, from_stored
 from trainer.config.memory import memory_by_part
 from trainer.errors import ConfigError
 from trainer.faults.guard import Guard, GuardConfig
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_metrics
 from trainer.optimizer.optimizer import (
     OPTIMIZERS,
     OptimConfig,
@@ -186,7 +186,7 @@ def test_each_optimizer_trains_is_guarded_and_resumes_bit_for_bit(
         once.setenv("SUMMER_FAULT", "nan:0:2")
         train(plan, run)
     assert events_of(run).count("skipped") == 1
-    losses = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
+    losses = [line["loss"] for line in read_metrics(run)]
     assert losses[-1] < losses[0] and math.isfinite(losses[-1])
     files = tensor_files(newest_checkpoint(run))
     (newest_checkpoint(run) / "checkpoint.json").unlink()

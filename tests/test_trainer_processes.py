@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from trainer.checkpoint import storage
 from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.cli import main
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_metrics
 from trainer_samples import make_shards, set_texts
 
 LIMIT_S = 240
@@ -42,14 +42,14 @@ def started(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
     deadline = time.monotonic() + LIMIT_S
-    while not any(line["step"] >= step for line in read_lines(run / "metrics.jsonl")):
+    while not any(line["step"] >= step for line in read_metrics(run)):
         assert process.poll() is None, "the run ended before that step"
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def log_of(run: Path) -> list[tuple[int, float, float]]:
-    lines = read_lines(run / "metrics.jsonl")
+    lines = read_metrics(run)
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 

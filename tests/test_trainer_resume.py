@@ -16,7 +16,7 @@ from trainer.checkpoint import storage
 from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.config.config import load_config
 from trainer.errors import CheckpointError, ConfigError
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_metrics
 from trainer.optimizer.optimizer import make_optimizer
 from trainer.session import network as parallel
 from trainer.train import Outcome, train
@@ -183,7 +183,7 @@ def test_a_mixture_changed_in_the_middle_goes_on_from_the_counts(
 def test_a_batch_changed_in_the_middle_skips_nothing(shards: Path, tmp_path: Path) -> None:
     train(small_plan(shards, max_steps=3), tmp_path)
     train(small_plan(shards, max_steps=5, global_batch_tokens=512), tmp_path)
-    assert [line["next_index"] for line in read_lines(tmp_path / "metrics.jsonl")] == [
+    assert [line["next_index"] for line in read_metrics(tmp_path)] == [
         8, 16, 24, 40, 56
     ]  # fmt: skip
 

@@ -18,7 +18,7 @@ from trainer.config.config import RunConfig, configure
 from trainer.config.memory import memory_by_part
 from trainer.distributed.world import World, join_world, local_tensor, shard_count
 from trainer.errors import ConfigError
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_metrics
 from trainer.optimizer.optimizer import OptimConfig, finish_gradients, make_optimizer, update
 from trainer.session.network import Network, build_network, fill_shards, no_sync_unless_last
 from trainer.session.save import tensors_to_save
@@ -105,7 +105,7 @@ def test_slices_learn_what_the_whole_learns(folder: Path, precision: str, limit:
 
 
 def scores_of(run: Path) -> list[float]:
-    return [line["val_loss"] for line in read_lines(run / "metrics.jsonl") if "val_loss" in line]
+    return [line["val_loss"] for line in read_metrics(run) if "val_loss" in line]
 
 
 @pytest.mark.slow

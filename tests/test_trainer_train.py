@@ -23,7 +23,7 @@ from trainer.checkpoint.storage import load_weights
 from trainer.config.config import load_config
 from trainer.errors import ConfigError, TrainingError
 from trainer.faults.heartbeat import Watchdog
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_events, read_metrics
 from trainer.train import Outcome, train
 from trainer_samples import (
     RecordingDisplay,
@@ -42,7 +42,7 @@ def test_a_run_learns_and_explains_itself(shards: Path, tmp_path: Path) -> None:
     plan, run = small_plan(shards, optim__lr=1e-2, max_steps=20), tmp_path / "run"
     outcome = train(plan, run)
     assert outcome == Outcome(20, False, run / "checkpoints" / "step-20")
-    lines = read_lines(run / "metrics.jsonl")
+    lines = read_metrics(run)
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert lines[0]["loss"] == pytest.approx(math.log(512), abs=1.0)
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
@@ -80,7 +80,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(tmp_path: Path) -> None:
     for size in (8, 1):
         plan = small_plan(tmp_path / "shards", micro_batch_size=size, precision="fp32", max_steps=6)
         train(plan, tmp_path / str(size))
-        lines = read_lines(tmp_path / str(size) / "metrics.jsonl")
+        lines = read_metrics(tmp_path / str(size))
         losses.append([line["loss"] for line in lines])
         assert len({line["n_targets"] for line in lines}) > 1
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -101,7 +101,7 @@ def test_without_a_target_the_update_is_skipped(tmp_path: Path) -> None:
     train(plan, run, display=said)
     assert "! step 1: gradient not finite, update skipped" in said
     assert events_of(run).count("skipped") == 3
-    lines = read_lines(run / "metrics.jsonl")
+    lines = read_metrics(run)
     assert [(line["loss"], line["n_targets"]) for line in lines] == [(None, 0)] * 3
     start = Transformer(plan.config.model)
     start.init_weights(plan.config.seed)
@@ -126,7 +126,7 @@ def test_skipped_updates_without_end_are_an_error(
     with pytest.raises(TrainingError, match=message):
         train(plan, tmp_path)
     # a step's numbers are read one step late
-    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
     assert [checkpoint.name for checkpoint in checkpoints(tmp_path)] == ["step-2", "step-6"]
     assert events_of(tmp_path).count("rollback") == 1
 
@@ -193,7 +193,7 @@ def test_a_damaged_row_ends_the_run_before_its_step_and_repaired_it_goes_on(
     with pytest.raises(ShardError, match=r"is damaged .*; the run is saved at step 1 and goes on"):
         train(plan, run)
     assert newest_checkpoint(run).name == "step-1"
-    assert read_lines(run / "events.jsonl")[-1].items() >= {"event": "damaged", "step": 2}.items()
+    assert read_events(run)[-1].items() >= {"event": "damaged", "step": 2}.items()
     shard.write_bytes(intact)
     train(plan, run)
     assert log_of(run) == log_of(tmp_path / "intact")

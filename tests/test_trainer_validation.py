@@ -23,7 +23,7 @@ from shards.reader import ShardReader
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.checkpoint.storage import load_weights
 from trainer.errors import ConfigError
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_metrics
 from trainer.metrics.profiling import parse_steps
 from trainer.train import train
 from trainer.validation.validation import Ids, count_bytes, read_token_bytes, token_bytes_of
@@ -88,7 +88,7 @@ def test_held_out_rows_and_evaluation_texts_are_scored(shards: Path, tmp_path: P
     train(plan, tmp_path)
     model = Transformer(plan.config.model)
     model.load_state_dict(load_weights(newest_checkpoint(tmp_path)))
-    line = read_lines(tmp_path / "metrics.jsonl")[-1]
+    line = read_metrics(tmp_path)[-1]
     assert set(line["val"]) == set(line["val_bits"]) == {"fineweb", "pg19", "wikitext2"}
     for name in line["val"]:
         loss, bits = bits_of(ShardReader(shards / name, "val"), model)
@@ -156,9 +156,9 @@ def test_watching_changes_nothing(shards: Path, tmp_path: Path) -> None:
     records = [json.loads((newest_checkpoint(run) / "checkpoint.json").read_text()) for run in runs]
     assert records[0]["files"] == records[1]["files"]
     keys = ("step", "loss", "lr", "grad_norm", "n_targets", "next_index", "ledger")
-    logs = [[[line[k] for k in keys] for line in read_lines(r / "metrics.jsonl")] for r in runs]
+    logs = [[[line[k] for k in keys] for line in read_metrics(r)] for r in runs]
     assert logs[0] == logs[1]
-    lines = read_lines(tmp_path / "on" / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "on")
     assert [line["step"] for line in lines if "val" in line] == [2, 4, 6]
     assert lines[-1]["dollars"] > 0
     assert list((tmp_path / "on" / "tensorboard").glob("events.*"))

@@ -19,7 +19,7 @@ from trainer.config.resolve import make_plan
 from trainer.config.train_plan import TrainPlan
 from trainer.distributed.world import World
 from trainer.metrics.display import Display
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_events, read_metrics
 
 ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
@@ -80,15 +80,15 @@ class RecordingDisplay(Display):
 
 def log_of(run: Path) -> list[tuple[Any, ...]]:
     keys = ("step", "loss", "lr", "grad_norm", "n_targets", "next_index")
-    return [tuple(line[key] for key in keys) for line in read_lines(run / "metrics.jsonl")]
+    return [tuple(line[key] for key in keys) for line in read_metrics(run)]
 
 
 def events_of(run: Path) -> list[str]:
-    return [line["event"] for line in read_lines(run / "events.jsonl")]
+    return [line["event"] for line in read_events(run)]
 
 
 def find_events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_lines(run / "events.jsonl") if line["event"] == kind]
+    return [line for line in read_events(run) if line["event"] == kind]
 
 
 def same_weights(one: Path, other: Path) -> bool:

@@ -15,7 +15,6 @@ A second call keeps what is there and says so; after `rm -r demo` everything is 
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -24,14 +23,16 @@ from typing import TYPE_CHECKING, Final
 
 from shards.errors import one_line_failures
 from tools.rehearsal.processes import (
+    SOURCES,
     Comparison,
     compare_checkpoints,
     last_step,
+    learn_vocabulary,
+    prepare_source,
     record_of,
     train,
-    train_and_kill,
-    train_until_checkpoint,
 )
+from trainer.metrics.metrics import read_metrics
 
 if TYPE_CHECKING:
     from tools.evaluation.cards import Result
@@ -43,8 +44,6 @@ RUN: Final = DEMO / "runs" / "main"
 TWIN: Final = DEMO / "runs" / "twin"
 RESULT: Final = DEMO / "result.json"
 
-SOURCES: Final = ("python-code", "python-docs")
-SEQ_LEN, VOCAB_SIZE, VAL_FRACTION = 256, 2048, 0.02
 STEPS, CHECKPOINT_EVERY, KILL_AFTER = 240, 40, 105
 TWIN_STEPS = 120  # the twin's last checkpoint: the first one past the kill
 SETTINGS: Final = {
@@ -67,10 +66,13 @@ def main() -> None:
     started = time.monotonic()
     DEMO.mkdir(exist_ok=True)
     heading("1. A vocabulary, learnt from text that comes with Python")
-    make_vocabulary()
+    if TOKENIZER.exists():
+        print(f"{TOKENIZER} is there already: kept")
+    else:
+        summer_prep(learn_vocabulary(TOKENIZER))
     heading("2. Text -> shards")
     for source in SOURCES:
-        prepare(source)
+        summer_prep(prepare_source(source, TOKENIZER, SHARDS))  # sees what is done already
     heading(f"3. Training {STEPS} steps, with kill -9 in the middle")
     killed_at = train_with_a_kill()
     heading("4. Did that change anything? Compared with an uninterrupted twin")
@@ -87,32 +89,11 @@ def heading(text: str) -> None:
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
 
 
-def command(module: str, *arguments: str) -> None:
-    """Run one of our commands as a user would, and end with it if it fails."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+def summer_prep(arguments: list[str]) -> None:
+    """Run summer-prep as a user would, and end with it if it fails."""
+    done = subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
-
-
-def make_vocabulary() -> None:
-    """demo/tokenizer.model."""
-    if TOKENIZER.exists():
-        print(f"{TOKENIZER} is there already: kept")
-        return
-    sources = [option for source in SOURCES for option in ("--source", source)]
-    command(
-        "pipeline.cli", "tokenizer", "--train", *sources,
-        "--vocab-size", str(VOCAB_SIZE), "--out", str(TOKENIZER),
-    )  # fmt: skip
-
-
-def prepare(source: str) -> None:
-    """demo/shards/<source>/. The command itself sees when there is nothing left to do."""
-    command(
-        "pipeline.cli", "tokenize", "--source", source, "--out", str(SHARDS),
-        "--tokenizer", str(TOKENIZER), "--seq-len", str(SEQ_LEN),
-        "--val-fraction", str(VAL_FRACTION),
-    )  # fmt: skip
 
 
 def training_arguments() -> list[str]:
@@ -145,12 +126,13 @@ def train_with_a_kill() -> int | None:
     print(f"summer-train {' '.join(training_arguments())} --out {RUN}")
     killed_at = None
     if last_step(RUN) < KILL_AFTER:
-        killed_at = train_and_kill(training_arguments(), RUN, KILL_AFTER, StepLine())
+        train(training_arguments(), RUN, StepLine(), until=lambda: last_step(RUN) >= KILL_AFTER)
+        killed_at = last_step(RUN)
         resumed_from = killed_at // CHECKPOINT_EVERY * CHECKPOINT_EVERY
         print(f"killed with SIGKILL after step {killed_at}; the same command resumes from the")
         print(f"last checkpoint, step {resumed_from}")
     train(training_arguments(), RUN, StepLine())
-    losses = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    losses = read_metrics(RUN)
     steps = [line["step"] for line in losses]
     print(f"trained: {len(steps)} steps in metrics.jsonl, each once: {steps == sorted(set(steps))}")
     print(f"loss {losses[0]['loss']:.3f} -> {losses[-1]['loss']:.3f} nats a token")
@@ -159,11 +141,12 @@ def train_with_a_kill() -> int | None:
 
 def compare_with_twin(killed_at: int | None) -> Comparison:
     """Train the twin, if it is not there, and compare."""
-    if not record_of(TWIN, TWIN_STEPS).exists():
-        train_until_checkpoint(training_arguments(), TWIN, TWIN_STEPS, StepLine())
+    there = record_of(TWIN, TWIN_STEPS).exists
+    if not there():
+        train(training_arguments(), TWIN, StepLine(), until=there)
     comparison = compare_checkpoints(RUN, TWIN, TWIN_STEPS)
-    for name, (here, there) in comparison.files.items():
-        print(f"  {name}: {(here or 'absent')[:16]} and {(there or 'absent')[:16]}")
+    for name, (ours, other) in comparison.files.items():
+        print(f"  {name}: {(ours or 'absent')[:16]} and {(other or 'absent')[:16]}")
     verdict = "bit for bit the same" if comparison.identical else "DIFFERENT"
     when = f"killed after step {killed_at}" if killed_at else "killed during training"
     print(f"the run ({when}) and its twin at step {comparison.step}: {verdict}")

@@ -50,7 +50,7 @@ from trainer.metrics.profiling import StepProfiler, parse_steps
 from trainer.optimizer.optimizer import finish_gradients, lr_at, set_lr, update
 from trainer.session import network
 from trainer.session.budget import Budget, apply_request
-from trainer.session.resume import begin, open_held_out, open_loader
+from trainer.session.resume import begin, open_held_out, resume_loader
 from trainer.session.save import CheckpointSaver, open_saver
 from trainer.session.state import Session, State, claim
 
@@ -100,7 +100,7 @@ def train(
             try:
                 with (
                     begin(plan, run, resume, world, display, restarted=restarted) as found,
-                    open_loader(*found, faults) as loader,
+                    resume_loader(*found, faults) as loader,
                     open_saver(*found) as saver,
                 ):
                     return _go_on(

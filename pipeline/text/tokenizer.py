@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.errors import TokenizerError
-from shards.format import TokenizerInfo
+from shards.format import ManifestTokenizer
 
 BASE_PACKAGE: Final = "mistral_common"
 BASE_FILE: Final = "data/mistral_instruct_tokenizer_240323.model.v3"
@@ -46,7 +46,7 @@ class Tokenizer:
         self.vocab_size = len(self.proto.pieces)
         self.bos_id, self.eos_id = int(self._processor.bos_id()), int(self._processor.eos_id())
         self.pad_id = int(self._processor.unk_id())
-        self.info = TokenizerInfo(
+        self.info = ManifestTokenizer(
             name=name,
             sha256=hashlib.sha256(model).hexdigest(),
             vocab_size=self.vocab_size,
@@ -249,7 +249,7 @@ def _parse(model: bytes, name: str) -> Any:
     return proto
 
 
-def _check_usable(proto: Any, info: TokenizerInfo) -> None:
+def _check_usable(proto: Any, info: ManifestTokenizer) -> None:
     """TokenizerError unless the ids differ from those of BOS, EOS and padding."""
     kinds = proto.SentencePiece
     if min(info.bos_id, info.eos_id) < 0:

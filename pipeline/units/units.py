@@ -29,7 +29,7 @@ from pipeline.inputs.reading import check_column, column_bytes, damaged, open_pa
 from pipeline.inputs.sources import Source
 from shards.errors import SummerError
 from shards.files import json_bytes
-from shards.format import PLAN, Facts, Part, TokenizerInfo, parse_json
+from shards.format import PLAN, Facts, ManifestTokenizer, Part, parse_json
 from shards.versions import FORMAT_KEY, UNITS, check_format
 
 UNIT_BYTES: Final = 256 << 20
@@ -92,7 +92,7 @@ class PreparePlan:
     def facts(self) -> Facts:
         """What the manifest and every shard need to know; KeyError if the recipe lacks it."""
         values = {field.name: self.recipe[field.name] for field in fields(Facts)}
-        return Facts(**{**values, "tokenizer": TokenizerInfo(**self.recipe["tokenizer"])})
+        return Facts(**{**values, "tokenizer": ManifestTokenizer(**self.recipe["tokenizer"])})
 
     @functools.cached_property
     def source(self) -> Source:

@@ -15,7 +15,7 @@ from pipeline.text.encode import CheckedEncoder, encode_documents, make_encoder
 from pipeline.text.pack import Packer
 from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.job import Amount, Limit, PrepareJob, ReportStep, Step
-from shards.format import TOKENIZER, TokenizerInfo, UnitRecord, unit_name
+from shards.format import TOKENIZER, ManifestTokenizer, UnitRecord, unit_name
 from shards.writer import ShardWriter
 
 BATCH_BYTES: Final = 8 << 20
@@ -60,7 +60,7 @@ def _cut(encoded: Encoded, documents: Documents, limit: Limit) -> tuple[Encoded,
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: Path, info: TokenizerInfo) -> Tokenizer:
+def _tokenizer(path: Path, info: ManifestTokenizer) -> Tokenizer:
     tokenizer = Tokenizer.load(path, info.name)
     if tokenizer.info != info:
         raise PrepareError(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from measure import in_turns, parse, spread
 from tools.rehearsal.processes import train
-from trainer.metrics.metrics import read_events, read_lines
+from trainer.metrics.metrics import read_events, read_metrics
 
 WARM = 5  # below the first checkpoint, whose pause is in the sum of pauses
 
@@ -32,7 +32,7 @@ def seconds(shards: str, steps: int, sets: list[str]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         train(arguments, run)
-        lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl")}
+        lines = {line["step"]: line for line in read_metrics(run)}
         done = [event for event in read_events(run) if event["event"] == "done"][-1]
         last = [event for event in read_events(run) if event["event"] == "checkpoint"][-1]
     trained = lines[steps]["time_s"] - lines[WARM]["time_s"]

@@ -42,7 +42,7 @@ from trainer.config.memory import memory_by_part
 from trainer.config.resolve import make_plan
 from trainer.distributed.devices import device_name
 from trainer.distributed.world import join_world
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_metrics
 from trainer.train import train
 
 SMALL = ["model.n_layers=2", "model.vocab_size=512", "model.seq_len=64", "compile=false"]
@@ -274,7 +274,7 @@ def resume(bench: GpuBench) -> Iterator[str]:
                 raise RuntimeError(run.with_suffix(".log").read_text()[-500:])
     one, other = runs
     same = compare_checkpoints(one, other, GOLDEN_STEPS).identical
-    losses = [[line["loss"] for line in read_lines(run / "metrics.jsonl")] for run in runs]
+    losses = [[line["loss"] for line in read_metrics(run)] for run in runs]
     yield "| a run killed twice, and one that was not | |\n|---|---|"
     yield f"| weights and moments | {'the same bits' if same else 'DIFFERENT'} |"
     yield f"| losses | {'the same bits' if losses[0] == losses[1] else 'DIFFERENT'} |"
@@ -286,7 +286,7 @@ def golden(bench: GpuBench) -> Iterator[str]:
     sets = run_sets(bench)
     configured = configure(preset="tiny", sets=sets, shards=make_shards(bench))
     train(make_plan(configured, 1), bench.work / "run")
-    losses = [line["loss"] for line in read_lines(bench.work / "run" / "metrics.jsonl")]
+    losses = [line["loss"] for line in read_metrics(bench.work / "run")]
     device = device_name("cuda") if bench.device == "cuda" else cpu_name()
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     name = f"{slug}{'-small' if bench.small else ''}.json"

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from shards.format import Facts, Part, TokenizerInfo, token_dtype
+from shards.format import Facts, ManifestTokenizer, Part, token_dtype
 from shards.writer import ShardWriter, write_manifest
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ def spread(values: Sequence[float], unit: str) -> str:
 def write_shards(folder: Path, tokens: np.ndarray, vocab_size: int) -> None:
     """A prepared source of these rows [N, seq_len], each a document of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = TokenizerInfo(
+    tokenizer = ManifestTokenizer(
         name="none", sha256="0" * 64, vocab_size=vocab_size, bos_id=1, eos_id=2, pad_id=0
     )
     facts = Facts(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from jinja2 import Environment, FileSystemLoader
 
 from shards.files import publish_bytes, publish_json
 from shards.versions import CERTIFICATE, stamp
@@ -84,6 +85,7 @@ class Certificate:
     seconds: float
     versions: dict[str, Any]
     data: dict[str, str]  # each source's dataset hash
+    bit_exact: bool | None  # whether passes repeat bit for bit, as the run's checkpoints say
     digests: dict[str, tuple[str | None, str | None]]  # last checkpoint: faulted, uninterrupted
     scores: dict[str, float]  # held-out bits per byte of both
     rows: tuple[FaultResult, ...]
@@ -102,46 +104,30 @@ class Certificate:
 
 def table(certificate: Certificate) -> list[str]:
     """One line a fault, as text and as Markdown."""
+    heads = ("step", "detected", "recovered", "steps lost", "bit-identical")
     lines = [
-        f"| {'fault':<18} | step | detected | recovered | steps lost | bit-identical |",
-        f"|{'-' * 20}|-----:|----------|-----------|-----------:|---------------|",
+        f"| {'fault':<18} | {' | '.join(heads)} |",
+        f"|{'-' * 20}|{'|'.join('-' * (len(head) + 1) + ':' for head in heads)}|",
     ]
-    lines += [
-        f"| {row.fault:<18} | {row.step:>4} | {_yes(row.detected):<8} | {_yes(row.recovered):<9} "
-        f"| {row.steps_lost:>10} | {_yes(row.identical):<13} |"
-        for row in certificate.rows
-    ]
-    return [*lines, "", f"every promise kept: {_yes(certificate.kept)}"]
+    for row in certificate.rows:
+        found = (row.step, row.detected, row.recovered, row.steps_lost, row.identical)
+        cells = (_cell(value).rjust(len(head)) for value, head in zip(found, heads, strict=True))
+        lines.append(f"| {row.fault:<18} | {' | '.join(cells)} |")
+    exact = "not recorded" if certificate.bit_exact is None else _cell(certificate.bit_exact)
+    said = f"passes repeat bit for bit, as the run itself says: {exact}"
+    return [*lines, "", said, f"every promise kept: {_cell(certificate.kept)}"]
 
 
 def publish(certificate: Certificate, out: Path) -> None:
-    """Write certificate.json and certificate.md."""
+    """Write certificate.json and certificate.md, which certificate.jinja becomes."""
     facts = {**stamp(CERTIFICATE), "kept": certificate.kept, **asdict(certificate)}
     publish_json(out / "certificate.json", facts)
-    publish_bytes(out / "certificate.md", ("\n".join(_page(certificate)) + "\n").encode())
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=False)
+    values = {"certificate": certificate, "table": table(certificate), "faults": FAULTS}
+    page = templates.get_template("certificate.jinja").render(values)
+    publish_bytes(out / "certificate.md", f"{page}\n".encode())
 
 
-def _page(certificate: Certificate) -> Iterator[str]:
-    yield f"# Rehearsal: {'every promise kept' if certificate.kept else 'PROMISES BROKEN'}\n"
-    yield f"`{certificate.command}`\n"
-    yield f"{certificate.steps} steps, {certificate.seconds:.0f} s in all.\n"
-    yield from table(certificate)
-    yield from (f"\n*{name}*: {case.promise}." for name, case in FAULTS.items())
-    yield (
-        "\n*Bit-identical*: the next checkpoint that both runs have, weights and optimizer moments,"
-        " has the same SHA-256 in every file as that of an uninterrupted run (for skipped updates "
-        "and rollbacks: as that of a replay from the run's events alone).\n"
-    )
-    yield "| file of the last checkpoint | faulted | uninterrupted |\n|---|---|---|"
-    for name, (faulted, uninterrupted) in certificate.digests.items():
-        yield f"| {name} | `{faulted}` | `{uninterrupted}` |"
-    yield "\n| held-out score | bits per byte |\n|---|---|"
-    for name, score in certificate.scores.items():
-        yield f"| {name} | {score:.6f} |"
-    yield "\n| what it holds for | |\n|---|---|"
-    for name, fact in {**certificate.versions, **certificate.data}.items():
-        yield f"| {name} | `{fact}` |"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "NO"
+def _cell(value: int) -> str:
+    """A count, or what is said of a truth value."""
+    return ("yes" if value else "NO") if isinstance(value, bool) else str(value)

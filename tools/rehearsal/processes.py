@@ -1,9 +1,8 @@
 """Training runs as processes of their own: interrupted, killed, and compared byte for byte.
 
-`train_and_kill` ends a run with SIGKILL, which no program can catch or prepare for; the same
-command continues from the last checkpoint. A twin is trained without interruption up to a
-checkpoint past the kill, and every file of both checkpoints, weights and optimizer moments, is
-compared by its SHA-256.
+No program can catch SIGKILL or prepare for it; the same command continues from the last checkpoint.
+A twin is trained without interruption up to a checkpoint past the kill, and every file of both
+checkpoints, weights and optimizer moments, is compared by its SHA-256.
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ from pathlib import Path
 from typing import Final
 
 from tools.errors import RehearsalError
-from trainer.checkpoint.runs import METRICS, RECORD, checkpoint_path
+from trainer.checkpoint.runs import RECORD, checkpoint_path
 from trainer.faults.inject import VARIABLE
-from trainer.metrics.metrics import read_lines
+from trainer.metrics.metrics import read_metrics
 
 POLL_S: Final = 0.05
-GRACE_S: Final = 120.0
-
-Watch = Callable[[int], None]
-"""Called with the last step logged, every POLL_S, while a run goes on."""
+SOURCES: Final = ("python-code", "python-docs")
+SEQ_LEN, VOCAB_SIZE, VAL_FRACTION = 256, 2048, 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +42,41 @@ class Comparison:
         return bool(self.files) and all(one == other for one, other in self.files.values())
 
 
-def train(arguments: Sequence[str], run: Path, watch: Watch | None = None) -> None:
-    """Train to the end; RehearsalError with the last line if the run fails."""
-    with training(arguments, run) as process:
-        wait_until(lambda: process.poll() is not None, process, run, watch)
-    if process.returncode != 0:
-        raise RehearsalError(_failure(run, process.returncode))
+def learn_vocabulary(tokenizer: Path) -> list[str]:
+    """Arguments of summer-prep that learn a vocabulary from the text that Python carries."""
+    sources = [option for name in SOURCES for option in ("--source", name)]
+    size = ("--vocab-size", str(VOCAB_SIZE))
+    return ["tokenizer", "--train", *sources, *size, "--out", str(tokenizer)]
 
 
-def train_and_kill(
-    arguments: Sequence[str], run: Path, step: int, watch: Watch | None = None
-) -> int:
-    """The last step that was logged when, after `step`, the run was ended with SIGKILL."""
+def prepare_source(name: str, tokenizer: Path, shards: Path) -> list[str]:
+    """Arguments of summer-prep that make SHARDS/<name> of one of the SOURCES."""
+    shape = ("--seq-len", str(SEQ_LEN), "--val-fraction", str(VAL_FRACTION))
+    out = ("--out", str(shards), "--tokenizer", str(tokenizer))
+    return ["tokenize", "--source", name, *out, *shape]
+
+
+def train(
+    arguments: Sequence[str],
+    run: Path,
+    watch: Callable[[int], None] | None = None,
+    until: Callable[[], bool] | None = None,
+) -> None:
+    """Train to the end; or until a condition is met, which ends the run with SIGKILL.
+
+    `watch` is called with the last step logged, every POLL_S. RehearsalError with the run's last
+    line if it fails, or ends before the condition is met.
+    """
     with training(arguments, run) as process:
-        wait_until(lambda: last_step(run) >= step, process, run, watch)
-        return last_step(run)  # the process is killed as the block ends
+        while until is None or not until():
+            code = process.poll()
+            if code is not None and (code or (until is not None and not until())):
+                raise failure(run, code)
+            if code is not None:
+                return
+            if watch is not None:
+                watch(last_step(run))
+            time.sleep(POLL_S)
 
 
 def train_with_faults(arguments: Sequence[str], run: Path, faults: str, limit_s: float) -> int:
@@ -69,34 +86,6 @@ def train_with_faults(arguments: Sequence[str], run: Path, faults: str, limit_s:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:
             return -signal.SIGKILL
-
-
-def train_until_checkpoint(
-    arguments: Sequence[str], run: Path, step: int, watch: Watch | None = None
-) -> None:
-    """Train until the checkpoint of `step` is there, then ask the run to stop."""
-    with training(arguments, run) as process:
-        wait_until(lambda: record_of(run, step).exists(), process, run, watch)
-        process.terminate()
-        process.wait(GRACE_S)
-
-
-def compare_checkpoints(one: Path, other: Path, step: int) -> Comparison:
-    """Every file of two runs' checkpoints of `step`, by the digests that the checkpoints record."""
-    first, second = _digests(one, step), _digests(other, step)
-    files = {name: (first.get(name), second.get(name)) for name in sorted({*first, *second})}
-    return Comparison(step=step, files=files)
-
-
-def record_of(run: Path, step: int) -> Path:
-    """The file that is there when the checkpoint of `step` is complete."""
-    return checkpoint_path(run, step) / RECORD
-
-
-def last_step(run: Path) -> int:
-    """The last step in metrics.jsonl, 0 before the first; a line half written does not count."""
-    lines = read_lines(run / METRICS)
-    return int(lines[-1]["step"]) if lines else 0
 
 
 @contextlib.contextmanager
@@ -122,25 +111,29 @@ def training(
                 process.wait()
 
 
-def wait_until(
-    condition: Callable[[], bool],
-    process: subprocess.Popen[bytes],
-    run: Path,
-    watch: Watch | None = None,
-) -> None:
-    """Wait for a condition; RehearsalError if the run ends before it is met."""
-    while not condition():
-        if process.poll() is not None and not condition():
-            raise RehearsalError(_failure(run, process.returncode))
-        if watch is not None:
-            watch(last_step(run))
-        time.sleep(POLL_S)
-
-
-def _failure(run: Path, code: int) -> str:
+def failure(run: Path, code: int) -> RehearsalError:
+    """The error that a run's exit code is, with the last line of its output."""
     lines = run.with_suffix(".log").read_text(errors="replace").strip().splitlines()
     last = lines[-1] if lines else "no output"
-    return f"{run}: training ended early with exit code {code}: {last}"
+    return RehearsalError(f"{run}: training ended early with exit code {code}: {last}")
+
+
+def compare_checkpoints(one: Path, other: Path, step: int) -> Comparison:
+    """Every file of two runs' checkpoints of `step`, by the digests that the checkpoints record."""
+    first, second = _digests(one, step), _digests(other, step)
+    files = {name: (first.get(name), second.get(name)) for name in sorted({*first, *second})}
+    return Comparison(step=step, files=files)
+
+
+def record_of(run: Path, step: int) -> Path:
+    """The file that is there when the checkpoint of `step` is complete."""
+    return checkpoint_path(run, step) / RECORD
+
+
+def last_step(run: Path) -> int:
+    """The last step in metrics.jsonl, 0 before the first; a line half written does not count."""
+    lines = read_metrics(run)
+    return int(lines[-1]["step"]) if lines else 0
 
 
 def _digests(run: Path, step: int) -> dict[str, str]:

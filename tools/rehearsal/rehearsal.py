@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -35,9 +35,19 @@ from tools.rehearsal.certificate import (
     FaultResult,
     publish,
 )
-from tools.rehearsal.processes import compare_checkpoints, last_step, record_of, train_with_faults
+from tools.rehearsal.processes import (
+    SOURCES,
+    compare_checkpoints,
+    failure,
+    last_step,
+    learn_vocabulary,
+    prepare_source,
+    record_of,
+    train_with_faults,
+)
 from trainer.checkpoint.runs import EVENTS, newest_checkpoint
 from trainer.checkpoint.storage import read_record
+from trainer.config.config import configure
 from trainer.metrics.metrics import RunEvent, read_events
 
 STOPPED_ON_REQUEST: Final = 75  # EX_TEMPFAIL: "try again", which is what a stopped run asks for
@@ -47,7 +57,6 @@ TIMEOUT_S: Final = 15.0  # until a stopped rank is given up
 _LIMIT_S: Final = 600.0
 _MOST_BYTES: Final = 2 << 30
 _PATIENCE: Final = 2
-_SOURCES: Final = ("python-code", "python-docs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,22 +100,29 @@ class Rehearsal:
         if torch.cuda.device_count() < 2:
             settings["device"] = "cpu"
         sets = [*(f"{key}={value}" for key, value in settings.items()), *self.sets]
-        ranks = max(2, torch.cuda.device_count())
         start = ["--shards", str(self.out / "shards"), "--preset", self.preset]
-        return [*start, "--nproc", str(ranks), *(x for s in sets for x in ("--set", s))]
+        start += ["--nproc", str(max(2, torch.cuda.device_count()))]
+        return [*start, *(f"--set={each}" for each in sets)]
+
+    def launch(self, name: str, faults: str, expected: int, *, second: bool = False) -> bool:
+        """Whether a launch of a run ended with the exit code that was promised."""
+        run = self.out / name
+        code = train_with_faults(self.arguments(second=second), run, faults, _LIMIT_S)
+        if code != expected and not faults:
+            raise failure(run, code)
+        return code == expected
 
 
 def rehearse(rehearsal: Rehearsal, report: Callable[[str], None]) -> Certificate:
     """The certificate of a rehearsal, also written into its folder."""
     out, started = rehearsal.out, time.monotonic()
-    if out.exists() and any(out.iterdir()):
-        raise RehearsalError(f"{out} is not empty: name a new folder with --out, or remove it")
+    check_inputs(rehearsal)
     report("preparing")
     prepare(rehearsal)
     report("uninterrupted: training")
     middle = f"sigterm:0:{rehearsal.steps[2]}"
-    launch(rehearsal, "uninterrupted", middle, STOPPED_ON_REQUEST)
-    launch(rehearsal, "uninterrupted", "", 0, second=True)
+    rehearsal.launch("uninterrupted", middle, STOPPED_ON_REQUEST)
+    rehearsal.launch("uninterrupted", "", 0, second=True)
     results = (*run_faulted(rehearsal, report), *run_guarded(rehearsal, report))
     report("scoring both")
     last = compare_checkpoints(out / "faulted", out / "uninterrupted", N_INTERVALS * INTERVAL)
@@ -117,6 +133,7 @@ def rehearse(rehearsal: Rehearsal, report: Callable[[str], None]) -> Certificate
         seconds=time.monotonic() - started,
         versions=record["versions"],
         data={name: facts["root"] for name, facts in record["data"].items()},
+        bit_exact=record.get("bit_exact"),
         digests=last.files,
         scores={name: score(rehearsal, name) for name in ("faulted", "uninterrupted")},
         rows=results,
@@ -125,73 +142,64 @@ def rehearse(rehearsal: Rehearsal, report: Callable[[str], None]) -> Certificate
     return certificate
 
 
+def check_inputs(rehearsal: Rehearsal) -> None:
+    """An error for whatever would end the rehearsal later: folder, settings, or given shards."""
+    out, shards = rehearsal.out, rehearsal.shards
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RehearsalError(f"{out} is not empty: name a new folder with --out, or remove it")
+    configure(preset=rehearsal.preset, sets=rehearsal.sets)
+    if shards is None:
+        return
+    size = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file())
+    if size > _MOST_BYTES:
+        raise RehearsalError(
+            f"{shards} holds {size / 1e9:.1f} GB, and is copied, because a bit of it is flipped:"
+            " prepare a smaller one with --max-tokens"
+        )
+    found = find_sources(shards)
+    if len(found) < 2:
+        raise RehearsalError(f"{shards}: a mixture that changes needs two sources")
+    if not any(manifest.n_val_rows for manifest in found.values()):
+        raise RehearsalError(
+            f"{shards}: no document is held out, so nothing could be scored: prepare the sources"
+            " with a larger --val-fraction"
+        )
+
+
 def prepare(rehearsal: Rehearsal) -> None:
     """OUT/shards: a copy of the given sources, or the standard library's text."""
-    out, shards = rehearsal.out, rehearsal.shards
-    if shards is not None:
-        size = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file())
-        if size > _MOST_BYTES:
-            raise RehearsalError(
-                f"{shards} holds {size / 1e9:.1f} GB, and is copied, because a bit of it "
-                "is flipped: prepare a smaller one with --max-tokens"
-            )
-        found = find_sources(shards)
-        if len(found) < 2:
-            raise RehearsalError(f"{shards}: a mixture that changes needs two sources")
-        if not any(manifest.n_val_rows for manifest in found.values()):
-            raise RehearsalError(
-                f"{shards}: no document is held out, so nothing could be scored: prepare "
-                "the sources with a larger --val-fraction"
-            )
-        shutil.copytree(shards, out / "shards")
+    out, tokenizer = rehearsal.out, rehearsal.out / "tokenizer.model"
+    if rehearsal.shards is not None:
+        shutil.copytree(rehearsal.shards, out / "shards")
         return
     out.mkdir(parents=True, exist_ok=True)
-    sources = [option for name in _SOURCES for option in ("--source", name)]
-    tokenizer = out / "tokenizer.model"
-    _prep("tokenizer", "--train", *sources, "--vocab-size", "2048", "--out", str(tokenizer))
-    for name in _SOURCES:
-        _prep(
-            "tokenize", "--source", name, "--out", str(out / "shards"), "--val-fraction", "0.02",
-            "--tokenizer", str(tokenizer), "--seq-len", "256", "--max-tokens", "2000000",
-        )  # fmt: skip
-
-
-def launch(
-    rehearsal: Rehearsal, name: str, faults: str, expected: int, *, second: bool = False
-) -> bool:
-    """Whether a launch of a run ended with the exit code that was promised."""
-    run = rehearsal.out / name
-    code = train_with_faults(rehearsal.arguments(second=second), run, faults, _LIMIT_S)
-    if code != expected and not faults:
-        lines = run.with_suffix(".log").read_text(errors="replace").strip().splitlines()
-        raise RehearsalError(f"{run}: exit code {code}: {lines[-1] if lines else 'no output'}")
-    return code == expected
+    _prep(*learn_vocabulary(tokenizer))
+    for name in SOURCES:
+        _prep(*prepare_source(name, tokenizer, out / "shards"), "--max-tokens", "2000000")
 
 
 def run_faulted(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[FaultResult]:
     """The faults of processes, disks and data, one after the other in one run."""
-    run, orders = rehearsal.out / "faulted", rehearsal.orders
+    run, orders, launch = rehearsal.out / "faulted", rehearsal.orders, rehearsal.launch
     report("faulted: a worker dies, a rank is killed, one is asked to stop")
-    sigterm = launch(rehearsal, "faulted", orders(FAULTED[:3]), STOPPED_ON_REQUEST)
+    sigterm = launch("faulted", orders(FAULTED[:3]), STOPPED_ON_REQUEST)
     report("faulted: another mixture, a full disk, a rank is stopped, Ctrl-C")
-    sigint = launch(rehearsal, "faulted", orders(FAULTED[3:7]), STOPPED_ON_REQUEST, second=True)
+    sigint = launch("faulted", orders(FAULTED[3:7]), STOPPED_ON_REQUEST, second=True)
     report("faulted: a sequence is damaged, repaired, and the newest checkpoint is damaged")
-    rotten = launch(rehearsal, "faulted", orders(FAULTED[7:]), 1, second=True)
+    stopped = launch("faulted", orders(FAULTED[7:]), 1, second=True)
     advised = "summer-prep repair" in run.with_suffix(".log").read_text()
     for name in find_sources(rehearsal.out / "shards"):
         _prep("repair", str(rehearsal.out / "shards" / name))
     _flip_a_bit(newest_checkpoint(run))
-    launch(rehearsal, "faulted", "", 0, second=True)
+    launch("faulted", "", 0, second=True)
     also = {
         "SIGTERM": sigterm,
         "SIGINT": sigint,
-        "sequence damaged": rotten and advised,
+        "sequence damaged": stopped and advised,
         "rank stopped": (run / "stacks").is_dir(),
     }
-    return [
-        _result(rehearsal, case, run, rehearsal.out / "uninterrupted", also.get(case.name, True))
-        for case in FAULTED
-    ]
+    twin = rehearsal.out / "uninterrupted"
+    return [_result(rehearsal, case, run, twin, also.get(case.name, True)) for case in FAULTED]
 
 
 def run_guarded(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[FaultResult]:
@@ -200,11 +208,11 @@ def run_guarded(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Fau
     report("guarded: gradients that are NaN or too large, and too many of them")
     first = rehearsal.steps[GUARDED[2].interval]
     more = [f"{GUARDED[2].order}:{first + 1 + n}" for n in range(_PATIENCE)]
-    launch(rehearsal, "guarded", ",".join([rehearsal.orders(GUARDED), *more]), 0)
+    rehearsal.launch("guarded", ",".join([rehearsal.orders(GUARDED), *more]), 0)
     report("replay: the same from its events alone")
     replay.mkdir()
     shutil.copy(run / EVENTS, replay / EVENTS)
-    launch(rehearsal, "replay", "", 0)
+    rehearsal.launch("replay", "", 0)
     return [_result(rehearsal, case, run, replay, True) for case in GUARDED]
 
 
@@ -224,40 +232,33 @@ def _result(
     rehearsal: Rehearsal, case: FaultCase, run: Path, twin: Path, also: bool
 ) -> FaultResult:
     """What became of a fault. It is detected if its event was written, once or at its step."""
-    step = rehearsal.steps[case.interval]
+    step, end = rehearsal.steps[case.interval], N_INTERVALS * INTERVAL
     events = read_events(run)
+    starts = [event for event in events if event["event"] in ("start", "resume")]
     reports = [event for event in events if event["event"] == case.event]
     if case.event == RunEvent.SKIPPED:
         reports = [event for event in reports if event["step"] == step]
-    detected, lost = bool(reports) and also, 0
+    lost, resumed = 0, starts
     if case.order in ("sigkill:1", "sigstop:1"):
-        resumed = _resumed_after(run, events, f"{case.order.replace(':', '-')}-{step}")
-        detected, lost = detected and resumed is not None, step - 1 - (resumed or 0)
+        fault = run / "faults" / f"{case.order.replace(':', '-')}-{step}"
+        resumed = [event for event in starts if event["unix_s"] > fault.stat().st_mtime]
+        lost = step - 1 - (int(resumed[0]["step"]) if resumed else 0)
     elif case.event == "fallback":
-        lost = step - 1 - [int(e["step"]) for e in events if e["event"] == "resume"][-1]
-    elif case.event == "rollback":
-        detected = len(reports) == 1
-        lost = int(reports[0]["step"]) - int(reports[0]["to_step"]) if reports else 0
-    common = [s for s in range(step, N_INTERVALS * INTERVAL + 1)
-              if record_of(run, s).exists() and record_of(twin, s).exists()]  # fmt: skip
+        lost = step - 1 - int(starts[-1]["step"])
+    elif case.event == "rollback" and reports:
+        also = len(reports) == 1
+        lost = int(reports[0]["step"]) - int(reports[0]["to_step"])
+    both = (s for s in range(step, end + 1)
+            if record_of(run, s).exists() and record_of(twin, s).exists())  # fmt: skip
+    common = next(both, None)
     return FaultResult(
         fault=case.name,
         step=step,
-        detected=detected,
-        recovered=bool(common) and last_step(run) == N_INTERVALS * INTERVAL,
+        detected=bool(reports) and bool(resumed) and also,
+        recovered=common is not None and last_step(run) == end,
         steps_lost=max(0, lost),
-        identical=bool(common) and compare_checkpoints(run, twin, common[0]).identical,
+        identical=common is not None and compare_checkpoints(run, twin, common).identical,
     )
-
-
-def _resumed_after(run: Path, events: list[dict[str, Any]], fault: str) -> int | None:
-    """The step from which the run started after a fault; None if it did not."""
-    happened = (run / "faults" / fault).stat().st_mtime
-    return next(
-        (int(event["step"]) for event in events
-         if event["event"] in ("start", "resume") and event["unix_s"] > happened),
-        None,
-    )  # fmt: skip
 
 
 def _flip_a_bit(checkpoint: Path) -> None:

@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader
 from shards.files import publish_bytes
 from tools.errors import ReportError
 from trainer.checkpoint.runs import CONFIG, METRICS
-from trainer.metrics.metrics import RunEvent, read_events, read_lines
+from trainer.metrics.metrics import RunEvent, read_events, read_metrics
 
 COLOURS: Final = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 SMOOTHED_SHARE: Final = 0.02
@@ -48,7 +48,7 @@ class RunLog:
     @classmethod
     def read(cls, folder: Path) -> RunLog:
         """The log of a run; ReportError if the folder holds none."""
-        by_step = {line["step"]: line for line in read_lines(folder / METRICS)}
+        by_step = {line["step"]: line for line in read_metrics(folder)}
         if not by_step:
             why = "no step has been logged yet" if (folder / METRICS).exists() else f"no {METRICS}"
             raise ReportError(f"{folder}: {why}: name the folder of a run, such as runs/NAME")

@@ -113,11 +113,13 @@ class _Lines:
             os.close(handle)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log; a last line cut short by a kill is left out.
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """What a run logged of its steps, in order; SummerError for a line that is damaged."""
+    return _read_log(run / METRICS)
 
-    SummerError for any other line that is no JSON.
-    """
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a log; a last line cut short by a kill is left out."""
     lines: list[dict[str, Any]] = []
     data = path.read_bytes() if path.exists() else b""
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
@@ -134,7 +136,7 @@ def read_events(run: Path) -> list[dict[str, Any]]:
     """The events of a run, each by today's name, whichever version wrote it."""
     return [
         {**line, "event": _OLD_EVENTS.get(line["event"], line["event"])}
-        for line in read_lines(run / EVENTS)
+        for line in _read_log(run / EVENTS)
     ]
 
 
@@ -170,7 +172,7 @@ def add_left_out(
 def drop_lines_after(path: Path, step: int) -> None:
     """Remove a log's lines of steps after `step`: the run makes them again."""
     if path.exists():
-        kept = [line for line in read_lines(path) if line["step"] <= step]
+        kept = [line for line in _read_log(path) if line["step"] <= step]
         data = b"".join(json.dumps(line).encode() + b"\n" for line in kept)
         if data != path.read_bytes():
             publish_bytes(path, data)

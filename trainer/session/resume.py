@@ -16,7 +16,7 @@ from shards.format import TOKENIZER
 from shards.reader import ShardReader
 from trainer.checkpoint import storage
 from trainer.checkpoint.retention import invalidate_after, mirror_of, newest_intact, resumable
-from trainer.checkpoint.runs import CONFIG, METRICS, checkpoints, is_checkpoint, newest_checkpoint
+from trainer.checkpoint.runs import CONFIG, checkpoints, is_checkpoint, newest_checkpoint
 from trainer.config.config import differences, load_config, save_config
 from trainer.config.train_plan import TrainPlan, describe
 from trainer.data.batches import MicroBatches, StepRange
@@ -195,7 +195,7 @@ def peek_state(plan: TrainPlan, run: Path, resume: str) -> State:
 
 def measured_rate(run: Path) -> float | None:
     """Tokens a second of a run's last logged step, if it has one."""
-    lines = metrics.read_lines(run / METRICS)
+    lines = metrics.read_metrics(run)
     return float(lines[-1]["tokens_per_s"]) if lines else None
 
 
@@ -210,7 +210,7 @@ def _candidates(plan: TrainPlan, run: Path, resume: str) -> tuple[list[Path], li
 
 
 @contextlib.contextmanager
-def open_loader(session: Session, state: State, faults: Faults) -> Iterator[Loader]:
+def resume_loader(session: Session, state: State, faults: Faults) -> Iterator[Loader]:
     """The loader of the steps that are left, its workers ended with the block."""
     plan, rank = session.plan, session.world.rank
     steps = StepRange(
