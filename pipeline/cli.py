@@ -17,6 +17,7 @@ import click
 
 from pipeline.inputs.sources import SOURCES, SourceOverrides, find
 from shards.errors import one_line_failures
+from shards.versions import VERSION
 
 if TYPE_CHECKING:
     from pipeline.text.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ workers_option = click.option("--workers", type=COUNT, help="Processes; default:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(VERSION, prog_name="summerlm")
 def main() -> None:
     """Turn text into shards for training, each sequence with its checksum.
 

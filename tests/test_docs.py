@@ -1,13 +1,16 @@
 """The documents and the commands say the same things."""
 
+import importlib
 import re
 import subprocess
 import sys
 import tomllib
 
 import pytest
+from click.testing import CliRunner
 
 from conftest import REPOSITORY
+from shards.versions import VERSION
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 SCRIPTS: dict[str, str] = PROJECT["project"]["scripts"]
@@ -41,6 +44,21 @@ def test_help_is_instant_and_shows_an_example(script: str) -> None:
     text, heavy = help_of(script)
     assert heavy == "[]", f"{script} --help imports {heavy}"
     assert re.search(rf"{script} [\w-]", text.split("Usage:", 1)[1].split("\n", 1)[1]), text
+
+
+def test_every_command_answers_h_and_version() -> None:
+    """Installed or as `python -m`: the same help for -h, and the version's own number."""
+    modules = [function.partition(":")[0] for function in SCRIPTS.values()]
+    for module in (*modules, "tools.demo"):
+        command = getattr(importlib.import_module(module), "main")  # noqa: B009
+        long, short, version = (
+            CliRunner().invoke(command, [option]) for option in ("--help", "-h", "--version")
+        )
+        assert (short.exit_code, short.output) == (0, long.output), module
+        assert (version.exit_code, version.output) == (0, f"summerlm, version {VERSION}\n")
+        wrong = CliRunner().invoke(command, ["--versio"])
+        assert wrong.exit_code == 2, module
+        assert re.search(r"[Dd]id you mean .?--version", wrong.output), module
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -113,7 +113,7 @@ def test_library_code_neither_prints_nor_exits() -> None:
 
 TOOL_COMMANDS = (
     "evaluate", "generate", "trace", "convert", "plan", "doctor", "report", "rehearse", "demo",
-    "environment",
+    "environment", "command",
 )  # fmt: skip
 
 

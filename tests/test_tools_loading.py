@@ -1,11 +1,15 @@
 """Runs and checkpoints as models, and what is said when there are none."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+from conftest import REPOSITORY
 from pipeline.text.tokenizer import Tokenizer
 from shards.errors import SummerError
 from shards.format import TOKENIZER
@@ -61,12 +65,58 @@ def test_without_a_name_the_newest_run_is_taken(run: Path, monkeypatch: pytest.M
 def test_a_model_that_is_not_there_or_does_not_fit_is_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(LoadingError, match="name one of --run"):
         load(ModelSpec(run=run, checkpoint=run))
-    with pytest.raises(LoadingError, match=f"no {RECORD} there"):
+    with pytest.raises(SummerError, match=f"no {RECORD} there"):
         load(ModelSpec(checkpoint=run))
     with pytest.raises(SummerError, match="no run of summer-train"):
         load(ModelSpec(run=tmp_path))
     with pytest.raises(LoadingError, match="torch sees no GPU here"):
         load(ModelSpec(run=run, device="cuda"))
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By whatever loads a run; a checkpoint that is named itself is not replaced."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    path = next((damaged / "checkpoints" / "step-4").glob("*-model-00001-*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    loaded = load(ModelSpec(run=damaged, device="cpu"))
+    assert loaded.name.endswith("damaged, step 2")
+    assert loaded.checkpoint == damaged / "checkpoints" / "step-2"
+    before = load(ModelSpec(checkpoint=run / "checkpoints" / "step-2", device="cpu"))
+    assert loaded.weights_sha256 == before.weights_sha256
+    (notice,) = (r.message for r in caplog.records if r.levelname == "WARNING")
+    assert f"{path} is damaged" in notice and notice.endswith("USING step-2")
+    with pytest.raises(SummerError, match=r"step-4.* is damaged"):
+        load(ModelSpec(checkpoint=damaged / "checkpoints" / "step-4", device="cpu"))
+    record = damaged / "checkpoints" / "step-2" / RECORD
+    record.write_text(record.read_text()[:-9])
+    with pytest.raises(SummerError, match=r"step-4.* is damaged"):
+        load(ModelSpec(run=damaged, device="cpu"))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "convert"])
+def test_each_command_says_which_checkpoint_it_uses_instead(
+    run: Path, tmp_path: Path, command: str
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    for path in (damaged / "checkpoints" / "step-4").glob("*-model-00001-*.safetensors"):
+        path.write_bytes(b"")
+    (tmp_path / "text.raw").write_text(sample_text()[:2000])
+    arguments = {
+        "evaluate": ["wikitext2", "--run", damaged, "--data", tmp_path / "text.raw"],
+        "generate": ["--run", damaged, "--max-tokens", "1"],
+        "convert": ["--from", damaged, "--to", tmp_path / "hf"],
+    }[command]
+    given = [sys.executable, "-m", f"tools.{command}", *map(str, arguments)]
+    done = subprocess.run(given, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert "is damaged or missing" in done.stderr and "USING step-2\n" in done.stderr
+    shown = (tmp_path / "hf" / "README.md").read_text() if command == "convert" else ""
+    assert "step 2" in done.stdout + done.stderr + shown
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from tools.errors import PlanError
+from shards.errors import SummerError
 from tools.plan import main
 from tools.planning import PlanRequest, plan_cost
 
@@ -75,11 +75,13 @@ def test_devices_too_small_for_all_states_share_them() -> None:
         ({"days": -1.0}, "days -1.0"),
         ({"dollars_per_hour": -2.0}, "dollars_per_hour -2.0"),
         ({"devices": 7}, "cannot share equally"),
-        ({"device": "abacus", "days": 3.0}, "give --tokens, or one of"),
+        ({"device": "abacus", "days": 3.0}, "or a device with a peak; known: MI355X"),
+        ({"device": "mi300", "days": 3.0}, "did you mean mi300x"),
+        ({"preset": "summer-4"}, "did you mean summer-4b"),
     ],
 )
 def test_an_impossible_request_is_rejected(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(PlanError, match=words):
+    with pytest.raises(SummerError, match=words):
         plan_cost(PlanRequest(**changes))
 
 

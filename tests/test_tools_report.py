@@ -75,6 +75,12 @@ def test_the_command_writes_into_the_run(run: Path) -> None:
     assert str(run / "report.html") in result.output
 
 
+def test_a_page_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    for out, words in ((tmp_path, "is a directory"), (tmp_path / "no" / "a.html", "is no folder")):
+        result = CliRunner().invoke(main, [str(tmp_path / "nothing"), "--out", str(out)])
+        assert result.exit_code == 2 and words in result.stderr, result.output
+
+
 def test_a_folder_without_logged_steps_is_named(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"no metrics\.jsonl"):
         RunLog.read(tmp_path)

@@ -14,26 +14,23 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shards.errors import one_line_failures
+from tools.command import FOLDER, command
 
 if TYPE_CHECKING:
     from tools.conversion.conversion import Format
 
-_FOLDER = click.Path(path_type=Path)
 
-
-@click.command(epilog="Example: summer-convert --from TinyLlama-1.1B --to runs/tinyllama")
+@command("summer-convert --from TinyLlama-1.1B --to runs/tinyllama")
 @click.option(
-    "--from", "source", type=_FOLDER, required=True, help="A run, checkpoint or HF folder."
+    "--from", "source", type=FOLDER, required=True, help="A run, checkpoint or HF folder."
 )
-@click.option("--to", "target", type=_FOLDER, required=True, help="The folder to make.")
+@click.option("--to", "target", type=FOLDER, required=True, help="The folder to make.")
 @click.option(
     "--format",
     "wanted",
     type=click.Choice(["hf", "summer"]),
     help="What to make.  [default: other]",
 )
-@one_line_failures()
 def main(source: Path, target: Path, wanted: Format | None) -> None:
     """Convert a model, and compare its logits with transformers before saying so."""
     from tools.conversion.conversion import convert

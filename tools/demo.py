@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from shards.errors import one_line_failures
+from tools.command import command
 from tools.rehearsal.processes import (
     SOURCES,
     Comparison,
@@ -60,7 +60,7 @@ SETTINGS: Final = {
 PROMPT: Final = "def __init__(self, "
 
 
-@one_line_failures()
+@command("python -m tools.demo")
 def main() -> None:
     """Run all of it and print what happened."""
     started = time.monotonic()

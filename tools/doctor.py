@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards.errors import one_line_failures
+from tools.command import command, device_option
 
 if TYPE_CHECKING:
     from tools.diagnosis.results import CheckResult
@@ -25,15 +25,14 @@ _COLOURS = {"ok": "green", "note": "blue", "warn": "yellow", "fail": "red"}
 _INDENT = " " * 18
 
 
-@click.command(epilog="Example: summer-doctor --preset summer-4b --shards shards/")
+@command("summer-doctor --preset summer-4b --shards shards/")
 @click.option("--preset", default="summer-4b", show_default=True, help="The run that is planned.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto")
+@device_option
 @click.option("--nproc", type=click.IntRange(1), help="Ranks.  [default: one for each device]")
 @click.option("--shards", type=_FOLDER, help="Prepared sources: read and timed.")
 @click.option("--out", type=_FOLDER, default=Path(), help="Where it would write.  [default: .]")
 @click.option("--sources", is_flag=True, help="Name the document behind each piece of advice.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sources included.")
-@one_line_failures()
 def main(sources: bool, as_json: bool, **options: Any) -> None:
     """Check the machine: devices, kernels, speed, disk, data. Exit code 1 if it is not ready."""
     from tools.diagnosis.checks import make_context, run_checks

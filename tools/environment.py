@@ -10,6 +10,7 @@ otherwise the version in constraints.txt is installed.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import re
 import subprocess
@@ -77,4 +78,7 @@ def constraints_for(torch: str | None) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "")
+    parser = argparse.ArgumentParser(description="Make the virtual environment of `make demo`.")
+    parser.add_argument("folder", help="where it goes, such as .venv")
+    parser.add_argument("extras", nargs="?", default="", help="extras of the package, such as dev")
+    main(**vars(parser.parse_args()))

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from model.config import ModelError
-from shards.errors import one_line_failures
+from tools.command import FOLDER, Destination, command, model_options
 from tools.errors import EvaluationError
 from tools.evaluation.tasks import CORPORA, TASKS, TaskOptions
+from trainer.errors import did_you_mean
 
 if TYPE_CHECKING:
     from tools.evaluation.cards import Result
@@ -34,18 +35,15 @@ if TYPE_CHECKING:
 
 NAMES: Final = (*CORPORA, "heldout", *TASKS)
 PROTOCOLS: Final = ("disjoint", "stride", "lm-eval", "llama.cpp")
-_FOLDER = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
 
 
-@click.command(epilog="Example: summer-eval wikitext2 --data wiki.test.raw --protocol stride")
+@command("summer-eval wikitext2 --data wiki.test.raw --protocol stride")
 @click.argument("tasks", nargs=-1, required=True, metavar="TASK...")
-@click.option("--run", type=_FOLDER, help="A run, at its newest checkpoint.  [default: newest run]")
-@click.option("--checkpoint", type=_FOLDER, help="One checkpoint: runs/NAME/checkpoints/step-N.")
-@click.option("--follow", type=_FOLDER, help="Score each checkpoint of a run as it appears.")
-@click.option("--hf", type=_FOLDER, help="A Llama-family folder (safetensors, tokenizer).")
-@click.option("--data", type=_FOLDER, help="A local copy (.parquet, .jsonl; wikitext: .raw).")
-@click.option("--shards", type=_FOLDER, default=Path("shards"), help="Prepared sources.")
+@model_options
+@click.option("--follow", type=FOLDER, help="Score each checkpoint of a run as it appears.")
+@click.option("--data", type=FOLDER, help="A local copy (.parquet, .jsonl; wikitext: .raw).")
+@click.option("--shards", type=FOLDER, default=Path("shards"), help="Prepared sources.")
 @click.option("--contamination", is_flag=True, help="Add the overlap with --shards to each card.")
 @click.option(
     "--task", "of", type=click.Choice(NAMES), multiple=True, help="The tasks of `contamination`."
@@ -63,15 +61,12 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option("--limit", type=_COUNT, help="First N windows, pages, documents or questions.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), default=0, help="Examples shown first.")
-@click.option("--fewshot-data", type=_FOLDER, help="A local file to take the examples from.")
-@click.option("--log-items", type=_FOLDER, help="Write each question's scores (.jsonl).")
-@click.option("--card", type=_FOLDER, help="Write the cards (.md) or all results (.json).")
+@click.option("--fewshot-data", type=FOLDER, help="A local file to take the examples from.")
+@click.option("--log-items", type=Destination(), help="Write each question's scores (.jsonl).")
+@click.option("--card", type=Destination(".md", ".json"), help="Write cards or all results.")
 @click.option("--batch-tokens", type=_COUNT, help="Tokens through the model at once.")
 @click.option("--nproc", type=_COUNT, default=1, help="Processes that share the work.")
-@click.option("--dtype", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a score.")
-@one_line_failures(ModelError)
 def main(tasks: tuple[str, ...], nproc: int, **options: Any) -> None:
     """Score a model on TASKs, each under rules that its card names.
 
@@ -82,8 +77,9 @@ def main(tasks: tuple[str, ...], nproc: int, **options: Any) -> None:
     In place of tasks: contamination (which items of a --task are in the training shards).
     """
     if unknown := [task for task in tasks if task not in (*NAMES, "contamination")]:
-        choices = ", ".join((*NAMES, "contamination"))
-        raise EvaluationError(f"task {unknown[0]!r} is unknown: choose from {choices}")
+        choices = (*NAMES, "contamination")
+        near = did_you_mean(unknown[0], choices)
+        raise EvaluationError(f"task {unknown[0]!r}: {near}there are: {', '.join(choices)}")
     if "contamination" in tasks and (len(tasks) > 1 or options["follow"]):
         raise click.UsageError("contamination is named alone, without other tasks or --follow")
     from trainer.distributed.launch import EXIT_REASON, Launch, run_on_all, write_exit_reason
@@ -144,8 +140,9 @@ def _results(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Sequence
         raise click.UsageError("contamination needs a --task (as often as you like)")
     has_run = named["run"] or named["checkpoint"] if search else options["contamination"]
     own = {name: value for name, value in options.items() if name not in (*named, "of")}
-    given = TaskOptions(**own, seen_by=choice.checkpoint_dir if has_run else None)
     loaded = None if search else load(choice)
+    trained = loaded.checkpoint if loaded else choice.checkpoint_dir
+    given = TaskOptions(**own, seen_by=trained if has_run else None)
     for task in of if search else tasks:
         with _progress_bar(task) as progress:
             yield _run_task(task, loaded, given, progress)

@@ -11,21 +11,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
 
-from model.config import ModelError
-from shards.errors import one_line_failures
-
-_FOLDER = click.Path(path_type=Path)
+from tools.command import command, model_options
 
 
-@click.command(epilog='Example: summer-generate --prompt "The meaning of" --temperature 0.7')
-@click.option("--run", type=_FOLDER, help="A run, at its newest checkpoint.  [default: newest run]")
-@click.option("--checkpoint", type=_FOLDER, help="One checkpoint: runs/NAME/checkpoints/step-N.")
-@click.option("--hf", type=_FOLDER, help="A Llama-family folder (safetensors, tokenizer).")
+@command('summer-generate --prompt "The meaning of" --temperature 0.7')
+@model_options
 @click.option("--prompt", default="", help="Text to go on from; with --chat, the one question.")
 @click.option("--chat", is_flag=True, help="Use the chat template; without --prompt, converse.")
 @click.option("--system", default="", help="With --chat: text before the first question.")
@@ -39,9 +33,6 @@ _FOLDER = click.Path(path_type=Path)
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--cache/--no-cache", default=True, help="Keep keys and values (same text, faster).")
-@click.option("--dtype", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto")
-@one_line_failures(ModelError)
 def main(prompt: str, chat: bool, system: str, **options: Any) -> None:
     """Write on from a prompt, or answer in a conversation."""
     from tools.generation.generation import Conversation, Generation, Sampling, complete

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards.errors import one_line_failures
+from tools.command import command
 
 if TYPE_CHECKING:
     from tools.planning import CostPlan
 
 
-@click.command(
-    epilog="Example: summer-plan --preset summer-4b --device mi300x --devices 8 --days 9"
-)
+@command("summer-plan --preset summer-4b --device mi300x --devices 8 --days 9")
 @click.option("--preset", default="summer-4b", show_default=True, help="Shape and length of run.")
 @click.option("--device", default="mi300x", show_default=True, help="Accelerator, by name.")
 @click.option("--devices", default=8, show_default=True, help="How many of them.")
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 @click.option("--days", type=float, help="Time to spend instead; the tokens follow.")
 @click.option("--mfu", type=float, help="Assumed share of the peak.  [default: 0.32]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@one_line_failures()
 def main(as_json: bool, tokens: float | None, **request: Any) -> None:
     """Work out parameters, memory, time, money and disk of a training run."""
     from tools.planning import PlanRequest, plan_cost
@@ -71,7 +68,7 @@ def _rates(plan: CostPlan) -> list[str]:
 
         return [
             f"tokens/s, days and dollars are withheld: no peak is known for {plan.device!r} "
-            f"(known: {known_devices()})"
+            f"({known_devices(plan.device)})"
         ]
     lines = [
         f"tokens/s      {plan.tokens_per_s:,.0f} on {plan.devices} x {plan.device}, ASSUMING "

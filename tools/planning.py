@@ -16,6 +16,7 @@ from tools.errors import PlanError
 from trainer.config.config import RunConfig, configure
 from trainer.config.memory import checkpoint_bytes, fits, largest_micro_batch, memory_by_part
 from trainer.distributed.devices import ACCELERATORS, find_accelerator
+from trainer.errors import did_you_mean
 
 ASSUMED_MFU: Final = 0.32
 """The share of the peak that the reference run's budget was made with."""
@@ -114,9 +115,11 @@ def plan_cost(request: PlanRequest) -> CostPlan:
     )
 
 
-def known_devices() -> str:
-    """The names of the devices whose peak is known."""
-    return ", ".join(accelerator.name for accelerator in ACCELERATORS)
+def known_devices(device: str) -> str:
+    """The devices whose peak is known, and which one is meant where the name is close to it."""
+    names = {each.name.lower(): each.name for each in ACCELERATORS}
+    near = did_you_mean(device.lower(), names)
+    return f"{near}known: {', '.join(names.values())}"
 
 
 def _tokens(request: PlanRequest, config: RunConfig, rate: float | None) -> int:
@@ -128,7 +131,7 @@ def _tokens(request: PlanRequest, config: RunConfig, rate: float | None) -> int:
     if rate is None:
         raise PlanError(
             f"--days {request.days}: the peak of {request.device!r} is not known, so no rate can "
-            f"be assumed; give --tokens, or one of {known_devices()}"
+            f"be assumed; give --tokens, or a device with a peak; {known_devices(request.device)}"
         )
     return int(request.days * _DAY_S * rate)
 

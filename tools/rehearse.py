@@ -6,19 +6,18 @@ from pathlib import Path
 
 import click
 
-from shards.errors import one_line_failures
+from tools.command import FOLDER, command
 
 
-@click.command(epilog="Example: summer-rehearse --preset tiny --set model.n_layers=2")
-@click.option("--shards", type=click.Path(path_type=Path), help="Prepared sources; copied first.")
+@command("summer-rehearse --preset tiny --set model.n_layers=2")
+@click.option("--shards", type=FOLDER, help="Prepared sources; copied first.")
 @click.option("--preset", default="tiny", show_default=True, help="Which model to train.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="As for summer-train.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("rehearsal"), show_default=True,
+    "--out", type=FOLDER, default=Path("rehearsal"), show_default=True,
     help="Where its runs and the certificate go.",
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Chooses the steps that are hit.")
-@one_line_failures()
 def main(shards: Path | None, preset: str, sets: tuple[str, ...], out: Path, seed: int) -> None:
     """Train with every fault injected, resume after each, and compare with an uninterrupted twin.
 

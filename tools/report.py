@@ -12,15 +12,14 @@ from pathlib import Path
 
 import click
 
-from shards.errors import one_line_failures
+from tools.command import FOLDER, Destination, command
 
 
-@click.command(epilog="Example: summer-report runs/tiny --out report.html")
-@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
+@command("summer-report runs/tiny --out report.html")
+@click.argument("runs", nargs=-1, type=FOLDER, metavar="[RUN]...")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Page to write; report.html in the first run."
+    "--out", type=Destination(".html"), help="Page to write; report.html in the first run."
 )
-@one_line_failures()
 def main(runs: tuple[Path, ...], out: Path | None) -> None:
     """Write one HTML page about RUNs (the newest under runs/ if none is named)."""
     from tools.reporting.page import write_report

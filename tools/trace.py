@@ -14,20 +14,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shards.errors import one_line_failures
+from tools.command import FOLDER, command
 
 if TYPE_CHECKING:
     from tools.tracing.run_trace import TracedRow
 
 
-@click.command(epilog="Example: summer-trace runs/tiny --step 12 --rank 0")
-@click.argument("run", type=click.Path(path_type=Path))
+@command("summer-trace runs/tiny --step 12 --rank 0")
+@click.argument("run", type=FOLDER)
 @click.option("--step", type=int, help="A step, counted from 1.")
 @click.option("--rank", type=int, help="Only this rank's rows.")
 @click.option("--document", metavar="FILE:RECORD", help="A document, as --step names it.")
 @click.option("--chars", default=200, show_default=True, help="Characters of each row; 0: all.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
-@one_line_failures()
 def main(
     run: Path, step: int | None, rank: int | None, document: str | None, chars: int, as_json: bool
 ) -> None:

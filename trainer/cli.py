@@ -9,9 +9,11 @@ from typing import Any
 import click
 
 from shards.errors import one_line_failures
+from shards.versions import VERSION
 
 
-@click.command()
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(VERSION, prog_name="summerlm")
 @click.option("--shards", default="shards", show_default=True, help="Folder of prepared sources.")
 @click.option("--preset", help="A preset by name; without it, the reference run summer-4b.")
 @click.option("--config", "file", type=click.Path(path_type=Path, exists=True, dir_okay=False),

@@ -109,8 +109,9 @@ def _to_summer(source: Path, folder: Path) -> Converted:
 def _to_hugging_face(source: Path, folder: Path) -> Converted:
     if not source.is_dir():
         raise ConversionError(f"{source}: no such folder: name a run or a Hugging Face folder")
-    checkpoint = source if is_checkpoint(source) else newest_checkpoint(source)
-    loaded = load(ModelSpec(checkpoint=checkpoint, device="cpu", dtype="fp32"))
+    named = {"checkpoint" if is_checkpoint(source) else "run": source}
+    loaded = load(ModelSpec(**named, device="cpu", dtype="fp32"))
+    checkpoint = loaded.checkpoint or source
     tokenizer = Tokenizer.load(checkpoint.resolve().parents[1] / TOKENIZER)
     write_folder(folder, loaded.model.config, loaded.model.state_dict(), tokenizer)
     publish_bytes(folder / "README.md", model_card(checkpoint, loaded).encode())

@@ -1,6 +1,8 @@
 """A run, a checkpoint or a Hugging Face folder -> the model with its tokenizer."""
 
 import hashlib
+import logging
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,8 +21,7 @@ from tools.models.hf_folder import read_folder
 from tools.models.tokenizers import Vocabulary
 from trainer.checkpoint.runs import (
     CONFIG,
-    RECORD,
-    is_checkpoint,
+    checkpoints,
     newest_checkpoint,
     newest_run,
     step_of,
@@ -28,6 +29,7 @@ from trainer.checkpoint.runs import (
 from trainer.checkpoint.storage import load_weights
 from trainer.config.config import load_config
 from trainer.distributed.devices import keep_freed_memory, pick_device
+from trainer.errors import CheckpointError
 
 Precision = Literal["auto", "bf16", "fp32"]
 DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -62,6 +64,7 @@ class LoadedModel:
     vocabulary: Vocabulary
     weights_sha256: str
     dtype: Literal["bf16", "fp32"]
+    checkpoint: Path | None = None  # with its weights; None for a Hugging Face folder
 
     @property
     def device(self) -> torch.device:
@@ -101,11 +104,15 @@ def load(spec: ModelSpec) -> LoadedModel:
     device = torch.device(pick_device(spec.device))
     if device.type == "cpu":
         keep_freed_memory()
+    checkpoint = spec.checkpoint
     if spec.hf is not None:
         name, config, weights, vocabulary = str(spec.hf), *read_folder(spec.hf)
     else:
-        checkpoint = spec.checkpoint or newest_checkpoint(spec.run or newest_run())
-        name, config, weights, vocabulary = _from_checkpoint(checkpoint)
+        if checkpoint is None:
+            checkpoint, weights = newest_intact(spec.run or newest_run())
+        else:
+            weights = load_weights(checkpoint)
+        name, config, vocabulary = _described(checkpoint)
     check_fit(name, config, weights, vocabulary)
     natural: Literal["bf16", "fp32"] = "bf16" if device.type == "cuda" else "fp32"
     with torch.device("meta"):  # never initialised at random on the way
@@ -117,18 +124,29 @@ def load(spec: ModelSpec) -> LoadedModel:
         vocabulary=vocabulary,
         weights_sha256=sha256_of_weights(weights),
         dtype=natural if spec.dtype == "auto" else spec.dtype,
+        checkpoint=checkpoint,
     )
 
 
-def _from_checkpoint(
-    checkpoint: Path,
-) -> tuple[str, ModelConfig, dict[str, Tensor], Vocabulary]:
-    """A checkpoint inside its run, which holds the configuration and the tokenizer."""
-    if not is_checkpoint(checkpoint):
-        raise LoadingError(
-            f"{checkpoint}: no {RECORD} there: name a checkpoint such as "
-            "runs/NAME/checkpoints/step-1000, or a run with --run"
-        )
+def newest_intact(run: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The newest checkpoint of a run that is not damaged, with its weights; others are named."""
+    newest_checkpoint(run)  # an error where there is none
+    failures = []
+    for checkpoint in reversed(checkpoints(run)):
+        try:
+            weights = load_weights(checkpoint)
+        except CheckpointError as error:
+            failures.append(error)
+            continue
+        for failure in failures:
+            if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+                logging.getLogger(__name__).warning("! %s; USING %s", failure, checkpoint.name)
+        return checkpoint, weights
+    raise failures[0]
+
+
+def _described(checkpoint: Path) -> tuple[str, ModelConfig, Vocabulary]:
+    """Name, shape and vocabulary of a checkpoint: its run holds configuration and tokenizer."""
     run = checkpoint.resolve().parents[1]
     for needed in (CONFIG, TOKENIZER):
         if not (run / needed).is_file():
@@ -139,7 +157,7 @@ def _from_checkpoint(
     vocabulary = Vocabulary.of_sentencepiece(Tokenizer.load(run / TOKENIZER))
     shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     name = f"{shown}, step {step_of(checkpoint.resolve()):,}"
-    return name, load_config(run).model, load_weights(checkpoint), vocabulary
+    return name, load_config(run).model, vocabulary
 
 
 def check_fit(
