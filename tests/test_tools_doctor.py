@@ -22,7 +22,7 @@ from model.config import ModelError, count_params, flops_per_token
 from tools.diagnosis import checks, data, machine, speed
 from tools.diagnosis.checks import run_checks
 from tools.diagnosis.collective import ExchangeError, time_all_reduce
-from tools.diagnosis.results import CheckResult, Context
+from tools.diagnosis.machine import CheckResult, Context
 from tools.doctor import main
 from tools_samples import sample_config, write_shards
 from trainer.config.config import configure

@@ -18,7 +18,7 @@ import click
 from tools.command import command, device_option
 
 if TYPE_CHECKING:
-    from tools.diagnosis.results import CheckResult
+    from tools.diagnosis.machine import CheckResult
 
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 _COLOURS = {"ok": "green", "note": "blue", "warn": "yellow", "fail": "red"}

@@ -6,9 +6,8 @@ nothing is measured here. A device whose peak is not known gets no rates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Final
+from dataclasses import replace
+from typing import Any, Final
 
 from model.config import count_params, flops_per_token
 from shards.format import ROW_RECORD, token_dtype
@@ -24,95 +23,61 @@ ASSUMED_MFU: Final = 0.32
 _DAY_S: Final = 86_400
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """The run to plan. `dollars_per_hour` is for one device; tokens or days, or neither."""
+def plan_cost(
+    *,
+    preset: str = "summer-4b",
+    device: str = "mi300x",
+    devices: int = 8,
+    dollars_per_hour: float | None = None,
+    tokens: float | None = None,
+    days: float | None = None,
+    mfu: float = ASSUMED_MFU,
+) -> dict[str, Any]:
+    """The requested run on paper, by name; None where the device's peak is not known.
 
-    preset: str = "summer-4b"
-    device: str = "mi300x"
-    devices: int = 8
-    dollars_per_hour: float | None = None
-    tokens: int | None = None
-    days: float | None = None
-    mfu: float = ASSUMED_MFU
-
-    def __post_init__(self) -> None:
-        if self.tokens is not None and self.days is not None:
-            raise PlanError(f"--tokens {self.tokens} and --days {self.days}: give one of them")
-        if not 0 < self.mfu <= 1:
-            raise PlanError(f"mfu {self.mfu}: give a share of the peak, above 0 and up to 1")
-        for name in ("devices", "tokens", "days"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise PlanError(f"{name} {value}: give more than 0")
-        if self.dollars_per_hour is not None and not self.dollars_per_hour >= 0:
-            raise PlanError(f"dollars_per_hour {self.dollars_per_hour}: give 0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostPlan:
-    """A run on paper. Rates are None where the device's peak is not known."""
-
-    preset: str
-    device: str
-    devices: int
-    parameters: int
-    flops_per_token: float
-    micro_batch_size: int
-    shard_degree: int  # devices that hold one copy of weights and moments: the least that fits
-    memory_bytes: Mapping[str, int]
-    device_bytes: int | None
-    fits: bool | None
-    assumed_mfu: float
-    tokens: int
-    steps: int
-    tokens_per_s: float | None
-    days: float | None
-    dollars: float | None
-    shard_bytes: int
-    checkpoint_bytes: int
-    checkpoints_kept: int
-
-    def to_json(self) -> dict[str, object]:
-        """All figures under their names."""
-        return {**asdict(self), "mfu_is": "an assumption, not a measurement"}
-
-
-def plan_cost(request: PlanRequest) -> CostPlan:
-    """What the requested run needs and costs; PlanError where the request is impossible."""
-    accelerator = find_accelerator(request.device)
+    `dollars_per_hour` is for one device; `tokens` or `days` or neither are given. PlanError where
+    the request is impossible.
+    """
+    _check(devices=devices, tokens=tokens, days=days, dollars_per_hour=dollars_per_hour, mfu=mfu)
+    accelerator = find_accelerator(device)
     limit = accelerator.memory_gb * 10**9 if accelerator else 0
-    config = _divided_to_fit(configure(preset=request.preset).config, request.devices, limit)
-    model = config.model
-    flops = flops_per_token(model, model.seq_len, causal=True)
-    peak = accelerator.bf16_tflops * 1e12 * request.devices if accelerator else None
-    rate = peak * request.mfu / flops if peak else None
-    tokens = _tokens(request, config, rate)
-    days = tokens / rate / _DAY_S if rate else None
-    micro_batch = _micro_batch(config, request.devices, limit)
+    config = _divided_to_fit(configure(preset=preset).config, devices, limit)
+    flops = flops_per_token(config.model, config.model.seq_len, causal=True)
+    rate = accelerator.bf16_tflops * 1e12 * devices * mfu / flops if accelerator else None
+    if days is not None and rate is None:
+        raise PlanError(
+            f"--days {days}: the peak of {device!r} is not known, so no rate can be assumed; give"
+            f" --tokens, or a device with a peak; {known_devices(device)}"
+        )
+    if days is not None and rate is not None:
+        tokens = days * _DAY_S * rate
+    n_tokens = int(tokens or config.max_steps * config.global_batch_tokens)
+    days = n_tokens / rate / _DAY_S if rate else None
+    micro_batch = _micro_batch(config, devices, limit)
     parts = memory_by_part(config, micro_batch, "cuda")
-    price = request.dollars_per_hour
-    return CostPlan(
-        preset=request.preset,
-        device=accelerator.name if accelerator else request.device,
-        devices=request.devices,
-        parameters=count_params(model),
-        flops_per_token=flops,
-        micro_batch_size=micro_batch,
-        shard_degree=config.shard_degree,
-        memory_bytes=parts,
-        device_bytes=limit or None,
-        fits=fits(parts, limit) if limit else None,
-        assumed_mfu=request.mfu,
-        tokens=tokens,
-        steps=-(-tokens // config.global_batch_tokens),
-        tokens_per_s=rate,
-        days=days,
-        dollars=days * 24 * request.devices * price if days and price is not None else None,
-        shard_bytes=_shard_bytes(config, tokens),
-        checkpoint_bytes=checkpoint_bytes(model),
-        checkpoints_kept=config.checkpoint.keep_last + 1,  # and the one being written
-    )
+    hours, price = (days or 0) * 24 * devices, dollars_per_hour
+    return {
+        "preset": preset,
+        "device": accelerator.name if accelerator else device,
+        "devices": devices,
+        "parameters": count_params(config.model),
+        "flops_per_token": flops,
+        "micro_batch_size": micro_batch,
+        "shard_degree": config.shard_degree,  # devices that hold one copy: the least that fits
+        "memory_bytes": parts,
+        "device_bytes": limit or None,
+        "fits": fits(parts, limit) if limit else None,
+        "assumed_mfu": mfu,
+        "tokens": n_tokens,
+        "steps": -(-n_tokens // config.global_batch_tokens),
+        "tokens_per_s": rate,
+        "days": days,
+        "dollars": None if days is None or price is None else hours * price,
+        "shard_bytes": _shard_bytes(config, n_tokens),
+        "checkpoint_bytes": checkpoint_bytes(config.model),
+        "checkpoints_kept": config.checkpoint.keep_last + 1,  # and the one being written
+        "mfu_is": "an assumption, not a measurement",
+    }
 
 
 def known_devices(device: str) -> str:
@@ -122,18 +87,19 @@ def known_devices(device: str) -> str:
     return f"{near}known: {', '.join(names.values())}"
 
 
-def _tokens(request: PlanRequest, config: RunConfig, rate: float | None) -> int:
-    """Tokens of the run: as requested, as the days allow, or the preset's."""
-    if request.tokens is not None:
-        return request.tokens
-    if request.days is None:
-        return config.max_steps * config.global_batch_tokens
-    if rate is None:
+def _check(*, mfu: float, dollars_per_hour: float | None, **positive: float | None) -> None:
+    """PlanError for a number that cannot be."""
+    if positive["tokens"] is not None and positive["days"] is not None:
         raise PlanError(
-            f"--days {request.days}: the peak of {request.device!r} is not known, so no rate can "
-            f"be assumed; give --tokens, or a device with a peak; {known_devices(request.device)}"
+            f"--tokens {positive['tokens']} and --days {positive['days']}: give one of them"
         )
-    return int(request.days * _DAY_S * rate)
+    if not 0 < mfu <= 1:
+        raise PlanError(f"mfu {mfu}: give a share of the peak, above 0 and up to 1")
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise PlanError(f"{name} {value}: give more than 0")
+    if dollars_per_hour is not None and not dollars_per_hour >= 0:
+        raise PlanError(f"dollars_per_hour {dollars_per_hour}: give 0 or more")
 
 
 def _divided_to_fit(config: RunConfig, devices: int, limit: int) -> RunConfig:

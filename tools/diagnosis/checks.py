@@ -18,7 +18,7 @@ from model.config import ModelError
 from shards.errors import SummerError
 from shards.reader import find_sources
 from tools.diagnosis import data, machine, speed
-from tools.diagnosis.results import CheckResult, Context
+from tools.diagnosis.machine import CheckResult, Context
 from trainer.config.config import configure
 from trainer.distributed.devices import pick_device
 

@@ -14,7 +14,7 @@ from shards.errors import ShardError
 from shards.files import publish
 from shards.format import Split
 from shards.reader import ShardReader, find_sources
-from tools.diagnosis.results import CheckResult, Context, Verdict
+from tools.diagnosis.machine import CheckResult, Context, Verdict
 from trainer.config.memory import checkpoint_bytes
 
 LEAST_WRITE_RATE: Final = 100e6

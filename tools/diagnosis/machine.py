@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch.utils import collect_env
 
 from model.self_test import self_test
-from tools.diagnosis.results import CheckResult, Context
 from trainer.config import memory
+from trainer.config.config import RunConfig
 from trainer.distributed.devices import device_memory_bytes
 
 OLDEST_TORCH: Final = (2, 9)
@@ -22,24 +23,10 @@ _MI300X_GUIDE: Final = (
     "AMD Instinct MI300X workload optimization (rocm.docs.amd.com/en/latest/how-to/rocm-for-ai/"
     "inference-optimization/workload.html)"
 )
-_NCCL: Final = (
-    "NCCL User Guide, Environment Variables "
-    "(docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html)"
-)
-_HIP: Final = (
-    "HIP environment variables "
-    "(rocm.docs.amd.com/projects/HIP/en/latest/reference/env_variables.html)"
-)
-_CUDA: Final = (
-    "CUDA Programming Guide, CUDA Environment Variables "
-    "(docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/environment-variables.html)"
-)
-_TORCH_CUDA: Final = (
-    "PyTorch, CUDA Environment Variables "
-    "(docs.pytorch.org/docs/stable/cuda_environment_variables.html)"
-)
-
-
+_NCCL: Final = "NCCL User Guide (docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html)"
+_HIP: Final = "HIP (rocm.docs.amd.com/projects/HIP/en/latest/reference/env_variables.html)"
+_CUDA: Final = "CUDA Programming Guide, Environment Variables (docs.nvidia.com/cuda)"
+_TORCH: Final = "PyTorch (docs.pytorch.org/docs/stable/cuda_environment_variables.html)"
 HARMFUL: Final = (  # made for debugging: the variable, its effect, the document that says so
     ("CUDA_LAUNCH_BLOCKING", "the host waits for every kernel", _CUDA),
     ("HIP_LAUNCH_BLOCKING", "the host waits for every kernel", _HIP),
@@ -47,32 +34,60 @@ HARMFUL: Final = (  # made for debugging: the variable, its effect, the document
     ("NCCL_P2P_DISABLE", "gradients go through host memory, not links", _NCCL),
     ("NCCL_SHM_DISABLE", "ranks of a machine exchange over the network", _NCCL),
     ("NCCL_IB_DISABLE", "machines exchange over IP, not InfiniBand", _NCCL),
-    ("PYTORCH_NO_CUDA_MEMORY_CACHING", "every tensor asks the driver", _TORCH_CUDA),
+    ("PYTORCH_NO_CUDA_MEMORY_CACHING", "every tensor asks the driver", _TORCH),
     ("TORCH_COMPILE_DISABLE", "nothing is compiled", "torch/_dynamo/config.py"),
     ("TORCHDYNAMO_DISABLE", "nothing is compiled", "torch/_dynamo/eval_frame.py"),
     ("SUMMER_FAULT", "injects a fault into the run", "trainer/faults/inject.py"),
 )
 
+Verdict = Literal["ok", "note", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One thing that was checked: ok, worth knowing, suspicious or preventing the run.
+
+    `fix` is what to do about it, `source` who says so, `figures` the numbers in SI units.
+    """
+
+    verdict: Verdict
+    topic: str
+    detail: str
+    fix: str = ""
+    source: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """The run that is planned, the kind of device, and where it would write.
+
+    `measured` is filled by the checks that measure, for those that come after them.
+    """
+
+    config: RunConfig
+    device: str
+    folder: Path
+    nproc: int = 1
+    shards: Path | None = None
+    measured: dict[str, float] = field(default_factory=dict)
+
 
 def versions(context: Context) -> Iterator[CheckResult]:
-    """Torch, and the driver."""
+    """Torch; the toolkit that it was built with; the driver that is loaded."""
     release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     recent = release >= OLDEST_TORCH
     wanted = "" if recent else f" is too old: install {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer"
     yield CheckResult("ok" if recent else "fail", "torch", f"{torch.__version__}{wanted}")
-    yield CheckResult("note", "driver", f"{_driver()}; Python {platform.python_version()}")
-
-
-def _driver() -> str:
-    """The version of the toolkit that torch was built with, and of the driver that is loaded."""
+    driver = "none: this torch is built for the CPU"
     if torch.version.hip is not None:
         version = Path("/sys/module/amdgpu/version")
         loaded = version.read_text().strip() if version.exists() else "not loaded"
-        return f"ROCm {torch.version.hip}, amdgpu {loaded}"
-    if torch.version.cuda is not None:
+        driver = f"ROCm {torch.version.hip}, amdgpu {loaded}"
+    elif torch.version.cuda is not None:
         find: Any = collect_env.get_nvidia_driver_version
-        return f"CUDA {torch.version.cuda}, driver {find(collect_env.run) or 'not loaded'}"
-    return "none: this torch is built for the CPU"
+        driver = f"CUDA {torch.version.cuda}, driver {find(collect_env.run) or 'not loaded'}"
+    yield CheckResult("note", "driver", f"{driver}; Python {platform.python_version()}")
 
 
 def devices(context: Context) -> Iterator[CheckResult]:
@@ -105,15 +120,13 @@ def memory_fits(context: Context) -> Iterator[CheckResult]:
 
 def attention(context: Context) -> Iterator[CheckResult]:
     """The error of attention in the run's precision; ModelError if it computes another model."""
-    bf16 = context.config.precision == "bf16"
-    if bf16 and context.device == "cuda":
+    precision = context.config.precision
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if precision == "bf16" and context.device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         yield CheckResult("ok" if native else "fail", "bf16", "native" if native else "emulated")
-    found = self_test(
-        context.device, torch.bfloat16 if bf16 else torch.float32, context.config.model
-    )
-    text = f"{found}; {context.config.preset}'s heads in {context.config.precision}"
-    yield CheckResult("ok", "attention", text)
+    found = self_test(context.device, dtype, context.config.model)
+    yield CheckResult("ok", "attention", f"{found}; {context.config.preset}'s heads in {precision}")
 
 
 def numa_balancing(context: Context) -> Iterator[CheckResult]:
@@ -135,5 +148,4 @@ def environment(
         text = f"{name}={variables[name]}: {effect}"
         yield CheckResult("warn", "environment", text, f"unset {name}", source)
     if not found:
-        text = "no variable that is known to harm a run is set"
-        yield CheckResult("ok", "environment", text)
+        yield CheckResult("ok", "environment", "no variable that is known to harm a run is set")

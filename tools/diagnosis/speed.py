@@ -16,7 +16,7 @@ from torch.utils.benchmark import Timer
 
 from model.config import count_params, flops_per_token
 from tools.diagnosis.collective import time_all_reduce
-from tools.diagnosis.results import CheckResult, Context
+from tools.diagnosis.machine import CheckResult, Context
 from trainer.config import memory
 from trainer.config.config import RunConfig
 from trainer.distributed.devices import (
@@ -45,9 +45,9 @@ class Stated(NamedTuple):
 
 def products(context: Context) -> Iterator[CheckResult]:
     """The rate of matrix products, next to what the maker states and what it measures."""
-    bf16 = context.config.precision == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    known = find_accelerator(device_name(context.device)) if bf16 else None
+    precision = context.config.precision
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    known = find_accelerator(device_name(context.device)) if precision == "bf16" else None
     stated = []
     if known is not None:  # AMD measures 0.54 of an MI300X's peak: far below that it throttles
         text = f"{known.name}'s peak {known.bf16_tflops:g}"
@@ -57,17 +57,15 @@ def products(context: Context) -> Iterator[CheckResult]:
             stated.append(Stated(known.gemm_tflops * 1e12, text, 0.8, known.gemm_source))
     rates = _on_each(context, lambda: product_rate(context.device, dtype))
     context.measured["product_flops_per_s"] = min(rates)
-    text = f"TFLOP/s in {context.config.precision}"
-    yield _compared("products", rates, text, stated, "flops_per_s")
+    yield _compared("products", rates, f"TFLOP/s in {precision}", stated, "flops_per_s")
 
 
 def bandwidth(context: Context) -> Iterator[CheckResult]:
     """The rate of copies within the device's memory, next to what the maker states."""
-    known = find_accelerator(device_name(context.device))
     stated = []
-    if known is not None:
+    if (known := find_accelerator(device_name(context.device))) is not None:
         text = f"{known.name}'s {known.memory_tb_s:g} TB/s"
-        stated.append(Stated(known.memory_tb_s * 1e12, text, 0.6, known.source))
+        stated = [Stated(known.memory_tb_s * 1e12, text, 0.6, known.source)]
     rates = _on_each(context, lambda: memory_rate(context.device))
     text = "TB/s copied (read and written bytes both counted)"
     yield _compared("bandwidth", rates, text, stated, "bytes_per_s")
@@ -85,8 +83,7 @@ def _compared(
     if not stated:
         text += "; no peak is known, so no MFU is shown"
         return CheckResult("note", topic, text, figures=figures)
-    for each in stated:
-        text += f", {rate / each.rate:.0%} of {each.what}"
+    text = ", ".join([text, *(f"{rate / each.rate:.0%} of {each.what}" for each in stated)])
     good = rate >= stated[-1].least * stated[-1].rate
     fix = "" if good else "look for throttling, a power cap or other users of the device"
     sources = "; ".join(each.source for each in stated)
