@@ -4,7 +4,7 @@ What is written goes into a temporary folder, is read back from there by the oth
 its name when both have read the same ids and computed the same logits.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -180,9 +180,10 @@ def _transformers() -> Any:
 
 
 def model_card(checkpoint: Path, loaded: LoadedModel) -> str:
-    """The README.md of a folder with the checkpoint's weights."""
-    config, record = loaded.model.config, read_record(checkpoint)
+    """The README.md of a folder with the checkpoint's weights: model_card.jinja, filled in."""
     run = checkpoint.resolve().parents[1]
+    found = [*sorted((run / EVALUATIONS / checkpoint.name).glob("*.md")), *sorted(run.glob("*.md"))]
+    cards = [path.read_text(encoding="utf-8").strip() for path in found]
     head = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["summerlm"]
     )
@@ -190,49 +191,12 @@ def model_card(checkpoint: Path, loaded: LoadedModel) -> str:
         head,
         template_path=str(_CARD),
         name=run.name,
-        parameters=count_params(config),
-        code="" if is_llama(config) else ", trust_remote_code=True",
-        chats=loaded.vocabulary.chat is not None,
-        facts=list(_facts(run, record, loaded)),
-        data=list(_data(record)),
-        results=_evaluations(run, checkpoint),
+        parameters=count_params(loaded.model.config),
+        shape=asdict(loaded.model.config),
+        code="" if is_llama(loaded.model.config) else ", trust_remote_code=True",
+        loaded=loaded,
+        record=read_record(checkpoint),
+        exported_by=f"summerlm {VERSION}",
+        results=[each.replace("## ", "### ", 1) for each in cards],
     )
     return str(card)
-
-
-def _facts(run: Path, record: Mapping[str, Any], loaded: LoadedModel) -> Iterator[tuple[str, str]]:
-    config = loaded.model.config
-    yield "run", f"{run.name}, step {record['step']:,}"
-    yield "shape", ", ".join(f"{name} {value}" for name, value in asdict(config).items())
-    if "converted_from" in record:
-        yield "converted from", str(record["converted_from"])
-    if start := record.get("config", {}).get("init_from"):
-        yield "started from", str(start)
-    if "ledger" in record:
-        seen = sum(source["tokens"] for source in record["ledger"].values())
-        yield "tokens seen", f"{seen:,}"
-    if "time_s" in record:
-        devices = record.get("world_size", 1)
-        yield "training time", f"{record['time_s'] / 3600:,.2f} h of {devices} devices"
-        rate = record.get("config", {}).get("dollars_per_hour", 0.0)
-        cost = f"${record['time_s'] / 3600 * rate:,.2f} at ${rate:g} an hour"
-        yield "cost", cost if rate else "not recorded (dollars_per_hour was 0)"
-    yield "weights sha256", loaded.weights_sha256
-    yield "tokenizer", f"{loaded.vocabulary.name}, sha256 {loaded.vocabulary.sha256}"
-    made = record.get("versions", {})
-    yield "trained with", ", ".join(f"{name} {value}" for name, value in made.items() if value)
-    yield "exported by", f"summerlm {VERSION}"
-
-
-def _data(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """What the run read until then: each source by the hash that names its contents."""
-    for name, seen in record["ledger"].items() if {"data", "ledger"} <= record.keys() else ():
-        read = f"{seen['rows']:,}", f"{seen['tokens']:,}", f"{seen['epochs']:.3g}"
-        yield name, *read, f"`{record['data'][name]['root']}`"
-
-
-def _evaluations(run: Path, checkpoint: Path) -> list[str]:
-    """The cards that are kept in the run: those of this checkpoint, and those in its own folder."""
-    found = [*sorted((run / EVALUATIONS / checkpoint.name).glob("*.md")), *sorted(run.glob("*.md"))]
-    cards = [path.read_text(encoding="utf-8").strip() for path in found]
-    return [card.replace("## ", "### ", 1) for card in cards]
