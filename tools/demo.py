@@ -187,16 +187,12 @@ def close(comparison: Comparison, score: Result, time_s: float) -> None:
     passed = comparison.identical and score["below_unigram"] >= 0.25
     publish_json(RESULT, {"identical": comparison.identical, "heldout": score.to_json()})
     heading(f"Done in {time_s:.0f} s. What was made:")
-    for path, what in (
-        (SHARDS, "the shards: `summer-prep inspect " + f"{SHARDS / SOURCES[0]}`"),
-        (RUN, "the run: `summer-report " + f"{RUN}`, `summer-generate --run {RUN}`"),
-        (chart, "the loss curve"),
-        (RESULT, "the figures above"),
-    ):
-        print(f"  {path!s:<22} {what}")
+    print(f"  {SHARDS!s:<22} the shards: `summer-prep inspect {SHARDS / SOURCES[0]}`")
+    print(f"  {RUN!s:<22} the run: `summer-report {RUN}`, `summer-generate --run {RUN}`")
+    print(f"  {chart!s:<22} the loss curve")
+    print(f"  {RESULT!s:<22} the figures above")
     print("\nThe real thing is three commands:")
-    print("  summer-prep tokenize --source fineweb")
-    print("  summer-train --shards shards/")
+    print("  summer-prep tokenize --source fineweb\n  summer-train --shards shards/")
     print("  summer-eval wikitext2")
     if not passed:
         raise SystemExit("error: a check of the demo failed (see above)")

@@ -39,7 +39,7 @@ from trainer.distributed.world import World
 Format = Literal["hf", "summer"]
 ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 _LOCAL: Final = {"dtype": torch.float32, "local_files_only": True}
-_REAL_TEXT_BYTES: Final = 1_000_000
+_REAL_TEXTS, _REAL_TEXT_BYTES = 40, 50_000  # of each source, and of each text
 _PROBES: Final = (
     "The quick brown fox, 3.14 times.\n\n  def f(x):\n\treturn x  # twice\n",
     " a leading space, a trailing one ",
@@ -135,16 +135,11 @@ def _compare_ids(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _real_texts() -> Iterator[str]:
-    """About a megabyte of this interpreter's library, code and prose."""
-    room = _REAL_TEXT_BYTES
+    """About a megabyte of this interpreter's library, prose and code."""
     for inputs in map(embedded_inputs, map(find, ("python-docs", "python-code"))):
-        for file in inputs.files:
+        for file in inputs.files[:_REAL_TEXTS]:
             with inputs.open(file.path) as opened:
-                text = opened.read(_REAL_TEXT_BYTES // 20).decode(errors="ignore")
-            yield text
-            room -= len(text)
-            if room <= 0:
-                return
+                yield opened.read(_REAL_TEXT_BYTES).decode(errors="ignore")
 
 
 def _compare_logits(made: Format, source: str, ours: LoadedModel, theirs: Any) -> Converted:

@@ -201,13 +201,10 @@ def _collect(
 
 
 def _table(scores: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [
-        [f"{each[name]:,}" if isinstance(each[name], int) else f"{each[name]:.3f}"
-         for name in _COLUMNS]
-        for each in scores
-    ]  # fmt: skip
+    counts, rates = _COLUMNS[:3], _COLUMNS[3:]
     return [["held out", *_COLUMNS]] + [
-        [each["source"], *row] for each, row in zip(scores, rows, strict=True)
+        [each["source"], *(f"{each[n]:,}" for n in counts), *(f"{each[n]:.3f}" for n in rates)]
+        for each in scores
     ]
 
 

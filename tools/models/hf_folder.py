@@ -8,15 +8,16 @@ SentencePiece file where there is one, else tokenizer.json.
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 import model
@@ -152,7 +153,10 @@ def write_folder(
     publish_bytes(folder / TOKENIZER, tokenizer.model)
     publish_json(folder / TOKENIZER_JSON, tokenizer_json(tokenizer))
     publish_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config.seq_len))
-    _write_weights(folder, theirs)
+    save_torch_state_dict(theirs, folder, max_shard_size=_FILE_BYTES)
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def model_code() -> dict[str, str]:
@@ -194,16 +198,6 @@ def _config_from_own(described: Mapping[str, Any], folder: Path) -> ModelConfig:
         raise ConversionError(
             f"config.json describes no model of summer-convert ({error}): fetch it again"
         ) from error
-
-
-def _write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    files = split_torch_state_dict_into_shards(dict(weights), max_shard_size=_FILE_BYTES)
-    for name, keys in files.filename_to_tensors.items():
-        tensors = {key: weights[key] for key in keys}
-        publish_bytes(folder / name, save(tensors, metadata={"format": "pt"}))
-    if files.is_sharded:
-        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
-        publish_json(folder / _INDEX, index)
 
 
 def _weight_files(folder: Path) -> list[Path]:
