@@ -179,7 +179,9 @@ def verify(folder: Path) -> None:
 
 @main.command()
 @source_folder
-@click.option("--data-files", multiple=True, metavar="GLOB", help="The same local files as then.")
+@click.option(
+    "--data-files", multiple=True, metavar="GLOB", help="The local files that it was prepared from."
+)
 @workers_option
 @one_line_failures()
 def repair(folder: Path, data_files: tuple[str, ...], workers: int | None) -> None:

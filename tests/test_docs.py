@@ -1,5 +1,6 @@
 """The documents and the commands say the same things."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -90,3 +91,28 @@ def test_paths_the_readme_names_exist() -> None:
 def test_torch_is_pinned_as_promised() -> None:
     assert "torch==2.13.0" in (REPOSITORY / "constraints.txt").read_text().splitlines()
     assert "torch>=2.9" in PROJECT["project"]["dependencies"]
+
+
+PRIVATE = re.compile(
+    r"\b(mend(s|ed)?|told|proven|floors|beside|refuse[sd]?|receipts?|no-go|aftermath|anew)\b", re.I
+)
+ON_DISK = {"commit refused", "purge refused", "mirror refused", "refused", "anew", "mend"}
+
+
+def test_messages_and_documents_use_the_fields_words() -> None:
+    """Private words that were replaced: in strings of the code, help texts and documents."""
+    shown = {}
+    for layer in ("shards", "model", "pipeline", "trainer", "tools"):
+        for path in (REPOSITORY / layer).rglob("*.py"):
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            bodies = [node.body[0] for node in nodes if isinstance(node, ast.FunctionDef)]
+            silent = {id(first.value) for first in bodies if isinstance(first, ast.Expr)}
+            command = path.name == "cli.py" or path.parent.name == "tools"
+            for node in nodes:
+                if isinstance(node, ast.Constant) and (command or id(node) not in silent):
+                    text = node.value if isinstance(node.value, str) else ""
+                    shown[f"{path}:{node.lineno}"] = "" if text in ON_DISK else text
+    for name in ("README.md", "CONTRIBUTING.md", "tools/README.md", "shards/README.md"):
+        shown[name] = (REPOSITORY / name).read_text()
+    found = {place: found[0] for place, text in shown.items() if (found := PRIVATE.search(text))}
+    assert not found

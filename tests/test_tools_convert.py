@@ -138,7 +138,7 @@ def test_tokenizer_files_of_different_vocabularies_are_rejected(tmp_path: Path) 
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(other)))
     result = convert(folder, tmp_path / "run")
     assert result.exit_code == 1
-    assert "transformers reads other ids" in result.output and result.output.count("\n") == 1
+    assert "transformers reads other tokens" in result.output and result.output.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

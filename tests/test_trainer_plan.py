@@ -51,7 +51,11 @@ def test_tiny_takes_the_row_length_that_it_finds(tmp_path: Path, seq_len: int) -
     ("changes", "ranks", "message"),
     [
         ({"model__seq_len": 64}, 1, r"model\.seq_len=64: the shards' rows have 32 tokens"),
-        ({"model__vocab_size": 256}, 1, r"model\.vocab_size=256: .* has 512 ids, which do not fit"),
+        (
+            {"model__vocab_size": 256},
+            1,
+            r"model\.vocab_size=256: .* has 512 entries, which do not",
+        ),
         ({"mixture__books": 1}, 1, r"mixture\.books=1\.0: that source is not prepared"),
         ({"micro_batch_size": 3}, 1, r"micro_batch_size=3 .* does not divide the 8 rows"),
         ({}, 3, r"is 8 rows of 32, which 3 ranks cannot share evenly: make it a multiple of 96"),

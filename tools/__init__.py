@@ -1,4 +1,4 @@
-"""Tools: they look at the floors below from above, and nobody imports them.
+"""Tools: they use all other packages, and nobody imports them.
 
 Commands       evaluate generate trace convert plan doctor report rehearse; demo (`make demo`)
 models/        a run, a checkpoint or a Llama folder -> the model with its tokenizer

@@ -16,15 +16,17 @@ from shards.versions import VERSION
 Function = Callable[..., Any]
 FOLDER: Final = click.Path(path_type=Path)
 device_option = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"
-)
+    "--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
+    help="Where to compute.  [default: an accelerator, if there is one]",
+)  # fmt: skip
 _OF_MODELS: Final = (
     click.option("--run", type=FOLDER, help="A run, at its newest checkpoint.  [default: newest]"),
     click.option("--checkpoint", type=FOLDER, help="One checkpoint: runs/NAME/checkpoints/step-N."),
     click.option("--hf", type=FOLDER, help="A Llama-family folder (safetensors, tokenizer)."),
-    click.option("--dtype", type=click.Choice(["auto", "bf16", "fp32"]), default="auto"),
+    click.option("--dtype", type=click.Choice(["auto", "bf16", "fp32"]), default="auto",
+                 help="Arithmetic.  [default: bf16 on a GPU, else fp32]"),
     device_option,
-)
+)  # fmt: skip
 
 
 class Destination(click.Path):

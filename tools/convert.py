@@ -38,7 +38,7 @@ def main(source: Path, target: Path, wanted: Format | None) -> None:
     made, name, parameters, difference, limit = convert(source, target, wanted)
     click.echo(
         f"{name} -> {target} ({made}, {parameters:,} parameters)\n"
-        f"ids equal SentencePiece's; logits differ from transformers' by"
+        f"tokens equal SentencePiece's; logits differ from transformers' by"
         f" {difference:.1e} at most (limit {limit:.1e}, fp32)"
     )
     if made == "summer":

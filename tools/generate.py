@@ -23,7 +23,7 @@ from tools.command import command, model_options
 @click.option("--prompt", default="", help="Text to go on from; with --chat, the one question.")
 @click.option("--chat", is_flag=True, help="Use the chat template; without --prompt, converse.")
 @click.option("--system", default="", help="With --chat: text before the first question.")
-@click.option("--max-tokens", default=256, show_default=True)
+@click.option("--max-tokens", default=256, show_default=True, help="The most that are written.")
 @click.option("--temperature", default=0.8, show_default=True, help="0: greedy.")
 @click.option(
     "--top-k", default=0, show_default=True, help="Draw from the k most probable; 0: all."
@@ -31,7 +31,7 @@ from tools.command import command, model_options
 @click.option(
     "--top-p", default=1.0, show_default=True, help="Draw from the most probable that add up to p."
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="The same seed writes the same text.")
 @click.option("--cache/--no-cache", default=True, help="Keep keys and values (same text, faster).")
 def main(prompt: str, chat: bool, system: str, **options: Any) -> None:
     """Write on from a prompt, or answer in a conversation."""

@@ -131,7 +131,7 @@ def report_lines(facts: dict[str, Any]) -> str:
         "files": f"{facts['n_files']:,} read, {facts['n_shards']:,} shards written",
         "rejected": f"{sum(facts['rejected'].values()):,} records{rejected}",
         "frequent": ", ".join(top),
-        "ids occur": ", ".join(often),
+        "occur": ", ".join(often),
         "hash": facts["root"],
     }
     return "\n".join(f"{name:<10} {text}" for name, text in shown.items())

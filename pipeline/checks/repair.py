@@ -1,6 +1,6 @@
 """Damaged units done again, from the same input, to the same bytes.
 
-The new files are made beside the old ones and take their places only if the unit came out as the
+The new files are made next to the old ones and take their places only if the unit came out as the
 manifest says: if the input has changed, nothing is touched and the unit is named.
 """
 

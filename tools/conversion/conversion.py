@@ -128,7 +128,7 @@ def _compare_ids(folder: Path, tokenizer: Tokenizer) -> None:
     for text in (*_PROBES, *_real_texts()):
         if theirs.encode(text) != tokenizer.encode(text):
             raise ConversionError(
-                f"{folder}: transformers reads other ids from its {TOKENIZER_JSON} than"
+                f"{folder}: transformers reads other tokens from its {TOKENIZER_JSON} than"
                 f" SentencePiece from its {TOKENIZER}, for {text[:60]!r}, so nothing was kept: put"
                 " the two files back that belong together"
             )

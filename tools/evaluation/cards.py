@@ -9,7 +9,7 @@ from shards.files import json_bytes, publish_bytes
 from tools.errors import EvaluationError
 
 _COMPARED: Final = ("protocol", "read_as", "context", "bos", "scored_tokens")
-"""Settings that stand beside the metrics where several results of a task are compared."""
+"""Settings that are shown with the metrics where several results of a task are compared."""
 
 
 class Metric(NamedTuple):

@@ -108,8 +108,8 @@ def _fit_model(
     vocab_size = model.vocab_size if "model.vocab_size" in explicit else -(-n_ids // 128) * 128
     if vocab_size < n_ids:
         raise ConfigError(
-            f"model.vocab_size={vocab_size}: the shards' tokenizer has {n_ids} ids, which do not "
-            "fit; leave the key out"
+            f"model.vocab_size={vocab_size}: the shards' tokenizer has {n_ids} entries, which do "
+            "not fit; leave the key out"
         )
     try:
         return replace(model, seq_len=seq_len, vocab_size=vocab_size)
