@@ -258,7 +258,7 @@ def tokenizer(**options: Any) -> None:
         made = learn.extended(options["extend"], options["pieces"], options["out"])
     else:
         made = _tokenizer(options["show"])
-    click.echo(learn.describe(made))
+    click.echo(learn.describe_tokenizer(made))
 
 
 def _overrides(options: dict[str, Any]) -> SourceOverrides:

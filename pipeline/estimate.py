@@ -22,7 +22,7 @@ from pipeline.inputs.reading import MISSING
 from pipeline.text.chat import ChatTemplate
 from pipeline.text.documents import DocumentMaker, Documents, in_batches
 from pipeline.text.encode import Encoder, encode_documents
-from pipeline.units.job import Limit, PrepareJob, Step
+from pipeline.units.job import Limit, PrepareJob, UnitProgress
 from pipeline.units.units import PreparePlan
 
 SAMPLE_BYTES: Final = 1 << 20
@@ -67,7 +67,7 @@ class PrepareListener:
     def planned(self, job: PrepareJob, ahead: Estimate, note: str) -> None:
         """The plan is made and there is room for it; `note` says how text is encoded."""
 
-    def step(self, step: Step) -> None:
+    def progressed(self, step: UnitProgress) -> None:
         """Some documents of a unit have become rows."""
 
     def unit_done(self, position: int) -> None:

@@ -46,7 +46,7 @@ def extended(path: Path, pieces: Sequence[str], out: Path) -> Tokenizer:
     return _written(extend(model, pieces, str(path)), out)
 
 
-def describe(tokenizer: Tokenizer) -> str:
+def describe_tokenizer(tokenizer: Tokenizer) -> str:
     """What there is to know of a tokenizer, in lines."""
     info, kinds = tokenizer.info, tokenizer.proto.SentencePiece
     control = [e.piece for e in tokenizer.proto.pieces if e.type == kinds.CONTROL]

@@ -145,7 +145,7 @@ def _run(
     ahead = estimate(plan, missing, sample, request.limit.after(made), executor.workers)
     check_disk_space(job.folder, ahead.disk_bytes)
     # the pool may fork, so it begins before the display, which has threads
-    with executor.running(job, len(missing), listener.step) as submit:
+    with executor.running(job, len(missing), listener.progressed) as submit:
         listener.planned(job, ahead, encoder.note)
         if request.limit == NO_LIMIT:
             run_all(missing, submit, executor.at_once, listener.unit_done)

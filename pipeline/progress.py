@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.estimate import Estimate, PrepareListener
-from pipeline.units.job import NO_LIMIT, Amount, PrepareJob, Step
+from pipeline.units.job import NO_LIMIT, Amount, PrepareJob, UnitProgress
 
 PLAIN_INTERVAL_S: Final = 30.0
 """How often a line is written where nothing can move: files, pipes, CI."""
@@ -36,7 +36,7 @@ class ProgressEstimator:
 
     def __init__(self, ahead: Estimate) -> None:
         self._ahead = ahead
-        self._steps: dict[int, Step] = {}
+        self._steps: dict[int, UnitProgress] = {}
         self._at_work: dict[int, tuple[float, float]] = {}  # when begun, when last heard of
         self.ended: set[int] = set()
         # when so much text was done; the first text is the slowest: rates are of what comes later
@@ -44,9 +44,9 @@ class ProgressEstimator:
         self._now = 0.0
         self.text_bytes = 0
 
-    def step(self, step: Step, now: float) -> None:
+    def progressed(self, step: UnitProgress, now: float) -> None:
         """A unit has come further, or is begun (again)."""
-        before = self._steps.get(step.unit, Step(step.unit)).text_bytes
+        before = self._steps.get(step.unit, UnitProgress(step.unit)).text_bytes
         self._steps[step.unit], self._now = step, now
         self.text_bytes += step.text_bytes - before
         if step.unit not in self.ended:
@@ -150,13 +150,13 @@ class PrepareDisplay(PrepareListener):
         if self._console.is_terminal:
             self._live.start()
 
-    def step(self, step: Step) -> None:
+    def progressed(self, step: UnitProgress) -> None:
         """Count a step; where no line moves, print one now and then."""
         if (estimator := self._estimator) is None:
             return
         now = time.monotonic()
         with self._lock:
-            estimator.step(step, now)
+            estimator.progressed(step, now)
         if not self._console.is_terminal and now - self._printed > PLAIN_INTERVAL_S:
             self._printed = now
             self._console.print(self._line(estimator)[1], markup=False)

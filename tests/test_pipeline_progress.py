@@ -15,7 +15,7 @@ from pipeline.estimate import Estimate
 from pipeline.prepare import prepare
 from pipeline.progress import PrepareDisplay, ProgressEstimator
 from pipeline.units.executors import Executor
-from pipeline.units.job import NO_LIMIT, Amount, Limit, Step
+from pipeline.units.job import NO_LIMIT, Amount, Limit, UnitProgress
 from pipeline_samples import corpus, request
 
 MB = 1_000_000
@@ -50,7 +50,9 @@ def work(
             text = 0.0
         else:
             text += 8 * MB
-        estimator.step(Step(unit, int(text), Amount(int(text) // 4000, int(text) // 4)), now)
+        estimator.progressed(
+            UnitProgress(unit, int(text), Amount(int(text) // 4000, int(text) // 4)), now
+        )
         takes = 0.4 * rng.uniform(0.8, 1.2) * (3 if worker in new else 1)
         if text:
             new.discard(worker)
@@ -77,9 +79,9 @@ def test_what_is_left_is_true_once_the_rate_is_steady(workers: int, yield_: floa
 def test_a_rate_that_halves_is_followed_soon() -> None:
     estimator, now = ProgressEstimator(ahead(100)), 0.0
     for unit in range(75):
-        estimator.step(Step(unit), now)
+        estimator.progressed(UnitProgress(unit), now)
         now += 1.0 if unit < 50 else 2.0
-        estimator.step(Step(unit, 64 * MB), now)
+        estimator.progressed(UnitProgress(unit, 64 * MB), now)
         estimator.unit_done(unit)
     left = estimator.seconds_left(now)
     assert left is not None and left == pytest.approx(50, rel=0.05)
@@ -87,11 +89,11 @@ def test_a_rate_that_halves_is_followed_soon() -> None:
 
 def test_a_restarted_unit_counts_once() -> None:
     estimator = ProgressEstimator(ahead(2))
-    estimator.step(Step(0), 0)
-    estimator.step(Step(0, 48 * MB, Amount(5, 50)), 1)
-    estimator.step(Step(0), 2)  # its machine was lost
+    estimator.progressed(UnitProgress(0), 0)
+    estimator.progressed(UnitProgress(0, 48 * MB, Amount(5, 50)), 1)
+    estimator.progressed(UnitProgress(0), 2)  # its machine was lost
     assert (estimator.share, estimator.done) == (0.0, Amount())
-    estimator.step(Step(0, 64 * MB, Amount(7, 70)), 3)
+    estimator.progressed(UnitProgress(0, 64 * MB, Amount(7, 70)), 3)
     estimator.unit_done(0)
     assert (estimator.share, estimator.done) == (0.5, Amount(7, 70))
     estimator.unit_done(0)  # reported twice
@@ -102,19 +104,19 @@ def test_the_last_unit_is_waited_for() -> None:
     """Fifteen of sixteen workers have nothing left to do."""
     estimator = ProgressEstimator(ahead(16))
     for unit in range(16):
-        estimator.step(Step(unit), 0)
-        estimator.step(Step(unit, 8 * MB), 5)
+        estimator.progressed(UnitProgress(unit), 0)
+        estimator.progressed(UnitProgress(unit, 8 * MB), 5)
     for unit in range(15):
-        estimator.step(Step(unit, 64 * MB), 10)
+        estimator.progressed(UnitProgress(unit, 64 * MB), 10)
         estimator.unit_done(unit)
-    estimator.step(Step(15, 16 * MB), 10)
+    estimator.progressed(UnitProgress(15, 16 * MB), 10)
     assert estimator.seconds_left(10) == pytest.approx(30)
 
 
 def test_a_limit_is_what_the_work_is_measured_by() -> None:
     estimator = ProgressEstimator(ahead(1000, Limit(documents=400, tokens=10**9)))
     for at in range(1, 5):
-        estimator.step(Step(at, 64 * MB, Amount(50, 1000)), at)
+        estimator.progressed(UnitProgress(at, 64 * MB, Amount(50, 1000)), at)
     assert estimator.share == 0.5 and estimator.seconds_left(4) == pytest.approx(4)
 
 

@@ -13,7 +13,13 @@ from shards.errors import SummerError
 from shards_samples import make_source
 from tools.errors import RehearsalError
 from tools.rehearsal.certificate import FAULTS, Certificate, FaultResult, publish, table
-from tools.rehearsal.processes import POLL_S, compare_checkpoints, last_step, train, training
+from tools.rehearsal.processes import (
+    POLL_S,
+    compare_checkpoints,
+    last_step,
+    train,
+    training_process,
+)
 from tools.rehearsal.rehearsal import INTERVAL, N_INTERVALS, Rehearsal, check_inputs, rehearse
 from trainer.checkpoint.runs import RECORD
 from trainer.faults.inject import KINDS
@@ -174,7 +180,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_uninterrupted_o
     train(arguments, twin, lambda step: first_s.extend([time.monotonic() - began] * bool(step)))
     done = 0
     for _ in range(kills):
-        with training(arguments, killed) as process:
+        with training_process(arguments, killed) as process:
             ends_at = time.monotonic() + chooser.uniform(0.2, 1.6) * first_s[0]
             while time.monotonic() < ends_at and process.poll() is None:
                 time.sleep(POLL_S)

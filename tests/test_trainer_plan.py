@@ -16,7 +16,7 @@ from trainer.config import resolve as plan_module
 from trainer.config.config import configure
 from trainer.config.memory import fits, largest_micro_batch, memory_by_part
 from trainer.config.resolve import make_plan
-from trainer.config.train_plan import describe
+from trainer.config.train_plan import describe_plan
 from trainer.data.mixture import BatchShape
 from trainer.distributed.devices import find_accelerator
 from trainer.errors import ConfigError
@@ -168,7 +168,7 @@ def test_activations_are_what_autograd_keeps(precision: str) -> None:
 def test_the_description_says_what_will_happen(tmp_path: Path) -> None:
     shards = make_shards(tmp_path, fineweb=60, slimorca=3, python_code=9)
     plan = small_plan(shards, max_steps=40, micro_batch_size=2)
-    lines = "\n".join(describe(plan, tokens_per_s=1000.0))
+    lines = "\n".join(describe_plan(plan, tokens_per_s=1000.0))
     assert "max_steps=40" in lines
     assert "! not prepared: the-stack, books3, arxiv; the others are renormalised" in lines
     assert "! prepared but not drawn: python-code" in lines

@@ -196,7 +196,7 @@ def _ended(session: Session, state: State) -> Outcome:
     seconds = goodput.parts(state.time_s, state.spent_s)
     price = session.plan.config.dollars_per_hour / 3600
     cost = f"; $ {sum(seconds.values()) * price:.2f}" if price else ""
-    session.display.print(f"time: {goodput.describe(seconds)}{cost}")
+    session.display.print(f"time: {goodput.time_shares(seconds)}{cost}")
     if stopped:
         text = f"stopped at step {state.step}, saved: the same command goes on"
         session.log(text, RunEvent.STOPPED, step=state.step, spent_s=seconds)

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from pipeline.errors import PrepareError
-from pipeline.units.job import Limit, PrepareJob, ReportStep, RunUnit, Step, Submit
+from pipeline.units.job import Limit, PrepareJob, ReportProgress, RunUnit, Submit, UnitProgress
 from shards.format import UnitRecord
 
 WAIT_S: Final = 1.0
@@ -29,7 +29,7 @@ GOES_ON: Final = "start the same command again, it goes on where it stopped"
 
 @contextlib.contextmanager
 def on_ray(
-    address: str, job: PrepareJob, run_unit: RunUnit, report: ReportStep
+    address: str, job: PrepareJob, run_unit: RunUnit, report: ReportProgress
 ) -> Iterator[Submit]:
     """A function that starts a unit somewhere on the cluster at `address`, or on one of our own."""
     ray = _connected(address)
@@ -59,7 +59,10 @@ def on_ray(
 
 
 def _collect(
-    ray: Any, running: dict[Any, Future[UnitRecord]], report: ReportStep, closing: threading.Event
+    ray: Any,
+    running: dict[Any, Future[UnitRecord]],
+    report: ReportProgress,
+    closing: threading.Event,
 ) -> None:
     """Settle the futures of finished tasks, or all of them if the cluster is gone."""
     address, heard = ray.get_runtime_context().gcs_address, time.monotonic()
@@ -125,12 +128,12 @@ def _answers(address: str) -> bool:
 
 def _in_ray(
     run_unit: RunUnit, job: PrepareJob, position: int, limit: Limit
-) -> tuple[UnitRecord, Step]:
+) -> tuple[UnitRecord, UnitProgress]:
     """The unit's record and its last step; runs in a process of Ray's."""
     import pyarrow as pa
 
     pa.set_cpu_count(1)
-    steps = [Step(position)]
+    steps = [UnitProgress(position)]
     record = run_unit(job, position, limit, steps.append)
     return record, steps[-1]
 

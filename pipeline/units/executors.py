@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from pipeline.errors import PrepareError
 from pipeline.inputs.inputs import LocalInputs
-from pipeline.units.job import Limit, PrepareJob, ReportStep, Step, Submit
+from pipeline.units.job import Limit, PrepareJob, ReportProgress, Submit, UnitProgress
 from pipeline.units.work import run_unit
 from shards.format import UnitRecord
 
@@ -42,7 +42,7 @@ class Executor:
         return 1000 if self.kind == "ray" else self.workers
 
     def running(
-        self, job: PrepareJob, n_units: int, report: ReportStep
+        self, job: PrepareJob, n_units: int, report: ReportProgress
     ) -> AbstractContextManager[Submit]:
         """A function that starts a unit; `report` hears of the work as it is done."""
         if self.kind == "ray":
@@ -66,7 +66,7 @@ def default_workers() -> int:
 
 
 @contextlib.contextmanager
-def _pool(workers: int, job: PrepareJob, report: ReportStep) -> Iterator[Submit]:
+def _pool(workers: int, job: PrepareJob, report: ReportProgress) -> Iterator[Submit]:
     """Processes of this machine. They end with the one that started them, however it ends."""
     context = multiprocessing.get_context("fork" if _may_fork(job) else "spawn")
     steps = context.SimpleQueue()
@@ -163,6 +163,6 @@ def _in_pool(position: int, limit: Limit) -> UnitRecord:
     return run_unit(_worker["job"], position, limit, _worker["steps"].put)
 
 
-def _listen(steps: Any, report: ReportStep) -> None:
-    while isinstance(step := steps.get(), Step):
+def _listen(steps: Any, report: ReportProgress) -> None:
+    while isinstance(step := steps.get(), UnitProgress):
         report(step)

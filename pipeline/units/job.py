@@ -58,7 +58,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Step:
+class UnitProgress:
     """How far a unit is; a later one replaces it, and one of nothing begins the unit again."""
 
     unit: int
@@ -67,6 +67,6 @@ class Step:
 
 
 NO_LIMIT = Limit()
-ReportStep = Callable[[Step], None]
+ReportProgress = Callable[[UnitProgress], None]
 Submit = Callable[[int, Limit], "Future[UnitRecord]"]
-RunUnit = Callable[[PrepareJob, int, Limit, ReportStep], UnitRecord]
+RunUnit = Callable[[PrepareJob, int, Limit, ReportProgress], UnitRecord]

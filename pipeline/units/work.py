@@ -14,7 +14,7 @@ from pipeline.text.documents import DocumentMaker, Documents, in_batches
 from pipeline.text.encode import CheckedEncoder, encode_documents, make_encoder
 from pipeline.text.pack import Packer
 from pipeline.text.tokenizer import Tokenizer
-from pipeline.units.job import Amount, Limit, PrepareJob, ReportStep, Step
+from pipeline.units.job import Amount, Limit, PrepareJob, ReportProgress, UnitProgress
 from shards.format import TOKENIZER, ManifestTokenizer, UnitRecord, unit_name
 from shards.writer import ShardWriter
 
@@ -22,7 +22,7 @@ BATCH_BYTES: Final = 8 << 20
 """Text encoded in one go: the columnar encoder's cost of a call is that of some 100 kB."""
 
 
-def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportStep) -> UnitRecord:
+def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportProgress) -> UnitRecord:
     """The unit's record, after its shards have been published (over those of an earlier try)."""
     source, facts = job.plan.source, job.plan.facts
     writer = ShardWriter(job.folder, unit_name(position), facts)
@@ -32,7 +32,7 @@ def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportStep) -
     encoder = CheckedEncoder(make_encoder(tokenizer), tokenizer, job.check_encoding)
     template = ChatTemplate.of(tokenizer) if source.shape == "chat" else None
     text_bytes, done = 0, Amount()
-    report(Step(position))
+    report(UnitProgress(position))
     read = maker.read(job.inputs, job.plan.parts_of(position))
     for documents in in_batches(read, BATCH_BYTES):
         chosen = documents.first(len(documents) if limit.documents is None
@@ -43,7 +43,7 @@ def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportStep) -
             packers[split].add(encoded.choose(here), chosen.parts[here], chosen.records[here])
         text_bytes += chosen.texts.nbytes
         done += Amount(len(chosen), len(encoded.tokens))
-        report(Step(position, text_bytes, done))
+        report(UnitProgress(position, text_bytes, done))
         if limit.is_met_by(done):
             break
     for packer in packers.values():

@@ -67,7 +67,7 @@ def train(
     `watch` is called with the last step logged, every POLL_S. RehearsalError with the run's last
     line if it fails, or ends before the condition is met.
     """
-    with training(arguments, run) as process:
+    with training_process(arguments, run) as process:
         while until is None or not until():
             code = process.poll()
             if code is not None and (code or (until is not None and not until())):
@@ -81,7 +81,7 @@ def train(
 
 def train_with_faults(arguments: Sequence[str], run: Path, faults: str, limit_s: float) -> int:
     """The exit code of a run with these faults (trainer/faults/inject.py); -9 after `limit_s`."""
-    with training(arguments, run, faults) as process:
+    with training_process(arguments, run, faults) as process:
         try:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -89,7 +89,7 @@ def train_with_faults(arguments: Sequence[str], run: Path, faults: str, limit_s:
 
 
 @contextlib.contextmanager
-def training(
+def training_process(
     arguments: Sequence[str], run: Path, faults: str = ""
 ) -> Iterator[subprocess.Popen[bytes]]:
     """`summer-train` in a process group of its own, its output in <run>.log; killed at the end."""

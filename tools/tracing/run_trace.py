@@ -229,7 +229,7 @@ def rows_of_document(reader: ShardReader, name: str) -> list[int]:
     wanted = _key_of(reader.manifest, name)
     if wanted is None:
         return []
-    begun = [(keys, first) for keys, first in _units(reader) if keys[0] <= wanted]
+    begun = [(keys, first) for keys, first in _rows_by_unit(reader) if keys[0] <= wanted]
     if not begun:
         return []
     keys, first_row = max(begun, key=lambda unit: int(unit[0][0]))
@@ -267,7 +267,7 @@ def _parts_of(manifest: Manifest, file: str) -> list[int]:
     return [number for number, part in enumerate(manifest.parts) if part.file == file]
 
 
-def _units(reader: ShardReader) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+def _rows_by_unit(reader: ShardReader) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
     """Of each unit: the key of each of its training rows, ascending, and the first row's number."""
     first_row = 0
     by_unit = groupby(reader.manifest.split("train"), key=lambda shard: shard.stem.split("-")[0])

@@ -59,7 +59,7 @@ class TrainPlan:
         return known.bf16_tflops * 1e12 * self.shape.world_size
 
 
-def describe(plan: TrainPlan, tokens_per_s: float | None = None) -> Iterator[str]:
+def describe_plan(plan: TrainPlan, tokens_per_s: float | None = None) -> Iterator[str]:
     """The plan in lines, for people: configuration, data, batch, memory, length."""
     config, shape = plan.config, plan.shape
     model, n_params = config.model, count_params(config.model)

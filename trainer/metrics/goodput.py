@@ -93,7 +93,7 @@ def count_start(
     spent_s[kind] = spent_s.get(kind, 0.0) + max(0.0, time.time() - since - away)
 
 
-def describe(seconds: Mapping[str, float]) -> str:
+def time_shares(seconds: Mapping[str, float]) -> str:
     """The parts as shares of their sum, for people; parts without a share are left out."""
     total_s = sum(seconds.values())
     shares = [f"{part} {value / total_s:.1%}" for part, value in seconds.items() if value > 0]

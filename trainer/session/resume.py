@@ -18,7 +18,7 @@ from trainer.checkpoint import storage
 from trainer.checkpoint.retention import invalidate_after, mirror_of, newest_intact, resumable
 from trainer.checkpoint.runs import CONFIG, checkpoints, is_checkpoint, newest_checkpoint
 from trainer.config.config import differences, load_config, save_config
-from trainer.config.train_plan import TrainPlan, describe
+from trainer.config.train_plan import TrainPlan, describe_plan
 from trainer.data.batches import MicroBatches, StepRange
 from trainer.data.loader import Loader
 from trainer.distributed.world import World
@@ -98,7 +98,7 @@ def begin(
 
 def show_plan(plan: TrainPlan, state: State, tokens_per_s: float | None, display: Display) -> None:
     """Print what the run will do from a state on; the rate is that of its last logged step."""
-    for line in (*describe(plan, tokens_per_s), *states.describe_data_use(plan, state)):
+    for line in (*describe_plan(plan, tokens_per_s), *states.describe_data_use(plan, state)):
         display.print(line)
 
 

@@ -80,7 +80,7 @@ class CheckpointSaver:
         self._mirror = mirror if self._world.is_main else None
         self._mirror_thread = BackgroundThread("mirror")
         self._mirroring = self._mirror_thread.submit(self._mirror_newest)  # a kill may have kept it
-        self._copies = self._reserve_memory() if self._config.asynchronous else None
+        self._copies = self._checkpoint_buffers() if self._config.asynchronous else None
 
     def due_by_clock(self) -> bool:
         """Whether this rank, if it is the main one, finds that enough time has passed."""
@@ -148,7 +148,7 @@ class CheckpointSaver:
         tensors = storage.tensors_of(self._session.network.bare, self._session.optimizer)
         return tensors_to_save(tensors, self._world)
 
-    def _reserve_memory(self) -> dict[str, Tensor] | None:
+    def _checkpoint_buffers(self) -> dict[str, Tensor] | None:
         """Host memory for this rank's share, kept between checkpoints; on all ranks or on none."""
         session, share = self._session, self._tensors()
         free = available_memory_bytes()
