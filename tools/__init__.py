@@ -1,6 +1,7 @@
 """Tools: they use all other packages, and nobody imports them.
 
 Commands       evaluate generate trace convert plan doctor report rehearse; demo (`make demo`)
+command        what each of them has: -h, --version, failures in one line
 models/        a run, a checkpoint or a Llama folder -> the model with its tokenizer
 evaluation/    tasks (the table), multiple_choice, perplexity (protocols, wikitext), heldout,
                contamination (ngrams): each gives a Result (cards); scoring has the NLL
