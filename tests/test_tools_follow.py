@@ -8,8 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from tools.evaluate import main
-from tools.evaluation.cards import Result
-from tools.evaluation.follow import card_of, follow
+from tools.evaluation.cards import Result, card_of, follow
 from tools_samples import sample_text, write_run
 from trainer.config.config import RunConfig, load_config, save_config
 

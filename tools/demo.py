@@ -62,7 +62,7 @@ PROMPT: Final = "def __init__(self, "
 
 @command("python -m tools.demo")
 def main() -> None:
-    """Run all of it and print what happened."""
+    """Prepare, train with a kill, compare with a twin, score, sample: four minutes, into demo/."""
     started = time.monotonic()
     DEMO.mkdir(exist_ok=True)
     heading("1. A vocabulary, learnt from text that comes with Python")

@@ -88,17 +88,9 @@ def main(tasks: tuple[str, ...], nproc: int, **options: Any) -> None:
         launch = Launch(nproc, options=("--max-restarts=0",), module="tools.evaluate")
         sys.exit(run_on_all(launch, sys.argv[1:]))
     if EXIT_REASON in os.environ:  # one of those processes
-        write_exit_reason(lambda: _evaluate_as_rank(tasks, options))
+        write_exit_reason(lambda: _evaluate(tasks, options), OSError, ModelError)
     else:
         _evaluate(tasks, options)
-
-
-def _evaluate_as_rank(tasks: Sequence[str], options: dict[str, Any]) -> int:
-    """The same in one of several processes, for which the launcher shows an error once."""
-    try:
-        return _evaluate(tasks, options)
-    except (OSError, ModelError) as error:
-        raise EvaluationError(str(error)) from error
 
 
 def _evaluate(tasks: Sequence[str], options: dict[str, Any]) -> int:
@@ -121,7 +113,7 @@ def _evaluate(tasks: Sequence[str], options: dict[str, Any]) -> int:
 
 def _follow(run: Path, tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Sequence[Result]]:
     """The results of each checkpoint of a run, oldest first, until its last step."""
-    from tools.evaluation.follow import follow
+    from tools.evaluation.cards import follow
 
     if any(options[name] for name in ("run", "checkpoint", "hf")):
         raise click.UsageError("--follow names the run: leave --run, --checkpoint and --hf out")

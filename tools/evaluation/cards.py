@@ -1,13 +1,24 @@
-"""What an evaluation found, and the one way it is written: JSON records, text, Markdown."""
+"""What an evaluation found, and the one way it is written: JSON records, text, Markdown.
 
-from collections.abc import Iterable, Mapping, Sequence
+Evaluation during training keeps the results of each checkpoint in its run, as it appears:
+
+    runs/NAME/evaluations/step-200/lambada.json, lambada.md, ...
+
+A task whose card exists is not scored twice, so the same command resumes after an interruption.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from shards.errors import SummerError
 from shards.files import json_bytes, publish_bytes
-from tools.errors import EvaluationError
+from trainer.checkpoint.runs import EVALUATIONS, checkpoints, step_of
+from trainer.config.config import load_config
 
+POLL_S: Final = 10.0
 _COMPARED: Final = ("protocol", "read_as", "context", "bos", "scored_tokens")
 """Settings that are shown with the metrics where several results of a task are compared."""
 
@@ -79,14 +90,55 @@ def write_results(path: Path, tasks: Sequence[Sequence[Result]]) -> None:
     if path.suffix == ".json":
         records = [result.to_json() for results in tasks for result in results]
         publish_bytes(path, json_bytes(records))
-    elif path.suffix == ".md":
+    else:
         pages = (
             "\n".join([f"## {results[0].task}", "", "```", *to_text(results), "```", ""])
             for results in tasks
         )
         publish_bytes(path, "\n".join(pages).encode())
-    else:
-        raise EvaluationError(f"--card {path}: a card is a .md or a .json file")
+
+
+Evaluate = Callable[[Path, Sequence[str]], Iterator[Sequence[Result]]]  # checkpoint, tasks
+
+
+def follow(
+    run: Path,
+    tasks: Sequence[str],
+    evaluate: Evaluate,
+    wait: Callable[[float], None] = time.sleep,
+) -> Iterator[Sequence[Result]]:
+    """The results of each task at each checkpoint, until the run's last step has been scored.
+
+    Checkpoints that exist already are taken oldest first. One that training deletes before it
+    could be read is skipped.
+    """
+    last_step = load_config(run).max_steps
+    passed: set[Path] = set()
+    while True:
+        waiting = [checkpoint for checkpoint in checkpoints(run) if checkpoint not in passed]
+        if not waiting:
+            if any(step_of(checkpoint) >= last_step for checkpoint in passed):
+                return
+            wait(POLL_S)
+            continue
+        checkpoint = waiting[0]
+        passed.add(checkpoint)
+        missing = [task for task in tasks if not card_of(checkpoint, task).is_file()]
+        try:
+            for results in evaluate(checkpoint, missing) if missing else ():
+                card = card_of(checkpoint, results[0].task)
+                card.parent.mkdir(parents=True, exist_ok=True)
+                write_results(card.with_suffix(".md"), [results])
+                write_results(card, [results])  # last: it says that the task is done
+                yield results
+        except (SummerError, OSError):
+            if checkpoint in checkpoints(run):
+                raise
+
+
+def card_of(checkpoint: Path, task: str) -> Path:
+    """Where the results of a checkpoint on a task are kept in its run."""
+    return checkpoint.parents[1] / EVALUATIONS / checkpoint.name / f"{task}.json"
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> list[str]:

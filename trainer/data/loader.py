@@ -64,7 +64,7 @@ class Loader:
         is wrong, and a flag of the step informs the others (trainer/train.py).
         """
         start = time.perf_counter()
-        host = self._fetch() if self.damage is None else self._all.empty()
+        host = self._next_batch() if self.damage is None else self._all.empty()
         self.waited_s += time.perf_counter() - start
         if isinstance(host, ReadFailure):
             self.damage, host = host.error, self._all.empty()
@@ -90,7 +90,7 @@ class Loader:
         if shutdown is not None:
             shutdown()
 
-    def _fetch(self) -> HostBatch | ReadFailure:
+    def _next_batch(self) -> HostBatch | ReadFailure:
         """What the workers made; new ones go on, at the same place, where one has died."""
         died = ""
         for _ in range(_LIVES):
@@ -148,7 +148,7 @@ class Loader:
 
 @contextlib.contextmanager
 def _own_child_handler() -> Iterator[None]:
-    """Keep torch from raising for a dead worker in whatever line runs: `_fetch` notices it."""
+    """Keep torch from raising for a dead worker in whatever line runs: `_next_batch` notices it."""
     before = signal.getsignal(signal.SIGCHLD)
     yield
     if threading.current_thread() is threading.main_thread():

@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, get_args_parser
 
-from shards.errors import SummerError
+from shards.errors import SummerError, one_line
 from trainer.errors import LostRankError, TrainingError
 
 ASKED_TO_STOP: Final = 75
@@ -79,14 +79,15 @@ def run_on_all(launch: Launch, arguments: Sequence[str]) -> int:
     raise TrainingError(text or f"the run was ended before it was complete{_again(launch)}")
 
 
-def write_exit_reason(train: Callable[[], int]) -> int:
+def write_exit_reason(train: Callable[[], int], *also: type[Exception]) -> int:
     """A rank's exit code: 0 also for an end after which torchrun must not start it again."""
+    expected: tuple[type[Exception], ...] = (SummerError, *also)
     try:
         reason = str(train())
     except LostRankError:
         raise
-    except SummerError as error:
-        reason = str(error)
+    except expected as error:
+        reason = one_line(error)
     if os.environ["LOCAL_RANK"] == "0":
         Path(os.environ[EXIT_REASON]).write_text(reason)
     return 0
