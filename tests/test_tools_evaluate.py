@@ -136,7 +136,7 @@ def test_two_tasks_are_two_lines_of_json(run: Path, shards: Path, text_file: Pat
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("sudoku",), 1, "task 'sudoku' is unknown: choose from wikitext2,"),
+        (("sudoku",), 1, "task 'sudoku': there are: wikitext2,"),
         ((), 2, "TASK"),
         (("wikitext2", "--limit", "0"), 2, "--limit"),
         (("wikitext2", "--data", "nowhere.raw"), 1, "nowhere.raw"),

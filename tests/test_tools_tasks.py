@@ -365,4 +365,4 @@ def test_the_command_scores_tasks_and_writes_items_and_cards(
     assert printed["metrics"]["acc"]["value"] == np.mean([line["right"] for line in logged[:7]])
     assert json.loads(card.read_text())[0]["metrics"] == printed["metrics"]
     result = CliRunner().invoke(main, [*map(str, arguments), "--card", "card.txt"])
-    assert result.exit_code == 1 and "a .md or a .json" in result.stderr
+    assert result.exit_code == 2 and "name a .md or a .json file" in result.stderr
