@@ -39,6 +39,7 @@ TESTS: Final = {
     "model.attention": "reference_training model_attention model_positions model_cache "
     "model_dropout",
     "model.config": "model_config model_transformer",
+    "model.self_test": "model_attention",
     "model.dropout": "reference_training model_dropout",
     "model.layers": "reference_training model_positions model_transformer model_dropout",
     "model.loss": "reference_training model_loss",

@@ -3,10 +3,19 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import torch
+import torch._inductor.config
 
-from trainer_samples import free_ports
+from shards.errors import SummerError
+from trainer.config.config import configure
+from trainer.distributed import devices, world
+from trainer.session.network import _prepare_compiler, build_network
+from trainer_samples import ALONE, free_ports, set_texts
 
 LEAVE = """
 import os, sys
@@ -91,3 +100,66 @@ def page_faults(how: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
 def test_a_block_of_the_same_size_comes_without_page_faults() -> None:
     assert page_faults("kept") < 100 < page_faults("plain")
+
+
+def joined_with(timeouts: list[timedelta], hang_timeout_s: float) -> None:
+    """A process group of one rank that pretends to be one of two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setattr(world, "_leave", lambda: None)
+        patch.setattr(world, "rendezvous", lambda *of, **how: iter([(None,) * 3]))
+        patch.setattr(world, "PrefixStore", lambda *of: None)
+        patch.setattr(
+            torch.distributed,
+            "init_process_group",
+            lambda *of, timeout, **how: timeouts.append(timeout),
+        )
+        with world.join_world("cpu", hang_timeout_s):
+            pass
+
+
+def test_who_watches_the_ranks_speaks_before_a_collective_gives_up() -> None:
+    """NCCL's own limit is the watchdog's: which of both ended a run was chance."""
+    timeouts = list[timedelta]()
+    for hang_timeout_s in (0.0, 600.0, 3600.0):
+        joined_with(timeouts, hang_timeout_s)
+    assert [limit.total_seconds() for limit in timeouts] == [1800, 1800, 7200]
+
+
+def test_a_gpu_that_torch_cannot_use_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commonest mistake on a rented machine: torch's build for the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "_GPU_NODES", {"an AMD GPU": tmp_path / "kfd"})
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert devices.unused_gpu() == ""
+    (tmp_path / "kfd").touch()
+    config = configure(preset="tiny", sets=set_texts()).config
+    for built, found in (
+        (None, "is built for the CPU and cannot use an AMD GPU that is here"),
+        ("13.0", "does not see an AMD GPU that is here: look at its driver, at who may open"),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", built)
+        assert found in devices.unused_gpu()
+        assert build_network(config, ALONE).notes[1] == f"! {devices.unused_gpu()}"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(
+        SummerError, match="is built for the CPU: install its CUDA or ROCm build; l"
+    ):
+        devices.pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices.unused_gpu() == ""
+
+
+def test_ranks_share_the_cores_to_compile_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would start as many processes as there are cores: 256 on eight ranks."""
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(96)))
+    with torch._inductor.config.patch(compile_threads=7):
+        for ranks, threads in ((1, 32), (8, 12), (200, 1)):
+            assert _prepare_compiler(replace(ALONE, local_world_size=ranks)) == []
+            assert torch._inductor.config.compile_threads == threads
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")
+        _prepare_compiler(ALONE)
+        assert torch._inductor.config.compile_threads == 1  # as it was: the variable counts

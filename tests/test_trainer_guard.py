@@ -1,5 +1,6 @@
 """Which updates are skipped, which samples are left out, and that a replay does the same."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -88,24 +89,25 @@ def test_the_guard_reads_nothing_back(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the gradients to the update, with a norm that is NaN: no value reaches the host."""
-    mode: Any = NoReading()  # type: ignore[no-untyped-call]
-    steps = list[torch.Tensor]()
+    watched, steps = contextlib.ExitStack(), list[torch.Tensor]()
 
     def enter(*args: Any) -> torch.Tensor:
-        mode.__enter__()
+        watched.enter_context(NoReading())  # type: ignore[no-untyped-call]
         return finish_gradients(*args)
 
-    def leave(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
-        update(optimizer, skip)
-        mode.__exit__(None, None, None)
+    def leave(optimizer: torch.optim.Optimizer, skip: torch.Tensor, **how: Any) -> None:
+        update(optimizer, skip, **how)
+        watched.close()
         steps.append(skip)
 
     monkeypatch.setattr("trainer.train.finish_gradients", enter)
     monkeypatch.setattr("trainer.train.update", leave)
     monkeypatch.setenv("SUMMER_FAULT", "nan:0:3")
-    train(small_plan(shards, max_steps=5, guard__window=8), tmp_path)
+    with watched:  # ends with the test, or every later one would fail
+        train(small_plan(shards, max_steps=5, guard__window=8), tmp_path)
     assert [int(skip) for skip in steps] == [0, 0, 1, 0, 0]
-    with pytest.raises(AssertionError, match="waits for the device"), mode:
+    reading: Any = NoReading()  # type: ignore[no-untyped-call]
+    with pytest.raises(AssertionError, match="waits for the device"), reading:
         bool(steps[0])
 
 

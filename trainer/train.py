@@ -88,7 +88,7 @@ def train(
     check_reachable(orders, plan.shape.world_size, plan.config.max_steps)
     with (
         listen_for_stop() as asked_to_stop,
-        join_world(plan.config.device) as world,
+        join_world(plan.config.device, plan.config.guard.hang_timeout_s) as world,
         translate_comm_errors(world),
         claim(run, world),
         watch_ranks(run, world, plan.config.guard.hang_timeout_s) as watchdog,

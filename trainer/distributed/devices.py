@@ -66,6 +66,26 @@ def find_accelerator(name: str) -> Accelerator | None:
     return None
 
 
+_GPU_NODES: Final = {"an AMD GPU": Path("/dev/kfd"), "an NVIDIA GPU": Path("/dev/nvidiactl")}
+
+
+def unused_gpu() -> str:
+    """Why torch does not use the GPU that this machine has; empty where it does, or has none."""
+    there = next((name for name, node in _GPU_NODES.items() if node.exists()), "")
+    if not there or torch.cuda.is_available():
+        return ""
+    if _built_for_cpu():
+        return f"torch {torch.__version__} is built for the CPU and cannot use {there} that is here"
+    return (
+        f"torch {torch.__version__} does not see {there} that is here: look at its driver, at who "
+        "may open /dev/kfd or /dev/nvidia*, and at CUDA_ and HIP_VISIBLE_DEVICES"
+    )
+
+
+def _built_for_cpu() -> bool:
+    return torch.version.cuda is None and torch.version.hip is None
+
+
 def pick_device(requested: str) -> str:
     """The type of device to use: the one requested, or for `auto` the best that is there.
 
@@ -78,10 +98,12 @@ def pick_device(requested: str) -> str:
     }
     best = next(kind for kind, is_there in there.items() if is_there)
     if not there.get(requested, True):
-        raise SummerError(
-            f"device {requested}: torch {torch.__version__} sees none here; "
-            f"leave it out, and {best} is taken"
-        )
+        reason = f"torch {torch.__version__} sees none here"
+        if requested == "cuda" and _built_for_cpu():
+            reason = (
+                f"torch {torch.__version__} is built for the CPU: install its CUDA or ROCm build"
+            )
+        raise SummerError(f"device {requested}: {reason}; leave it out, and {best} is taken")
     return best if requested == "auto" else requested
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Final, TypeVar
 
 import torch
@@ -126,8 +127,12 @@ def restarted_by_torchrun() -> bool:
 
 
 @contextlib.contextmanager
-def join_world(device: str) -> Iterator[World]:
-    """This process as a rank: its device chosen, its threads set, the process group joined."""
+def join_world(device: str, hang_timeout_s: float = 0.0) -> Iterator[World]:
+    """This process as a rank: its device chosen, its threads set, the process group joined.
+
+    A collective waits at least twice `hang_timeout_s`, so that who watches the ranks names the one
+    that hangs before NCCL or RCCL, whose own limit is 600 s, ends them all without a name.
+    """
     rank, local_rank, world_size, local_world_size = (
         int(os.environ.get(name, default))
         for name, default in zip(_NUMBERS, (0, 0, 1, 1), strict=True)
@@ -146,7 +151,8 @@ def join_world(device: str) -> Iterator[World]:
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if world_size > 1:
         # objects and flags travel on gloo, so that they never queue behind gradients
-        _join("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", rank, world_size)
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        _join(backend, rank, world_size, hang_timeout_s)
     try:
         yield World(rank, local_rank, world_size, local_world_size, place)
     finally:
@@ -154,7 +160,7 @@ def join_world(device: str) -> Iterator[World]:
             _leave()
 
 
-def _join(backend: str, rank: int, world_size: int) -> None:
+def _join(backend: str, rank: int, world_size: int, hang_timeout_s: float) -> None:
     """Join the process group, under names of this start alone.
 
     torchrun (2.13) keeps one store over its restarts, with the addresses of the former ranks, which
@@ -165,7 +171,8 @@ def _join(backend: str, rank: int, world_size: int) -> None:
     store, _, _ = next(rendezvous("env://", timeout=default_pg_timeout))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     named = PrefixStore(f"attempt-{attempt}", store)
-    dist.init_process_group(backend, store=named, rank=rank, world_size=world_size)
+    timeout = max(default_pg_timeout, timedelta(seconds=2 * hang_timeout_s))
+    dist.init_process_group(backend, store=named, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _leave() -> None:

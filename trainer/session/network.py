@@ -36,6 +36,7 @@ from model.self_test import self_test
 from model.transformer import Transformer
 from trainer.config.config import RunConfig
 from trainer.data.mixture import key_of
+from trainer.distributed.devices import unused_gpu
 from trainer.distributed.world import World, make_mesh
 from trainer.errors import TrainingError
 
@@ -56,7 +57,7 @@ def build_network(config: RunConfig, world: World) -> Network:
     where a kernel of this run cannot give the same bits twice.
     """
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    notes = [] if not config.compile else _prepare_compiler(config, world.device)
+    notes = [] if not config.compile else _prepare_compiler(world)
     compiled = config.compile and not notes
     obstacle = _be_deterministic(config, world, compiled=compiled)
     try:
@@ -64,6 +65,8 @@ def build_network(config: RunConfig, world: World) -> Network:
     except ModelError as failure:
         raise TrainingError(str(failure)) from failure
     notes.insert(0, f"attention kernel: {test}")
+    if idle := world.device.type != "cuda" and unused_gpu():
+        notes.append(f"! {idle}")
     if obstacle:
         notes.append(f"! resuming will not be bit-exact here: {obstacle}")
     with torch.device("meta"):
@@ -86,15 +89,18 @@ def _prepare(bare: Transformer, config: RunConfig, *, compiled: bool) -> None:
         bare.compile_parts()
 
 
-def _prepare_compiler(config: RunConfig, device: torch.device) -> list[str]:
+def _prepare_compiler(world: World) -> list[str]:
     """Set torch.compile up for a run; a note where it cannot be used."""
-    if lack := _lack_of_a_compiler(device):
+    if lack := _lack_of_a_compiler(world.device):
         return [f"not compiled, which is slower: {lack}"]
     # DDP's own graph splitter would cut even graphs of a single block
     torch._dynamo.config.optimize_ddp = False
     # inductor's own random numbers can corrupt dropout on CUDA (pytorch#198333, torch 2.13)
     if hasattr(torch._inductor.config, "align_random_eager"):
         torch._inductor.config.align_random_eager = True
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # of each rank; by itself 32 or all cores
+        cores = len(os.sched_getaffinity(0)) // world.local_world_size
+        torch._inductor.config.compile_threads = min(32, max(1, cores))
     return []
 
 
@@ -112,7 +118,10 @@ def _be_deterministic(config: RunConfig, world: World, *, compiled: bool) -> str
     torch.use_deterministic_algorithms(strict)
     if not strict:
         return "deterministic=false asks for speed"
-    found = world.gather(_unrepeatable(config, world.device, compiled=compiled))
+    look = functools.partial(_unrepeatable, config, world.device, compiled=compiled)
+    first = world.local_rank == 0  # the other ranks then find what it has compiled
+    found = world.on_all(lambda: look() if first else "")
+    found += world.on_all(lambda: "" if first else look())
     obstacle = next((each for each in found if each), "")
     if obstacle and config.deterministic == "true":
         raise TrainingError(
