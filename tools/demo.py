@@ -15,7 +15,6 @@ A second call keeps what is there and says so; after `rm -r demo` everything is 
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -69,10 +68,10 @@ def main() -> None:
     if TOKENIZER.exists():
         print(f"{TOKENIZER} is there already: kept")
     else:
-        summer_prep(learn_vocabulary(TOKENIZER))
+        learn_vocabulary(TOKENIZER, shown=True)
     heading("2. Text -> shards")
     for source in SOURCES:
-        summer_prep(prepare_source(source, TOKENIZER, SHARDS))  # sees what is done already
+        prepare_source(source, TOKENIZER, SHARDS, shown=True)  # sees what is done already
     heading(f"3. Training {STEPS} steps, with kill -9 in the middle")
     killed_at = train_with_a_kill()
     heading("4. Did that change anything? Compared with an uninterrupted twin")
@@ -87,13 +86,6 @@ def main() -> None:
 def heading(text: str) -> None:
     """Print a section's title."""
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
-
-
-def summer_prep(arguments: list[str]) -> None:
-    """Run summer-prep as a user would, and end with it if it fails."""
-    done = subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
 
 
 def training_arguments() -> list[str]:

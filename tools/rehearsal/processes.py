@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tools.errors import RehearsalError
 from trainer.checkpoint.runs import RECORD, checkpoint_path
@@ -26,7 +26,6 @@ from trainer.metrics.metrics import read_metrics
 
 POLL_S: Final = 0.05
 SOURCES: Final = ("python-code", "python-docs")
-SEQ_LEN, VOCAB_SIZE, VAL_FRACTION = 256, 2048, 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +41,24 @@ class Comparison:
         return bool(self.files) and all(one == other for one, other in self.files.values())
 
 
-def learn_vocabulary(tokenizer: Path) -> list[str]:
-    """Arguments of summer-prep that learn a vocabulary from the text that Python carries."""
-    sources = [option for name in SOURCES for option in ("--source", name)]
-    size = ("--vocab-size", str(VOCAB_SIZE))
-    return ["tokenizer", "--train", *sources, *size, "--out", str(tokenizer)]
+def learn_vocabulary(tokenizer: Path, **how: Any) -> None:
+    """Make the model of a vocabulary, from the text that every Python carries."""
+    sources = [f"--source={name}" for name in SOURCES]
+    summer_prep("tokenizer", "--train", *sources, "--vocab-size=2048", f"--out={tokenizer}", **how)
 
 
-def prepare_source(name: str, tokenizer: Path, shards: Path) -> list[str]:
-    """Arguments of summer-prep that make SHARDS/<name> of one of the SOURCES."""
-    shape = ("--seq-len", str(SEQ_LEN), "--val-fraction", str(VAL_FRACTION))
-    out = ("--out", str(shards), "--tokenizer", str(tokenizer))
-    return ["tokenize", "--source", name, *out, *shape]
+def prepare_source(name: str, tokenizer: Path, shards: Path, *more: str, **how: Any) -> None:
+    """Make SHARDS/<name> of one of the SOURCES."""
+    shape = ("--seq-len=256", "--val-fraction=0.02", f"--tokenizer={tokenizer}")
+    summer_prep("tokenize", f"--source={name}", f"--out={shards}", *shape, *more, **how)
+
+
+def summer_prep(*arguments: str, shown: bool = False) -> None:
+    """Run summer-prep as a user would, its output `shown`; RehearsalError if it fails."""
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    done = subprocess.run(command, capture_output=not shown, text=True, check=False)
+    if done.returncode:
+        raise RehearsalError(f"summer-prep {arguments[0]}: {(done.stderr or 'failed').strip()}")
 
 
 def train(

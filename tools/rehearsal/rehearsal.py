@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -43,6 +41,7 @@ from tools.rehearsal.processes import (
     learn_vocabulary,
     prepare_source,
     record_of,
+    summer_prep,
     train_with_faults,
 )
 from trainer.checkpoint.runs import EVENTS, newest_checkpoint
@@ -173,9 +172,9 @@ def prepare(rehearsal: Rehearsal) -> None:
         shutil.copytree(rehearsal.shards, out / "shards")
         return
     out.mkdir(parents=True, exist_ok=True)
-    _prep(*learn_vocabulary(tokenizer))
+    learn_vocabulary(tokenizer)
     for name in SOURCES:
-        _prep(*prepare_source(name, tokenizer, out / "shards"), "--max-tokens", "2000000")
+        prepare_source(name, tokenizer, out / "shards", "--max-tokens=2000000")
 
 
 def run_faulted(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[FaultResult]:
@@ -189,7 +188,7 @@ def run_faulted(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Fau
     stopped = launch("faulted", orders(FAULTED[7:]), 1, second=True)
     advised = "summer-prep repair" in run.with_suffix(".log").read_text()
     for name in find_sources(rehearsal.out / "shards"):
-        _prep("repair", str(rehearsal.out / "shards" / name))
+        summer_prep("repair", str(rehearsal.out / "shards" / name))
     _flip_a_bit(newest_checkpoint(run))
     launch("faulted", "", 0, second=True)
     also = {
@@ -267,11 +266,3 @@ def _flip_a_bit(checkpoint: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-
-
-def _prep(*arguments: str) -> None:
-    """Run summer-prep as a user would."""
-    command = [sys.executable, "-m", "pipeline.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RehearsalError(f"summer-prep {arguments[0]}: {done.stderr.strip()}")
