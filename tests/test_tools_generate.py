@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.errors import GenerationError
+from tools.errors import ToolError
 from tools.generate import main
 from tools.generation.generation import (
     Conversation,
@@ -98,7 +98,7 @@ def test_an_impossible_id_is_never_drawn() -> None:
 
 
 def test_damaged_logits_are_named() -> None:
-    with pytest.raises(GenerationError, match="NaN"):
+    with pytest.raises(ToolError, match="NaN"):
         draw(torch.tensor([0.0, torch.nan]), EVERYTHING, EVERYTHING.generator())
 
 
@@ -111,7 +111,7 @@ def test_damaged_logits_are_named() -> None:
     ],
 )
 def test_invalid_sampling_is_rejected(wrong: dict[str, Any]) -> None:
-    with pytest.raises(GenerationError, match=next(iter(wrong))):
+    with pytest.raises(ToolError, match=next(iter(wrong))):
         Sampling(**wrong)
 
 
@@ -177,9 +177,9 @@ def test_the_context_limit_ends_the_text_or_rejects_the_prompt(
     monkeypatch.setattr("tools.generation.generation.max_context", lambda _: 40)
     options = Generation(max_tokens=100, sampling=EVERYTHING)
     assert len(generate(loaded, [1] * 30, options)) == 10
-    with pytest.raises(GenerationError, match="40 tokens and this model is exact up to 40"):
+    with pytest.raises(ToolError, match="40 tokens and this model is exact up to 40"):
         generate(loaded, [1] * 40, options)
-    with pytest.raises(GenerationError, match="max_tokens 0"):
+    with pytest.raises(ToolError, match="max_tokens 0"):
         Generation(max_tokens=0)
 
 
@@ -251,7 +251,7 @@ def test_a_conversation_is_the_chat_template(
 
 def test_without_markers_there_is_no_conversation(loaded: LoadedModel) -> None:
     plain = dataclasses.replace(loaded.vocabulary, chat=None)
-    with pytest.raises(GenerationError, match="no chat markers"):
+    with pytest.raises(ToolError, match="no chat markers"):
         Conversation(dataclasses.replace(loaded, vocabulary=plain), Generation())
 
 

@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 from pipeline.text.tokenizer import Tokenizer
 from shards.errors import SummerError
 from shards.format import TOKENIZER
-from tools.errors import LoadingError
+from tools.errors import ToolError
 from tools.evaluate import main
 from tools.evaluation.perplexity import measure_perplexity
 from tools.evaluation.protocols import Protocol
@@ -63,13 +63,13 @@ def test_without_a_name_the_newest_run_is_taken(run: Path, monkeypatch: pytest.M
 
 
 def test_a_model_that_is_not_there_or_does_not_fit_is_named(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(LoadingError, match="name one of --run"):
+    with pytest.raises(ToolError, match="name one of --run"):
         load(ModelSpec(run=run, checkpoint=run))
     with pytest.raises(SummerError, match=f"no {RECORD} there"):
         load(ModelSpec(checkpoint=run))
     with pytest.raises(SummerError, match="no run of summer-train"):
         load(ModelSpec(run=tmp_path))
-    with pytest.raises(LoadingError, match="torch sees no GPU here"):
+    with pytest.raises(ToolError, match="torch sees no GPU here"):
         load(ModelSpec(run=run, device="cuda"))
 
 
@@ -144,11 +144,11 @@ def test_a_llama_folder_is_scored_by_the_same_code(llama_folder: Path) -> None:
 
 def test_a_llama_folder_with_another_tokenizer_is_rejected(llama_folder: Path) -> None:
     (llama_folder / TOKENIZER).write_bytes(Tokenizer.default().model)
-    with pytest.raises(LoadingError, match="has 32,768 entries and the weights are made for 512"):
+    with pytest.raises(ToolError, match="has 32,768 entries and the weights are made for 512"):
         load(ModelSpec(hf=llama_folder, device="cpu"))
     model = sample_model(alibi=False, layer_scale=False, vocab_size=2048)
     write_folder(llama_folder, model.config, model.state_dict(), sample_tokenizer())
-    with pytest.raises(LoadingError, match="has 500 entries and the weights are made for 2,048"):
+    with pytest.raises(ToolError, match="has 500 entries and the weights are made for 2,048"):
         load(ModelSpec(hf=llama_folder, device="cpu"))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from shards.errors import SummerError
 from shards_samples import make_source
-from tools.errors import RehearsalError
+from tools.errors import ToolError
 from tools.rehearsal.certificate import FAULTS, Certificate, FaultResult, publish, table
 from tools.rehearsal.processes import (
     POLL_S,
@@ -50,7 +50,7 @@ def test_checkpoints_are_identical_if_every_file_is(
     make_checkpoint(tmp_path / "one", 4, {"a": "1", "b": "2"})
     make_checkpoint(tmp_path / "other", 4, other)
     assert compare_checkpoints(tmp_path / "one", tmp_path / "other", 4).identical is same
-    with pytest.raises(RehearsalError, match="no checkpoint of step 5"):
+    with pytest.raises(ToolError, match="no checkpoint of step 5"):
         compare_checkpoints(tmp_path / "one", tmp_path / "other", 5)
 
 
@@ -129,7 +129,7 @@ def test_steps_are_hit_between_two_checkpoints_and_chosen_by_the_seed() -> None:
 
 def test_a_run_that_cannot_start_is_named_with_its_reason(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(RehearsalError, match=r"exit code 1: error: .*no prepared source"):
+    with pytest.raises(ToolError, match=r"exit code 1: error: .*no prepared source"):
         train(["--shards", str(tmp_path / "none"), "--preset", "tiny"], run)
 
 
@@ -139,13 +139,13 @@ def test_what_is_rehearsed_is_a_copy_in_an_empty_folder(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "something").touch()
     taken = Rehearsal(shards=None, preset="tiny", sets=(), out=tmp_path / "out", seed=0)
-    with pytest.raises(RehearsalError, match="not empty"):
+    with pytest.raises(ToolError, match="not empty"):
         rehearse(taken, lambda _: None)
     monkeypatch.setattr("tools.rehearsal.rehearsal._MOST_BYTES", 3)
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "big").write_bytes(b"four")
     large = replace(taken, shards=tmp_path / "shards", out=tmp_path / "new")
-    with pytest.raises(RehearsalError, match="is copied, because a bit of it is flipped"):
+    with pytest.raises(ToolError, match="is copied, because a bit of it is flipped"):
         check_inputs(large)
 
 

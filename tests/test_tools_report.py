@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner
 
-from tools.errors import ReportError
+from tools.errors import ToolError
 from tools.report import main
 from tools.reporting.page import RunLog, smoothed, write_loss_chart, write_report
 
@@ -82,13 +82,13 @@ def test_a_page_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) 
 
 
 def test_a_folder_without_logged_steps_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match=r"no metrics\.jsonl"):
+    with pytest.raises(ToolError, match=r"no metrics\.jsonl"):
         RunLog.read(tmp_path)
     result = CliRunner().invoke(main, [str(tmp_path)])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ReportError, match="no step has been logged"):
+    with pytest.raises(ToolError, match="no step has been logged"):
         RunLog.read(tmp_path)
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 import pipeline_samples
 from model.transformer import Transformer
 from shards.reader import ShardReader
-from tools.errors import TraceError
+from tools.errors import ToolError
 from tools.trace import main
 from tools.tracing.run_trace import RunTrace, rows_of_document
 from trainer.data.mixture import BatchShape, micro_batch_indices
@@ -176,7 +176,7 @@ def test_steps_of_another_run_are_not_guessed(folder: Path, tmp_path: Path) -> N
     plan = small_plan(folder / "shards", max_steps=42, global_batch_tokens=1024, micro_batch_size=4)
     train(plan, tmp_path, resume=str(folder / "run"))
     assert len(list(RunTrace(tmp_path).at_step(41))) == 16
-    with pytest.raises(TraceError, match="has the steps 41 to 42; those before 41 were made in an"):
+    with pytest.raises(ToolError, match="has the steps 41 to 42; those before 41 were made in an"):
         list(RunTrace(tmp_path).at_step(40))
 
 
@@ -237,5 +237,5 @@ def test_other_shards_are_rejected(folder: Path, tmp_path: Path) -> None:
         pipeline_samples.prepared(pipeline_samples.request(tmp_path / "shards", str(book), name))
     config["shards"] = str(tmp_path / "shards")
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TraceError, match="is not the data that the run has read"):
+    with pytest.raises(ToolError, match="is not the data that the run has read"):
         RunTrace(tmp_path / "run")

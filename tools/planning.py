@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from model.config import count_params, flops_per_token
 from shards.format import ROW_RECORD, token_dtype
-from tools.errors import PlanError
+from tools.errors import ToolError
 from trainer.config.config import RunConfig, configure
 from trainer.config.memory import checkpoint_bytes, fits, largest_micro_batch, memory_by_part
 from trainer.distributed.devices import ACCELERATORS, find_accelerator
@@ -35,7 +35,7 @@ def plan_cost(
 ) -> dict[str, Any]:
     """The requested run on paper, by name; None where the device's peak is not known.
 
-    `dollars_per_hour` is for one device; `tokens` or `days` or neither are given. PlanError where
+    `dollars_per_hour` is for one device; `tokens` or `days` or neither are given. ToolError where
     the request is impossible.
     """
     _check(devices=devices, tokens=tokens, days=days, dollars_per_hour=dollars_per_hour, mfu=mfu)
@@ -45,7 +45,7 @@ def plan_cost(
     flops = flops_per_token(config.model, config.model.seq_len, causal=True)
     rate = accelerator.bf16_tflops * 1e12 * devices * mfu / flops if accelerator else None
     if days is not None and rate is None:
-        raise PlanError(
+        raise ToolError(
             f"--days {days}: the peak of {device!r} is not known, so no rate can be assumed; give"
             f" --tokens, or a device with a peak; {known_devices(device)}"
         )
@@ -88,18 +88,18 @@ def known_devices(device: str) -> str:
 
 
 def _check(*, mfu: float, dollars_per_hour: float | None, **positive: float | None) -> None:
-    """PlanError for a number that cannot be."""
+    """ToolError for a number that cannot be."""
     if positive["tokens"] is not None and positive["days"] is not None:
-        raise PlanError(
+        raise ToolError(
             f"--tokens {positive['tokens']} and --days {positive['days']}: give one of them"
         )
     if not 0 < mfu <= 1:
-        raise PlanError(f"mfu {mfu}: give a share of the peak, above 0 and up to 1")
+        raise ToolError(f"mfu {mfu}: give a share of the peak, above 0 and up to 1")
     for name, value in positive.items():
         if value is not None and not value > 0:
-            raise PlanError(f"{name} {value}: give more than 0")
+            raise ToolError(f"{name} {value}: give more than 0")
     if dollars_per_hour is not None and not dollars_per_hour >= 0:
-        raise PlanError(f"dollars_per_hour {dollars_per_hour}: give 0 or more")
+        raise ToolError(f"dollars_per_hour {dollars_per_hour}: give 0 or more")
 
 
 def _divided_to_fit(config: RunConfig, devices: int, limit: int) -> RunConfig:
@@ -112,10 +112,10 @@ def _divided_to_fit(config: RunConfig, devices: int, limit: int) -> RunConfig:
 
 
 def _micro_batch(config: RunConfig, devices: int, limit: int) -> int:
-    """Sequences per device per forward: the most that fit, else 1; PlanError if no equal shares."""
+    """Sequences per device per forward: the most that fit, else 1; ToolError if no equal shares."""
     n_sequences = config.global_batch_tokens // config.model.seq_len
     if n_sequences < 1 or n_sequences % devices:
-        raise PlanError(
+        raise ToolError(
             f"{devices} devices: a step of {config.global_batch_tokens:,} tokens has {n_sequences} "
             "sequences, which they cannot share equally; choose a number of devices that divides it"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from model.attention import KVCache
-from tools.errors import GenerationError
+from tools.errors import ToolError
 from tools.models.loading import DTYPES, LoadedModel, max_context
 from tools.models.tokenizers import Vocabulary
 
@@ -37,11 +37,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise GenerationError(f"temperature {self.temperature}: choose 0 (greedy) or more")
+            raise ToolError(f"temperature {self.temperature}: choose 0 (greedy) or more")
         if self.top_k < 0:
-            raise GenerationError(f"top_k {self.top_k}: choose 0 (all tokens) or more")
+            raise ToolError(f"top_k {self.top_k}: choose 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
-            raise GenerationError(f"top_p {self.top_p}: choose above 0, up to 1 (all tokens)")
+            raise ToolError(f"top_p {self.top_p}: choose above 0, up to 1 (all tokens)")
 
     def generator(self) -> torch.Generator:
         """A new source of uniform numbers for one text."""
@@ -58,7 +58,7 @@ class Generation:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise GenerationError(f"max_tokens {self.max_tokens}: choose 1 or more")
+            raise ToolError(f"max_tokens {self.max_tokens}: choose 1 or more")
 
 
 @torch.inference_mode()
@@ -96,12 +96,12 @@ def generate(
 
 
 def _room(loaded: LoadedModel, n_prompt: int, max_tokens: int) -> int:
-    """Tokens that may follow a prompt; GenerationError if it fills the context already."""
+    """Tokens that may follow a prompt; ToolError if it fills the context already."""
     limit = max_context(loaded.model.config)
     if limit is None:
         return max_tokens
     if n_prompt >= limit:
-        raise GenerationError(
+        raise ToolError(
             f"the prompt has {n_prompt:,} tokens and this model is exact up to {limit:,}: "
             "shorten it"
         )
@@ -148,7 +148,7 @@ def complete(
     start = [] if vocabulary.bos_id is None else [vocabulary.bos_id]
     ids = start + list(vocabulary.encode(prompt) if prompt else [])
     if not ids:
-        raise GenerationError("this tokenizer has no BOS to start from: give a --prompt")
+        raise ToolError("this tokenizer has no BOS to start from: give a --prompt")
     return write(loaded, ids, options, on_text, opens_text=not prompt).text
 
 
@@ -157,7 +157,7 @@ class Conversation:
 
     def __init__(self, loaded: LoadedModel, options: Generation, system: str = "") -> None:
         if loaded.vocabulary.chat is None:
-            raise GenerationError(
+            raise ToolError(
                 f"the tokenizer {loaded.vocabulary.name} has no chat markers: leave --chat out, "
                 "or use a model fine-tuned on conversations"
             )
@@ -203,7 +203,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """The next token, given the logits [V] of all."""
     logits = logits.detach().cpu().double()
     if logits.isnan().any():
-        raise GenerationError("the model gives NaN logits: its weights are damaged")
+        raise ToolError("the model gives NaN logits: its weights are damaged")
     if sampling.temperature == 0:
         return int(logits.argmax())
     ranked, ids = (logits / sampling.temperature).sort(descending=True, stable=True)

@@ -16,7 +16,7 @@ from model.config import MAX_ALIBI_CONTEXT, ModelConfig, count_params
 from model.transformer import Transformer
 from pipeline.text.tokenizer import Tokenizer
 from shards.format import TOKENIZER
-from tools.errors import LoadingError
+from tools.errors import ToolError
 from tools.models.hf_folder import read_folder
 from tools.models.tokenizers import Vocabulary
 from trainer.checkpoint.runs import (
@@ -95,12 +95,12 @@ class LoadedModel:
 
 
 def load(spec: ModelSpec) -> LoadedModel:
-    """The chosen model in evaluation mode; LoadingError where there is none or parts do not fit."""
+    """The chosen model in evaluation mode; ToolError where there is none or parts do not fit."""
     named = [path for path in (spec.run, spec.checkpoint, spec.hf) if path is not None]
     if len(named) > 1:
-        raise LoadingError(f"{named[0]} and {named[1]}: name one of --run, --checkpoint and --hf")
+        raise ToolError(f"{named[0]} and {named[1]}: name one of --run, --checkpoint and --hf")
     if spec.device.startswith("cuda") and not torch.cuda.is_available():
-        raise LoadingError(f"device {spec.device}: torch sees no GPU here; use --device cpu")
+        raise ToolError(f"device {spec.device}: torch sees no GPU here; use --device cpu")
     device = torch.device(pick_device(spec.device))
     if device.type == "cpu":
         keep_freed_memory()
@@ -150,7 +150,7 @@ def _described(checkpoint: Path) -> tuple[str, ModelConfig, Vocabulary]:
     run = checkpoint.resolve().parents[1]
     for needed in (CONFIG, TOKENIZER):
         if not (run / needed).is_file():
-            raise LoadingError(
+            raise ToolError(
                 f"{checkpoint}: its run {run} has no {needed}: copy {needed} and the checkpoint's "
                 "folder (as checkpoints/step-N) into one folder"
             )
@@ -163,7 +163,7 @@ def _described(checkpoint: Path) -> tuple[str, ModelConfig, Vocabulary]:
 def check_fit(
     name: str, config: ModelConfig, weights: Mapping[str, Tensor], vocabulary: Vocabulary
 ) -> None:
-    """LoadingError unless weights and tokenizer are those that the configuration describes."""
+    """ToolError unless weights and tokenizer are those that the configuration describes."""
     with torch.device("meta"):
         described = Transformer(config).state_dict()
     for tensor in sorted(described.keys() | weights.keys()):
@@ -172,13 +172,13 @@ def check_fit(
             for side in (described, weights)
         )
         if wanted != found:
-            raise LoadingError(
+            raise ToolError(
                 f"{name}: {tensor} is {found} and by {CONFIG} should be {wanted}: put the {CONFIG} "
                 "back that belongs to the weights"
             )
     rounded = -(-len(vocabulary) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     if config.vocab_size not in (len(vocabulary), rounded):
-        raise LoadingError(
+        raise ToolError(
             f"{name}: the tokenizer {vocabulary.name} has {len(vocabulary):,} entries and the "
             f"weights are made for {config.vocab_size:,}: put the {TOKENIZER} back that they were "
             "trained with"

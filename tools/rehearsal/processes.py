@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tools.errors import RehearsalError
+from tools.errors import ToolError
 from trainer.checkpoint.runs import RECORD, checkpoint_path
 from trainer.faults.inject import VARIABLE
 from trainer.metrics.metrics import read_metrics
@@ -54,11 +54,11 @@ def prepare_source(name: str, tokenizer: Path, shards: Path, *more: str, **how: 
 
 
 def summer_prep(*arguments: str, shown: bool = False) -> None:
-    """Run summer-prep as a user would, its output `shown`; RehearsalError if it fails."""
+    """Run summer-prep as a user would, its output `shown`; ToolError if it fails."""
     command = [sys.executable, "-m", "pipeline.cli", *arguments]
     done = subprocess.run(command, capture_output=not shown, text=True, check=False)
     if done.returncode:
-        raise RehearsalError(f"summer-prep {arguments[0]}: {(done.stderr or 'failed').strip()}")
+        raise ToolError(f"summer-prep {arguments[0]}: {(done.stderr or 'failed').strip()}")
 
 
 def train(
@@ -69,7 +69,7 @@ def train(
 ) -> None:
     """Train to the end; or until a condition is met, which ends the run with SIGKILL.
 
-    `watch` is called with the last step logged, every POLL_S. RehearsalError with the run's last
+    `watch` is called with the last step logged, every POLL_S. ToolError with the run's last
     line if it fails, or ends before the condition is met.
     """
     with training_process(arguments, run) as process:
@@ -116,11 +116,11 @@ def training_process(
                 process.wait()
 
 
-def failure(run: Path, code: int) -> RehearsalError:
+def failure(run: Path, code: int) -> ToolError:
     """The error that a run's exit code is, with the last line of its output."""
     lines = run.with_suffix(".log").read_text(errors="replace").strip().splitlines()
     last = lines[-1] if lines else "no output"
-    return RehearsalError(f"{run}: training ended early with exit code {code}: {last}")
+    return ToolError(f"{run}: training ended early with exit code {code}: {last}")
 
 
 def compare_checkpoints(one: Path, other: Path, step: int) -> Comparison:
@@ -144,6 +144,6 @@ def last_step(run: Path) -> int:
 def _digests(run: Path, step: int) -> dict[str, str]:
     path = record_of(run, step)
     if not path.exists():
-        raise RehearsalError(f"{run} has no checkpoint of step {step}; was it asked to save there?")
+        raise ToolError(f"{run} has no checkpoint of step {step}; was it asked to save there?")
     files = json.loads(path.read_text())["files"]
     return {name: entry["sha256"] for name, entry in files.items()}

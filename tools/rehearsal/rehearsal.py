@@ -24,7 +24,7 @@ from typing import Final
 import torch
 
 from shards.reader import find_sources
-from tools.errors import RehearsalError
+from tools.errors import ToolError
 from tools.rehearsal.certificate import (
     FAULTED,
     GUARDED,
@@ -145,21 +145,21 @@ def check_inputs(rehearsal: Rehearsal) -> None:
     """An error for whatever would end the rehearsal later: folder, settings, or given shards."""
     out, shards = rehearsal.out, rehearsal.shards
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RehearsalError(f"{out} is not empty: name a new folder with --out, or remove it")
+        raise ToolError(f"{out} is not empty: name a new folder with --out, or remove it")
     configure(preset=rehearsal.preset, sets=rehearsal.sets)
     if shards is None:
         return
     size = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file())
     if size > _MOST_BYTES:
-        raise RehearsalError(
+        raise ToolError(
             f"{shards} holds {size / 1e9:.1f} GB, and is copied, because a bit of it is flipped:"
             " prepare a smaller one with --max-tokens"
         )
     found = find_sources(shards)
     if len(found) < 2:
-        raise RehearsalError(f"{shards}: a mixture that changes needs two sources")
+        raise ToolError(f"{shards}: a mixture that changes needs two sources")
     if not any(manifest.n_val_rows for manifest in found.values()):
-        raise RehearsalError(
+        raise ToolError(
             f"{shards}: no document is held out, so nothing could be scored: prepare the sources"
             " with a larger --val-fraction"
         )

@@ -19,7 +19,7 @@ from typing import Any, Final
 from jinja2 import Environment, FileSystemLoader
 
 from shards.files import publish_bytes
-from tools.errors import ReportError
+from tools.errors import ToolError
 from trainer.checkpoint.runs import CONFIG, METRICS
 from trainer.metrics.metrics import RunEvent, read_events, read_metrics
 
@@ -47,15 +47,15 @@ class RunLog:
 
     @classmethod
     def read(cls, folder: Path) -> RunLog:
-        """The log of a run; ReportError if the folder holds none."""
+        """The log of a run; ToolError if the folder holds none."""
         by_step = {line["step"]: line for line in read_metrics(folder)}
         if not by_step:
             why = "no step has been logged yet" if (folder / METRICS).exists() else f"no {METRICS}"
-            raise ReportError(f"{folder}: {why}: name the folder of a run, such as runs/NAME")
+            raise ToolError(f"{folder}: {why}: name the folder of a run, such as runs/NAME")
         try:
             config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).exists() else {}
         except ValueError as error:
-            raise ReportError(
+            raise ToolError(
                 f"{folder / CONFIG} is damaged ({error}): restore or remove it"
             ) from error
         steps = [by_step[step] for step in sorted(by_step)]

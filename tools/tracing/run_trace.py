@@ -23,7 +23,7 @@ import numpy.typing as npt
 from pipeline.text.tokenizer import Tokenizer
 from shards.format import TOKENIZER, Manifest
 from shards.reader import ShardReader, find_sources
-from tools.errors import TraceError
+from tools.errors import ToolError
 from trainer.checkpoint.runs import checkpoints
 from trainer.checkpoint.storage import read_record
 from trainer.config.config import RunConfig, load_config
@@ -107,13 +107,13 @@ class RunTrace:
         first = self._sections[0].after_step + 1
         if not first <= step <= self.last_step:
             before = f"; those before {first} were made in another run" if first > 1 else ""
-            raise TraceError(
+            raise ToolError(
                 f"--step {step}: this run has the steps {first} to {self.last_step}{before}"
             )
         section = next(each for each in reversed(self._sections) if each.after_step < step)
         if rank is not None and not 0 <= rank < section.shape.world_size:
             last = section.shape.world_size - 1
-            raise TraceError(f"--rank {rank}: this run has the ranks 0 to {last} at step {step}")
+            raise ToolError(f"--rank {rank}: this run has the ranks 0 to {last} at step {step}")
         for place in section.places(self.config.seed, step):
             if rank in (None, place[0]):
                 yield self._row(step, *place)
@@ -126,7 +126,7 @@ class RunTrace:
             for row in rows_of_document(reader, name)
         ]
         if not found:
-            raise TraceError(
+            raise ToolError(
                 f"--document {name}: no training row holds it: it was held out or rejected, or "
                 "it has another name (--step N shows names)"
             )
@@ -145,7 +145,7 @@ class RunTrace:
         located = self.order.locate(np.array([index], np.int64))
         source, row = self.order.sources[int(located.source[0])], int(located.row[0])
         if source not in self.readers:
-            raise TraceError(f"{source}: its shards are no longer in {self.config.shards}")
+            raise ToolError(f"{source}: its shards are no longer in {self.config.shards}")
         reader = self.readers[source]
         tokens, _ = reader.rows(located.row)
         _, part, record = reader.origin(row)
@@ -197,13 +197,13 @@ def _sections(begun: Sequence[Mapping[str, Any]]) -> list[_Section]:
 def _order_facts(
     config: RunConfig, record: dict[str, Any] | None, manifests: Mapping[str, Manifest]
 ) -> tuple[list[Phase], dict[str, int]]:
-    """The phases of a run and the training rows of its sources; TraceError if these changed."""
+    """The phases of a run and the training rows of its sources; ToolError if these changed."""
     rows = {name: m.n_rows - m.n_val_rows for name, m in manifests.items()}
     if record is None or "phases" not in record:  # of a converted run
         return [Phase(0, {name: int(share) for name, share in config.mixture.items()})], rows
     for name, facts in record.get("data", {}).items():
         if name in manifests and manifests[name].root != facts["root"]:
-            raise TraceError(
+            raise ToolError(
                 f"{config.shards}/{name} is not the data that the run has read: restore the "
                 "old shards"
             )
@@ -246,20 +246,20 @@ def _key_of(manifest: Manifest, name: str) -> int | None:
     """Part and record of a named document as one sortable number."""
     match = _NAME.fullmatch(name)
     if match is None:
-        raise TraceError(f"--document {name}: write it as FILE:RECORD, as --step shows it")
+        raise ToolError(f"--document {name}: write it as FILE:RECORD, as --step shows it")
     files = {part.file for part in manifest.parts}
     file, record = match["file"], int(match["record"])
     named = [file] if file in files else [each for each in files if each.endswith(f"/{file}")]
     if len(named) > 1:
-        raise TraceError(f"{file}: there are several, {', '.join(sorted(named)[:3])}: name one")
+        raise ToolError(f"{file}: there are several, {', '.join(sorted(named)[:3])}: name one")
     if not named:
         return None
     parts = _parts_of(manifest, named[0])
     if match["part"] is None and len(parts) > 1:
-        raise TraceError(f"{file} was read in {len(parts)} parts: write {file}#PART:{record}")
+        raise ToolError(f"{file} was read in {len(parts)} parts: write {file}#PART:{record}")
     number = int(match["part"] or 0)
     if number >= len(parts):
-        raise TraceError(f"{file}#{number}: that file has the parts 0 to {len(parts) - 1}")
+        raise ToolError(f"{file}#{number}: that file has the parts 0 to {len(parts) - 1}")
     return parts[number] << 32 | record
 
 
