@@ -133,6 +133,21 @@ def test_a_run_that_cannot_start_is_named_with_its_reason(tmp_path: Path) -> Non
         train(["--shards", str(tmp_path / "none"), "--preset", "tiny"], run)
 
 
+@pytest.mark.slow
+def test_a_run_is_killed_when_a_condition_is_met_and_goes_on(tmp_path: Path) -> None:
+    """One that ends before it is an error, exit code 0 or not."""
+    run, seen = tmp_path / "run", list[int]()
+    arguments = ["--shards", str(make_shards(tmp_path / "shards")), "--preset", "tiny"]
+    changes = {"max_steps": 300, "checkpoint__interval_steps": 2, "log_interval": 1}
+    arguments += [f"--set={change}" for change in set_texts(**changes)]
+    train(arguments, run, seen.append, until=lambda: last_step(run) >= 4)
+    assert 4 <= last_step(run) < 300 and seen == sorted(seen)
+    arguments += [f"--set=max_steps={(last := last_step(run) + 2)}"]
+    with pytest.raises(ToolError, match="training ended early with exit code 0"):
+        train(arguments, run, until=lambda: False)
+    assert last_step(run) == last
+
+
 def test_what_is_rehearsed_is_a_copy_in_an_empty_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
