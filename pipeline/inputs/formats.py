@@ -144,7 +144,8 @@ def is_array(inputs: Inputs, file: InputFile) -> bool:
     if not first.startswith(b"["):
         return False
     try:
-        return not more.strip() and bool(json.loads(first))  # all of it on one line
+        json.loads(first)
+        return not more.strip()  # all of it is on one line
     except ValueError:
         return True
 
@@ -157,9 +158,10 @@ def _without_compression(path: str) -> str:
 
 def array_lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
     """The elements of a JSON array, a line each, some megabytes at a time."""
-    reader = io.TextIOWrapper(stream, "utf-8-sig")
-    decoder = json.JSONDecoder()
-    text, at, lines, size = reader.read(BLOCK_BYTES), 0, list[str](), 0
+    utf8, decoder = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder()
+    text, at, lines, size = "", 0, list[str](), 0
+    while "[" not in text:
+        text += utf8.decode(stream.read(BLOCK_BYTES))
     at = text.find("[") + 1
     while True:
         at = _next(text, at)
@@ -175,13 +177,13 @@ def array_lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
             lines.append(json.dumps(element) + "\n")
             size += len(lines[-1])
         else:
-            more = reader.read(max(BLOCK_BYTES, len(text) - at))
+            more = stream.read(max(BLOCK_BYTES, len(text) - at))
             if not more or len(text) - at > MAX_ELEMENT:
                 raise SourceError(
                     f"{path}: its JSON array is cut off or broken near {text[at : at + 40]!r}: "
                     "fetch it again, or write a record a line"
                 )
-            text, at = text[at:] + more, 0
+            text, at = text[at:] + utf8.decode(more), 0
         if size > BLOCK_BYTES:
             yield "".join(lines).encode()
             lines, size = [], 0

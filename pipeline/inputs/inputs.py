@@ -31,7 +31,7 @@ ENDINGS: Final[dict[str, Kind]] = {
     ".csv": "table",
     ".tsv": "table",
     ".arrow": "table",
-    ".xml": "table",
+    ".xml": "text",
 }
 LOCAL: Final = "local files"
 INTERPRETER: Final = "the Python interpreter"

@@ -84,7 +84,7 @@ class PartReader:
                 if self._inputs.local:
                     self._inputs.check(file)
                 yield records
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
             self._inputs.check(file)  # that it has changed says more than that it is damaged
             raise damaged(part.file, error) from error
         self._inputs.check(file)
