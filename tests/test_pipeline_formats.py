@@ -112,7 +112,7 @@ def test_a_table_rejects_what_lines_of_json_reject(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"a\.csv has no column 'body'; it has id, text"):
         read(tmp_path / "a.csv", columned("body"))
     (tmp_path / "b.csv").write_text("id,text\n1,one\n2,two,three,four\n")
-    with pytest.raises(SourceError, match=r"b\.csv cannot be read as csv \(.*line 3.*mend it"):
+    with pytest.raises(SourceError, match=r"b\.csv cannot be read as csv \(.*line 3.*fetch it"):
         read(tmp_path / "b.csv")
 
 

@@ -141,7 +141,7 @@ def is_array(inputs: Inputs, file: InputFile) -> bool:
             f"{file.path} is one JSON object over many lines, not a record a line: write its "
             "records out, as with `jq -c '.data[]'`"
         )
-    if not first.startswith(b"["):
+    if not first.startswith(b"[") or head.lstrip()[1:].lstrip()[:1] not in (b"{", b"]"):
         return False
     try:
         json.loads(first)
@@ -219,6 +219,6 @@ def table_batches(inputs: Inputs, file: InputFile, column: str) -> Iterator[pa.T
     except Exception as error:  # of pandas, pyarrow or datasets: each has its own
         cause = error.__cause__ or error
         raise SourceError(
-            f"{file.path} cannot be read as {kind} ({one_line(cause)}): mend it, or write it as "
-            "JSON lines"
+            f"{file.path} cannot be read as {kind} ({one_line(cause)}): fetch it again, or write it "
+            "as JSON lines"
         ) from error

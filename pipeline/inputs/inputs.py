@@ -169,7 +169,10 @@ class LocalInputs(Inputs):
     def check(self, file: InputFile) -> None:
         """SourceError if a file has another size or time of modification than it had."""
         path = self.base / file.path
-        now = input_file(file.path, path, pinned=bool(file.version))
+        try:
+            now = input_file(file.path, path, pinned=bool(file.version))
+        except OSError as error:
+            raise SourceError(f"{file.path}: {error.strerror}: give the same file again") from error
         if now != file:
             raise SourceError(
                 f"{path} has changed since it was listed: {spelled(file)} then, {spelled(now)} "
