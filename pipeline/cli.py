@@ -6,9 +6,11 @@ Each imports what it needs, so that --help answers at once.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from dataclasses import asdict, fields
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +27,13 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(1)
+MOST_WORKERS = 1024
+MOST_COUNTED = 10**15
 
 source_folder = click.argument("folder", type=PATH, metavar="SHARDS/SOURCE")
-workers_option = click.option("--workers", type=COUNT, help="Processes; default: all cores.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(1, MOST_WORKERS), help="Processes; default: all cores."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -57,22 +63,49 @@ def _part(_context: object, _option: object, text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
+def _count(_context: object, _option: object, text: str | None) -> int | None:
+    """A count as people write it: 5000, 10M, 1.5B, 2_000_000."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBGT]?)", text.replace("_", "").upper())
+    zeros = {"": 0, "K": 3, "M": 6, "B": 9, "G": 9, "T": 12}
+    number = Decimal(found[1]).scaleb(zeros[found[2]]) if found else Decimal(0)
+    if number != int(number) or not 1 <= number <= MOST_COUNTED:
+        raise click.BadParameter(f"{text!r} is not a count: write it as in 5000, 10M or 1.5B")
+    return int(number)
+
+
 @main.command()
-@click.option("--source", required=True, metavar="NAME", help="See `summer-prep sources`.")
+@click.option("--source", "names", required=True, multiple=True, metavar="NAME",
+              help="See `summer-prep sources`; may be repeated.")  # fmt: skip
 @click.option("--data-files", multiple=True, metavar="GLOB",
-              help="Local parquet, jsonl, txt files (also .zst, .gz), quoted; may be repeated. "
+              help="Files, a folder or a quoted pattern: parquet, jsonl, json, csv, arrow, txt, "
+              "also compressed; or a URL (s3://, https://, ...); may be repeated. "
               "With --dataset: patterns inside it.")  # fmt: skip
+@click.option("--list", "as_list", is_flag=True,
+              help="Only list what is read, and what is left out with the reason.")  # fmt: skip
 @click.option("--dataset", default="", metavar="ORG/NAME", help="Data set on the Hub.")
 @click.option("--config", default="", metavar="C", help="Configuration of the data set.")
 @click.option("--revision", default="", metavar="R", help="Commit, tag or branch.")
-@click.option("--split", default="", help="Split of the data set; default: train.")
+@click.option("--split", default="", help="Split of the data set or folder: train (default), test, "
+              "...; all: every file.")  # fmt: skip
 @click.option("--text-column", default="", metavar="COL", help="Column of the text.")
 @click.option("--out", type=PATH, default=Path("shards"), show_default=True)
 @workers_option
-@click.option("--seq-len", type=click.IntRange(2), default=4096, show_default=True)
+@click.option("--seq-len", type=click.IntRange(2, 1 << 20), default=4096, show_default=True)
 @click.option("--tokenizer", type=PATH, help="SentencePiece .model; default: Mistral's, extended.")
-@click.option("--max-documents", type=COUNT, help="Take a fair sample of so many documents.")
-@click.option("--max-tokens", type=COUNT, help="Stop behind the document that reaches so many.")
+@click.option(
+    "--max-documents",
+    callback=_count,
+    metavar="N",
+    help="Take a fair sample of so many documents: 5000, 10M.",
+)
+@click.option(
+    "--max-tokens",
+    callback=_count,
+    metavar="N",
+    help="Stop behind the document that reaches so many: 1.5B.",
+)
 @click.option("--val-fraction", type=click.FloatRange(0, 1), help="Held out; default: 0.001.")
 @click.option("--check-encoding", type=COUNT, default=8, show_default=True,
               help="Documents of each unit compared with sentencepiece's encoding.")  # fmt: skip
@@ -83,8 +116,8 @@ def _part(_context: object, _option: object, text: str) -> tuple[int, int]:
               help="Do the I-th of N parts, counted from 1: for Slurm arrays.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest's facts as JSON.")
 @one_line_failures()
-def tokenize(source: str, **options: Any) -> None:
-    """Read a source, tokenize it, pack it into shards.
+def tokenize(names: tuple[str, ...], **options: Any) -> None:
+    """Read sources, tokenize them, pack each into a folder of shards.
 
     Started again after any interruption, the same command goes on where it stopped. Ctrl-C ends it
     with exit code 130, SIGTERM with 143.
@@ -95,39 +128,54 @@ def tokenize(source: str, **options: Any) -> None:
     summer-prep tokenize --source mine --dataset ORG/NAME --text-column text
     """
     from pipeline.checks.inspection import summary
+    from pipeline.inputs.inputs import listing_lines
+    from pipeline.inputs.listing import check_split_of_use
+    from pipeline.inputs.urls import open_inputs
     from pipeline.prepare import prepare
     from pipeline.progress import PrepareDisplay
     from pipeline.units.executors import Executor, default_workers
     from pipeline.units.job import Limit
     from pipeline.units.recipe import PrepareRequest
 
-    same = ("out", "seq_len", "val_fraction", "loss_mask", "check_encoding", "part")
-    request = PrepareRequest(
-        source=find(source, _overrides(options)),
-        tokenizer=_tokenizer(options["tokenizer"]),
-        data_files=() if options["dataset"] else options["data_files"],
-        limit=Limit(options["max_documents"], options["max_tokens"]),
-        **{name: options[name] for name in same},
-    )
+    choice, same = _overrides(options), ("out", "seq_len", "val_fraction", "loss_mask", "part")
+    if len(set(names)) > 1 and (choice.dataset or choice.data_files):
+        raise click.UsageError("--dataset and --data-files go with a single --source")
     kind, address = options["executor"], options["address"]
     if address and kind != "ray":
         raise click.UsageError(f"--address {address} goes with --executor ray")
     workers = options["workers"] or (1 if kind == "ray" else default_workers())
     executor = Executor(kind, workers, address)
-    display = PrepareDisplay(sys.stderr)
-    try:
-        manifest = prepare(request, executor, display)
-    except SystemExit:
-        display.close()
-        click.echo("stopped: the same command goes on from here", err=True)
-        raise
-    finally:
-        display.close()
-    folder = request.out / source
-    if manifest is None:
-        click.echo(f"{folder}: this part is done; others are not, so there is no manifest yet")
-    else:
-        click.echo(summary(folder, manifest, options["as_json"]))
+    requests = [
+        PrepareRequest(
+            source=find(name, choice),
+            tokenizer=_tokenizer(options["tokenizer"]),
+            data_files=() if options["dataset"] else options["data_files"],
+            limit=Limit(options["max_documents"], options["max_tokens"]),
+            check_encoding=options["check_encoding"],
+            **{option: options[option] for option in same},
+        )
+        for name in dict.fromkeys(names)
+    ]
+    if not choice.dataset and choice.data_files:
+        check_split_of_use(choice.data_files, choice.split)
+    for request in requests:
+        if options["as_list"]:
+            click.echo("\n".join(listing_lines(open_inputs(request.source, request.data_files))))
+            continue
+        display = PrepareDisplay(sys.stderr)
+        try:
+            manifest = prepare(request, executor, display)
+        except SystemExit:
+            display.close()
+            click.echo("stopped: the same command goes on from here", err=True)
+            raise
+        finally:
+            display.close()
+        folder = request.out / request.source.name
+        if manifest is None:
+            click.echo(f"{folder}: this part is done; others are not, so there is no manifest yet")
+        else:
+            click.echo(summary(folder, manifest, options["as_json"]))
 
 
 @main.command()

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import TokenizerError
-from pipeline.inputs.hub import open_inputs
 from pipeline.inputs.sources import SourceOverrides, find
+from pipeline.inputs.urls import open_inputs
 from pipeline.text.documents import DocumentMaker
 from pipeline.text.encode import make_encoder
 from pipeline.text.tokenizer import Tokenizer, default_model, extend, train

@@ -20,12 +20,13 @@ import errno
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pipeline.errors import PrepareError
 from pipeline.estimate import PrepareListener, check_disk_space, estimate, take_sample
-from pipeline.inputs.hub import HubInputs, open_inputs
+from pipeline.inputs.hub import HubInputs
 from pipeline.inputs.inputs import Inputs
+from pipeline.inputs.urls import open_inputs
 from pipeline.text.chat import ChatTemplate
 from pipeline.text.encode import make_encoder
 from pipeline.text.tokenizer import Tokenizer
@@ -34,14 +35,39 @@ from pipeline.units.executors import Executor
 from pipeline.units.job import NO_LIMIT, Amount, Limit, PrepareJob
 from pipeline.units.recipe import PrepareRequest, check_request, check_same_recipe, recipe_of
 from pipeline.units.units import PreparePlan, make_plan, read_plan
-from shards.errors import ShardError
-from shards.files import create_once, fsync_folder, one_at_a_time, publish_bytes, remove_abandoned
-from shards.format import PLAN, TOKEN_BYTES, TOKENIZER, Manifest, UnitRecord, combine, unit_name
+from shards.errors import ShardError, SummerError
+from shards.files import (
+    create_once,
+    fsync_folder,
+    in_use,
+    is_in_use,
+    one_at_a_time,
+    publish_bytes,
+    remove_abandoned,
+)
+from shards.format import (
+    MANIFEST,
+    PLAN,
+    TOKEN_BYTES,
+    TOKENIZER,
+    Manifest,
+    UnitRecord,
+    combine,
+    unit_name,
+)
 from shards.reader import read_manifest, read_unit_record
 from shards.writer import write_manifest
 
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
 """What a full disk is called; numpy reports an array half written without any number."""
+
+
+class _FailedStartError(Exception):
+    """Nothing was begun, for this error."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 def prepare(
@@ -52,6 +78,19 @@ def prepare(
     folder = (request.out / request.source.name).absolute()
     inputs, plan = load_or_create_plan(request, folder)
     job = PrepareJob(folder, plan, inputs, request.check_encoding)
+    try:
+        with in_use(folder / TOKENIZER):
+            return _prepare(request, executor, listener, job)
+    except _FailedStartError as failed:
+        _forget_failed_start(folder)
+        raise failed.error from None
+
+
+def _prepare(
+    request: PrepareRequest, executor: Executor, listener: PrepareListener, job: PrepareJob
+) -> Manifest | None:
+    """What is missing of a plan in force, done; `prepare`'s result."""
+    folder, plan = job.folder, job.plan
     # A limited run begins units ahead, uncut, and removes what is behind the limit: two at once
     # would remove each other's files. Without a limit all runs write the same bytes.
     alone = one_at_a_time(folder / PLAN, lambda: listener.waits(folder))
@@ -67,7 +106,8 @@ def prepare(
                 raise
             reason = error.strerror or "no space left on the device"
             raise PrepareError(
-                f"{folder}: {reason}: make room and start the same command again, it goes on"
+                f"{error.filename or folder}: {reason}: make room and start the same command "
+                "again, it goes on"
             ) from error
         finally:
             remove_abandoned(folder)
@@ -87,25 +127,64 @@ def unit_records_of(folder: Path, plan: PreparePlan) -> dict[int, UnitRecord]:
 
 
 def load_or_create_plan(request: PrepareRequest, folder: Path) -> tuple[Inputs, PreparePlan]:
-    """The inputs and the plan in force: the folder's, if it has one, else a new one."""
+    """The inputs and the plan in force: the folder's, if it has one, else a new one.
+
+    A plan of which nothing was made is no obstacle to another one.
+    """
     plan, tokenizer = read_plan(folder), request.tokenizer
-    if plan is not None and plan.recipe["tokenizer"]["sha256"] != tokenizer.info.sha256:
-        raise PrepareError(
-            f"{folder} was begun with another tokenizer than {tokenizer.name}: give that one "
-            f"(--tokenizer {folder / TOKENIZER}), or choose another --out"
-        )
-    inputs = inputs_from_plan(request, plan) or open_inputs(request.source, request.data_files)
-    recipe = recipe_of(request, inputs)
+    try:
+        inputs, recipe = _asked_for(request, plan, folder)
+    except SummerError:
+        if plan is None or not _forget_failed_start(folder):
+            raise
+        return load_or_create_plan(request, folder)
     if plan is None:
         plan = make_plan(recipe, inputs, request.source, recipe["unit_bytes"])
         folder.mkdir(parents=True, exist_ok=True)
         fsync_folder(folder.parent)
         if not create_once(folder / PLAN, plan.to_bytes()):
             return load_or_create_plan(request, folder)  # another run was first: its plan counts
-    else:
-        check_same_recipe(plan, recipe, inputs, folder)
     _keep_tokenizer(tokenizer, folder)
     return inputs, plan
+
+
+def _asked_for(
+    request: PrepareRequest, plan: PreparePlan | None, folder: Path
+) -> tuple[Inputs, dict[str, Any]]:
+    """The inputs and the recipe of a request; PrepareError if the folder's plan has others."""
+    tokenizer = request.tokenizer
+    if plan is not None and plan.recipe["tokenizer"]["sha256"] != tokenizer.info.sha256:
+        raise PrepareError(
+            f"{folder} was begun with another tokenizer than {tokenizer.name}: give that one "
+            f"(--tokenizer {folder / TOKENIZER}), or choose another --out"
+        )
+    earlier = [] if plan is None else [file.path for file in plan.files]
+    inputs = inputs_from_plan(request, plan) or open_inputs(
+        request.source, request.data_files, earlier
+    )
+    recipe = recipe_of(request, inputs)
+    if plan is not None:
+        check_same_recipe(plan, recipe, inputs, folder)
+    return inputs, recipe
+
+
+def _forget_failed_start(folder: Path) -> bool:
+    """Whether a plan of which no document came, and nobody is at work on, is gone now."""
+    if not (folder / PLAN).exists() or is_in_use(folder / TOKENIZER):
+        return False
+    try:
+        records = [read_unit_record(path) for path in folder.glob("[0-9]*[0-9].json")]
+    except ShardError:
+        return False
+    if (folder / MANIFEST).exists() or any(record.shards for record in records):
+        return False
+    ours = (PLAN, TOKENIZER, TOKEN_BYTES)
+    for path in [*folder.glob("[0-9]*"), *(folder / name for name in ours)]:
+        path.unlink(missing_ok=True)
+    for empty in (folder, folder.parent):
+        with contextlib.suppress(OSError):
+            empty.rmdir()
+    return True
 
 
 def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -140,10 +219,13 @@ def _run(
         return len(plan.units)
     encoder = make_encoder(request.tokenizer)
     template = ChatTemplate.of(request.tokenizer) if plan.source.shape == "chat" else None
-    sample = take_sample(job, encoder, template)
-    made = sum((amount_of(record.shards) for record in done.values()), Amount())
-    ahead = estimate(plan, missing, sample, request.limit.after(made), executor.workers)
-    check_disk_space(job.folder, ahead.disk_bytes)
+    try:
+        sample = take_sample(job, encoder, template)
+        made = sum((amount_of(record.shards) for record in done.values()), Amount())
+        ahead = estimate(plan, missing, sample, request.limit.after(made), executor.workers)
+        check_disk_space(job.folder, ahead.disk_bytes)
+    except (SummerError, OSError) as error:
+        raise _FailedStartError(error) from error
     # the pool may fork, so it begins before the display, which has threads
     with executor.running(job, len(missing), listener.progressed) as submit:
         listener.planned(job, ahead, encoder.note)

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.estimate import Estimate, PrepareListener
+from pipeline.inputs.inputs import listing_summary
 from pipeline.units.job import NO_LIMIT, Amount, PrepareJob, UnitProgress
 
 PLAIN_INTERVAL_S: Final = 30.0
@@ -134,8 +135,9 @@ class PrepareDisplay(PrepareListener):
         """Show what the work will take."""
         facts = job.plan.facts
         for line in (
-            f"{facts.source}: {len(job.plan.files):,} files of {facts.dataset}"
+            f"{facts.source}: {facts.dataset}"
             + (f" at {facts.revision[:12]}" if facts.revision else ""),
+            f"  files      {listing_summary(job.inputs)}",
             f"  licence    {facts.licence}",
             f"  to read    {decimal(ahead.read_bytes)} in {len(ahead.units):,} units of work"
             + ("" if ahead.limit == NO_LIMIT else ", as far as the limit reaches"),

@@ -69,7 +69,9 @@ def publish_json(path: Path, value: object) -> None:
 def create_once(path: Path, data: bytes) -> bool:
     """True if this call published `data` as `path`, False if `path` was there already.
 
-    The name is given by link(2), which fails for an existing one, to a complete temporary.
+    The name is given by link(2), which fails for an existing one, to a complete temporary. Where
+    there are no hard links, of two first calls in the same moment the later one counts: True if
+    what is there is `data`.
     """
     with _temporary(path) as (file, temporary):
         file.write(data)
@@ -78,8 +80,12 @@ def create_once(path: Path, data: bytes) -> bool:
             path.hardlink_to(temporary)
         except FileExistsError:
             return False
+        except OSError:  # exFAT, gcsfuse and the like have no hard links
+            if path.exists():
+                return False
+            temporary.replace(path)
     fsync_folder(path.parent)
-    return True
+    return path.read_bytes() == data
 
 
 @contextlib.contextmanager
@@ -94,6 +100,27 @@ def one_at_a_time(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
+
+
+@contextlib.contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """A block in which other processes see the file to be in use."""
+    with path.open("rb") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process is in such a block."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or a file system without locks
+        return False
+    return False
 
 
 def sha256_file(path: Path) -> str:
@@ -125,6 +152,10 @@ def _temporary(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
                 continue
             try:
                 yield file, temporary
+            except OSError as error:
+                if error.errno is not None and error.filename in (None, str(temporary)):
+                    error.filename = str(path)  # what a person knows
+                raise
             finally:
                 temporary.unlink(missing_ok=True)
             return

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.estimate import PrepareListener
-from pipeline.inputs.inputs import local_inputs
+from pipeline.inputs.listing import local_inputs
 from pipeline.inputs.sources import Source, SourceOverrides, find
 from pipeline.prepare import prepare
 from pipeline.text.documents import DocumentMaker

@@ -75,7 +75,7 @@ def test_a_source_is_prepared_and_described(tmp_path: Path) -> None:
                  tmp_path, "--tokenizer", model, "--seq-len", 128, "--workers", 1)  # fmt: skip
     first = run(*arguments)
     assert first.exit_code == 0, first.output
-    for message in ("mine: 1 files of local files", "to read", "to write   about", "columnar enc",
+    for message in ("files      1 file,", "to read", "to write   about", "columnar enc",
                  "at the rate of a first sample", "300 documents", "MB/s"):  # fmt: skip
         assert message in first.stderr, message
     assert "300 documents" in first.stdout and "rejected: 1 records, wrong type" in first.stdout

@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.inputs.inputs import local_inputs
+from pipeline.inputs.listing import local_inputs
 from pipeline.inputs.reading import PartReader, Records
 from pipeline.inputs.sources import find
 from pipeline.text import documents

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.estimate import PrepareListener
-from pipeline.inputs.inputs import local_inputs
+from pipeline.inputs.listing import local_inputs
 from pipeline.prepare import prepare
 from pipeline.progress import PrepareDisplay
 from pipeline.units.executors import Executor

@@ -156,5 +156,5 @@ def test_a_terminal_has_one_line_that_moves(tmp_path: Path) -> None:
 
 def test_under_a_limit_the_units_have_no_number(tmp_path: Path) -> None:
     lines = output_of(tmp_path, io.StringIO(), limit=Limit(documents=40)).splitlines()
-    assert "as far as the limit reaches" in lines[2] and " units, 40 documents" in lines[-1]
+    assert "as far as the limit reaches" in lines[3] and " units, 40 documents" in lines[-1]
     assert "/" not in lines[-1].split(" units")[0]

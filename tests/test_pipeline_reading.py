@@ -174,9 +174,9 @@ def test_files_that_cannot_be_read_are_named_with_the_fix(tmp_path: Path) -> Non
         (tmp_path / name).touch()
         with pytest.raises(SourceError, match=r"is empty \(0 bytes\)"):
             read(tmp_path / name)
-    (tmp_path / "d.csv").write_text("text\nx\n")
-    with pytest.raises(SourceError, match=r"d\.csv: no reader for this kind"):
-        read(tmp_path / "d.csv")
+    (tmp_path / "d.avro").write_text("text\nx\n")
+    with pytest.raises(SourceError, match=r"d\.avro: no reader for this kind"):
+        read(tmp_path / "d.avro")
     with pytest.raises(SourceError, match="no file matches"):
         read(tmp_path / "nothing-*")
 

@@ -88,7 +88,7 @@ def test_a_damaged_file_stops_the_run_and_nothing_done_is_lost(tmp_path: Path) -
     (files / "3.parquet").write_bytes(spoilt)
     with pytest.raises(SourceError, match=r"3\.parquet is damaged"):
         prepared(request(tmp_path / "out", str(files)), workers=2)
-    assert not [p for p in (tmp_path / "out" / "mine").iterdir() if p.name.startswith(".")]
+    assert not (tmp_path / "out").exists()  # a start of which nothing came leaves nothing
     (files / "3.parquet").write_bytes(complete)
     prepared(request(tmp_path / "out", str(files)))
     prepared(request(tmp_path / "undisturbed", str(files)))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import PrepareError, SourceError
-from pipeline.inputs.inputs import local_inputs
+from pipeline.inputs.listing import local_inputs
 from pipeline.inputs.sources import Source
 from pipeline.units import units
 from pipeline.units.recipe import recipe_of
@@ -93,8 +93,10 @@ def test_a_data_sets_card_and_scripts_are_no_data(tmp_path: Path) -> None:
     assert notes.path == "notes.txt"
     (card,) = local_inputs((str(tmp_path / "data" / "LICENSE.txt"),)).files  # named, so meant
     assert card.path == "LICENSE.txt"
+    (card,) = local_inputs((str(tmp_path / "data" / "LIC*"),)).files
+    assert card.path == "LICENSE.txt"
     with pytest.raises(SourceError, match="no file matches"):
-        local_inputs((str(tmp_path / "data" / "LIC*"),))
+        local_inputs((str(tmp_path / "data" / "NOTICE*"),))
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:

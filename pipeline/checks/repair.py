@@ -16,7 +16,9 @@ from typing import Final
 from pipeline.checks.verify import UNEXPECTED_FILE, Damage, Metadata, digest_of, find_damage
 from pipeline.errors import PrepareError
 from pipeline.inputs.hub import HubInputs
-from pipeline.inputs.inputs import INTERPRETER, LOCAL, Inputs, embedded_inputs, local_inputs
+from pipeline.inputs.inputs import INTERPRETER, LOCAL, Inputs
+from pipeline.inputs.listing import embedded_inputs, local_inputs
+from pipeline.inputs.urls import UrlInputs
 from pipeline.text.tokenizer import Tokenizer, default_model
 from pipeline.units.dispatch import amount_of
 from pipeline.units.executors import Executor
@@ -84,9 +86,14 @@ def _inputs(plan: PreparePlan, units: Sequence[str], data_files: tuple[str, ...]
         raise PrepareError(
             f"{source.name} was prepared from local files: name the same ones with --data-files"
         )
+    if "://" in source.dataset:
+        return UrlInputs(source.dataset, "", plan.files)
     if source.dataset not in (LOCAL, INTERPRETER):
         return HubInputs(source.dataset, source.revision, plan.files, source.licence)
-    inputs = embedded_inputs(source) if source.embedded else local_inputs(data_files)
+    if source.embedded:
+        inputs = embedded_inputs(source)
+    else:  # whether the content is the same, the shards' digests tell, not the files' times
+        inputs = local_inputs(data_files, earlier=[file.path for file in plan.files])
     now = {file.path: file.bytes for file in inputs.files}
     before = {file.path: file.bytes for file in plan.files}
     for unit in units:

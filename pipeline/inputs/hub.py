@@ -8,11 +8,11 @@ from __future__ import annotations
 import io
 import time
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, BinaryIO, ClassVar, Final, cast
 
 from pipeline.errors import SourceError
-from pipeline.inputs.inputs import InputFile, Inputs, embedded_inputs, listed, local_inputs
-from pipeline.inputs.sources import Source, check_available
+from pipeline.inputs.inputs import InputFile, Inputs, listed
+from pipeline.inputs.sources import Source
 from shards.errors import one_line
 
 CONNECT_S: Final = 10
@@ -30,20 +30,17 @@ class HubInputs(Inputs):
 
     licence: str = ""
     patience_s: float = PATIENCE_S
+    local: ClassVar[bool] = False
 
     def open(self, path: str) -> BinaryIO:
         """The bytes of one file of the listing."""
-        url = f"hf://datasets/{self.dataset}@{self.revision}/{path}"
+        url = self.url(path)
         size = next(file.bytes for file in self.files if file.path == path)
         return cast(BinaryIO, io.BufferedReader(PatientFile(url, size, self.patience_s), 1 << 20))
 
-
-def open_inputs(source: Source, data_files: tuple[str, ...] = ()) -> Inputs:
-    """The listing of a source: of local files where they are named, else of its own place."""
-    if data_files:
-        return local_inputs(data_files)
-    check_available(source)
-    return embedded_inputs(source) if source.embedded else hub_inputs(source)
+    def url(self, path: str) -> str:
+        """Where `datasets` finds that file."""
+        return f"hf://datasets/{self.dataset}@{self.revision}/{path}"
 
 
 def hub_inputs(source: Source) -> HubInputs:
@@ -93,7 +90,7 @@ def _listing(source: Source, sha: str) -> tuple[InputFile, ...]:
 
 
 class PatientFile(io.RawIOBase):
-    """A file on the Hub, read with retries.
+    """A file behind a URL that fsspec knows, read with retries.
 
     A failed read is tried again from the same byte, with growing pauses, until nothing has come
     for `patience_s`; then SourceError. A short answer counts as a failed one.
@@ -140,19 +137,23 @@ class PatientFile(io.RawIOBase):
                 self._let_go()
                 waited = time.monotonic() - began
                 if not _is_passing(error) or waited >= self._patience_s:
+                    place = "the Hub" if self._url.startswith("hf://") else "its server"
                     raise SourceError(
                         f"{self._url}: {one_line(error)} (tried for {waited:.0f} s): start the "
-                        "same command again when the Hub is well, it goes on where it stopped"
+                        f"same command again when {place} is well, it goes on where it stopped"
                     ) from error
                 time.sleep(min(pause, self._patience_s - waited))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _read(self, wanted: int) -> bytes:
-        from huggingface_hub import HfFileSystem
+        from fsspec.core import url_to_fs
 
         if self._file is None:
-            self._file = HfFileSystem().open(
-                self._url, block_size=BLOCK_BYTES, cache_type="readahead", size=self._size
+            system, path = url_to_fs(self._url)
+            # other file systems ask for the size themselves
+            known = {"size": self._size} if self._url.startswith("hf://") else {}
+            self._file = system.open(
+                path, "rb", block_size=BLOCK_BYTES, cache_type="readahead", **known
             )
         self._file.seek(self._at)
         data = bytes(self._file.read(wanted))
@@ -169,6 +170,10 @@ class PatientFile(io.RawIOBase):
 def _is_passing(error: Exception) -> bool:
     """Whether a failure may be gone at the next try."""
     from huggingface_hub import errors
+
+    library = type(error).__module__.partition(".")[0]
+    if library in ("aiohttp", "botocore", "aiobotocore", "gcsfs"):
+        return not isinstance(error, FileNotFoundError)
 
     # a gated repository is one of these, too
     final = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError

@@ -6,21 +6,18 @@ in a listing are relative, so that nothing published depends on whose machine it
 
 from __future__ import annotations
 
-import glob
 import io
 import json
-import os
-import platform
-import sysconfig
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Final, Literal
+from typing import BinaryIO, ClassVar, Final, Literal, NamedTuple
 
 from pipeline.errors import SourceError
-from pipeline.inputs.sources import Source
 
-Kind = Literal["parquet", "jsonl", "text"]
+Kind = Literal["parquet", "jsonl", "text", "table"]
+"""`table`: read through one of the builders that come with `datasets`."""
 
 ENDINGS: Final[dict[str, Kind]] = {
     ".parquet": "parquet",
@@ -31,16 +28,25 @@ ENDINGS: Final[dict[str, Kind]] = {
     ".text": "text",
     ".raw": "text",
     ".py": "text",
+    ".csv": "table",
+    ".tsv": "table",
+    ".arrow": "table",
+    ".xml": "text",
 }
 LOCAL: Final = "local files"
 INTERPRETER: Final = "the Python interpreter"
-CARDS: Final = ("README", "LICENSE", "LICENCE")
-COMPRESSIONS: Final = {".zst": "zstd", ".gz": "gzip"}
+COMPRESSIONS: Final = {
+    ".zst": "zstd",
+    ".gz": "gzip",
+    ".bz2": "bz2",
+    ".xz": "xz",
+    ".lz4": "lz4",
+}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file spells its records; `compression` is pyarrow's name or empty."""
+    """How a file spells its records; `compression` is a value of COMPRESSIONS or empty."""
 
     kind: Kind
     compression: str = ""
@@ -48,11 +54,24 @@ class Layout:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of the listing: its relative path with `/`, its size, and how it is spelled."""
+    """A file of the listing: its relative path with `/`, its size, and how it is spelled.
+
+    `version` tells this content from a later one of the same size: a local file's time of
+    modification in ns, a URL's ETag; empty where a revision says it for all files.
+    """
 
     path: str
     bytes: int
     layout: Layout
+    version: str = ""
+
+
+class LeftOut(NamedTuple):
+    """A file that was found and is not part of the listing."""
+
+    path: str
+    bytes: int
+    why: str
 
 
 @dataclass(frozen=True)
@@ -62,10 +81,19 @@ class Inputs:
     dataset: str
     revision: str
     files: tuple[InputFile, ...]
+    left_out: tuple[LeftOut, ...] = field(default=(), kw_only=True)
+    local: ClassVar[bool] = True
 
     def open(self, path: str) -> BinaryIO:
         """The bytes of one file of the listing."""
         raise NotImplementedError
+
+    def url(self, path: str) -> str:
+        """Where `datasets` finds that file."""
+        raise NotImplementedError
+
+    def check(self, file: InputFile) -> None:
+        """SourceError if a file is not what it was when it was listed."""
 
 
 def layout_of(path: str) -> Layout | None:
@@ -80,7 +108,7 @@ def layout_of(path: str) -> Layout | None:
     return Layout(kind, compression)
 
 
-def listed(path: str, size: int) -> InputFile:
+def listed(path: str, size: int, version: str = "") -> InputFile:
     """The listing's entry for a file; SourceError if nobody knows how to read it."""
     layout = layout_of(path)
     if layout is None:
@@ -88,7 +116,40 @@ def listed(path: str, size: int) -> InputFile:
             f"{path}: no reader for this kind of file; a source is made of "
             f"{', '.join(ENDINGS)} files (all but parquet also .zst or .gz): narrow the pattern"
         )
-    return InputFile(path, size, layout)
+    return InputFile(path, size, layout, version)
+
+
+def input_file(relative: str, path: Path, *, pinned: bool = True) -> InputFile:
+    """The listing's entry for a local file, pinned to its time of modification or not."""
+    at = path.stat()
+    return listed(relative, at.st_size, str(at.st_mtime_ns) if pinned else "")
+
+
+def spelled(file: InputFile) -> str:
+    """A file's size and version, as a person reads them."""
+    when = file.version
+    if when.isdigit():  # nanoseconds
+        seconds, ns = divmod(int(when), 10**9)
+        when = f"of {datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{ns:09} UTC"
+    return f"{file.bytes:,} bytes {when}".rstrip()
+
+
+def listing_lines(inputs: Inputs) -> list[str]:
+    """Each file with its size, and each that is left out with the reason."""
+    lines = [f"{file.bytes:>15,}  {file.path}" for file in inputs.files]
+    lines += [f"{size:>15,}  {path}  left out: {why}" for path, size, why in inputs.left_out]
+    return [*lines, listing_summary(inputs)]
+
+
+def listing_summary(inputs: Inputs) -> str:
+    """How many files are taken, how many are left out and why, in a line."""
+    files = "1 file" if len(inputs.files) == 1 else f"{len(inputs.files):,} files"
+    text = f"{files}, {sum(file.bytes for file in inputs.files):,} bytes"
+    if inputs.left_out:
+        reasons = Counter(entry.why for entry in inputs.left_out)
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        text += f"; {len(inputs.left_out):,} left out: {why} (--list shows them)"
+    return text
 
 
 @dataclass(frozen=True)
@@ -101,79 +162,34 @@ class LocalInputs(Inputs):
         """The bytes of one file of the listing."""
         return (self.base / path).open("rb")
 
+    def url(self, path: str) -> str:
+        """Where `datasets` finds that file."""
+        return str(self.base / path)
+
+    def check(self, file: InputFile) -> None:
+        """SourceError if a file has another size or time of modification than it had."""
+        path = self.base / file.path
+        try:
+            now = input_file(file.path, path, pinned=bool(file.version))
+        except OSError as error:
+            raise SourceError(f"{file.path}: {error.strerror}: give the same file again") from error
+        if now != file:
+            raise SourceError(
+                f"{path} has changed since it was listed: {spelled(file)} then, {spelled(now)} "
+                "now: put the old file back, with its time, or prepare all of it again (--out)"
+            )
+
 
 class PythonDocs(Inputs):
     """The topics of pydoc as one jsonl file, a topic a record, in order of name."""
 
     def open(self, path: str) -> BinaryIO:
         """Its bytes."""
-        return io.BytesIO(_topics())
+        return io.BytesIO(pydoc_topics())
 
 
-def _topics() -> bytes:
+def pydoc_topics() -> bytes:
+    """The topics as lines of JSON."""
     from pydoc_data.topics import topics
 
     return "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)).encode()
-
-
-def local_inputs(patterns: tuple[str, ...]) -> LocalInputs:
-    """The files that the patterns match; a folder stands for all data files below it.
-
-    A data set's card beside the data (README, LICENSE) is left out. Paths are listed relative to
-    the deepest folder that the patterns name without a wildcard.
-    """
-    found: set[Path] = set()
-    bases = []
-    for pattern in patterns:
-        matches, base = _matches(str(Path(pattern).expanduser()))
-        if not matches:
-            raise SourceError(
-                f"no file matches {pattern!r}: check the path, and quote the pattern for the shell"
-            )
-        found |= matches
-        bases.append(base)
-    base = Path(os.path.commonpath(bases))
-    return LocalInputs(LOCAL, "", _listing(base, found), base)
-
-
-def _matches(pattern: str) -> tuple[set[Path], Path]:
-    """The files that a pattern means, and the deepest folder in front of its first wildcard."""
-    base = Path(pattern)
-    if base.is_file():
-        return {_absolute(base)}, _absolute(base.parent)
-    if base.is_dir():
-        below = [path for path in base.rglob("[!.]*") if path.is_file()]
-        kinds = {path: layout.kind for path in below if (layout := layout_of(path.name))}
-        # beside tables, text files are notes and scripts
-        found = {path for path, kind in kinds.items() if kind != "text"} or set(kinds)
-    else:
-        while glob.has_magic(str(base)):
-            base = base.parent
-        names = glob.iglob(pattern, recursive=True)  # noqa: PTH207 - a Path's glob takes no absolute
-        found = {path for path in map(Path, names) if path.is_file()}
-    data = {_absolute(path) for path in found if not path.name.upper().startswith(CARDS)}
-    return data, _absolute(base)
-
-
-def _absolute(path: Path) -> Path:
-    """Without `..`, but with links left as they are named."""
-    return Path(os.path.abspath(path))  # noqa: PTH100
-
-
-def embedded_inputs(source: Source) -> Inputs:
-    """What the running interpreter carries under that name."""
-    version = f"{platform.python_implementation().lower()}-{platform.python_version()}"
-    if source.name == "python-docs":
-        file = listed("pydoc_data/topics.jsonl", len(_topics()))
-        return PythonDocs(INTERPRETER, version, (file,))
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in folder.glob("*.py") if path.stat().st_size]
-    return LocalInputs(INTERPRETER, version, _listing(folder, files), folder)
-
-
-def _listing(base: Path, paths: Iterable[Path]) -> tuple[InputFile, ...]:
-    files = [listed(path.relative_to(base).as_posix(), path.stat().st_size) for path in paths]
-    try:
-        return tuple(sorted(files, key=lambda file: file.path.encode()))
-    except UnicodeEncodeError as error:
-        raise SourceError(f"{error.object!r}: its name is not UTF-8: rename the file") from None

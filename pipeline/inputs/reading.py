@@ -12,21 +12,29 @@ import functools
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Final, cast
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
+from pipeline.inputs.formats import (
+    BLOCK_BYTES,
+    array_lines,
+    decompressed,
+    is_array,
+    table_batches,
+)
 from pipeline.inputs.inputs import InputFile, Inputs
 from pipeline.inputs.sources import Source
 from pipeline.text.chat import SCHEMAS
 from shards.format import Part
 
-BLOCK_BYTES: Final = 8 << 20
 MAX_RECORD_BYTES: Final = 128 << 20
 MAX_BATCH_ROWS: Final = 16_384
 
@@ -70,22 +78,45 @@ class PartReader:
         file = self._files.get(part.file)
         if file is None:
             raise SourceError(f"{part.file} is not among the files given: give the same ones again")
+        self._inputs.check(file)
         try:
-            if file.layout.kind == "parquet":
-                yield from self._read_parquet(part)
-            else:
-                with self._inputs.open(part.file) as raw:
-                    stream = decompressed(raw, file)
-                    if file.layout.kind == "jsonl":
-                        last = None if file.layout.compression else part.last
-                        parse = functools.partial(parse_lines, source=self._source)
-                        yield from _read_lines(stream, part.first, last, parse)
-                    elif self._source.shape == "lines":
-                        yield from _read_lines(stream, 0, None, raw_lines)
-                    else:
-                        yield from _read_whole(stream)
-        except (OSError, pa.ArrowException) as error:
+            for records in self._records(part, file):
+                if self._inputs.local:
+                    self._inputs.check(file)
+                yield records
+        except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+            self._inputs.check(file)  # that it has changed says more than that it is damaged
             raise damaged(part.file, error) from error
+        self._inputs.check(file)
+
+    def _records(self, part: Part, file: InputFile) -> Iterator[Records]:
+        kind, source = file.layout.kind, self._source
+        if kind == "parquet":
+            yield from self._read_parquet(part)
+        elif kind == "table":
+            yield from self._read_table(file)
+        else:
+            whole = part.first == 0 and part.last == file.bytes
+            array = kind == "jsonl" and whole and is_array(self._inputs, file)
+            parse = functools.partial(parse_lines, source=source)
+            with self._inputs.open(part.file) as raw:
+                stream = decompressed(raw, file)
+                if array:
+                    yield from _numbered(map(parse, array_lines(stream, file.path), repeat(0)))
+                elif kind == "jsonl":
+                    last = None if file.layout.compression else part.last
+                    yield from _read_lines(stream, part.first, last, parse)
+                elif source.shape == "lines":
+                    yield from _read_lines(stream, 0, None, raw_lines)
+                else:
+                    yield from _read_whole(stream)
+
+    def _read_table(self, file: InputFile) -> Iterator[Records]:
+        first = 0
+        for table in table_batches(self._inputs, file, self._source.text_column):
+            check_column(table.schema, file.path, self._source)
+            yield Records(first, column_of(table, self._source))
+            first += table.num_rows
 
     def close(self) -> None:
         """Close the file that was kept open."""
@@ -104,7 +135,7 @@ class PartReader:
         for batch in parquet.iter_batches(
             batch_size=batch_rows, row_groups=list(groups), columns=[column], use_threads=False
         ):
-            yield Records(first, batch.column(0))
+            yield Records(first, column_of(batch, self._source))
             first += batch.num_rows
 
     def _open_parquet(self, path: str) -> pq.ParquetFile:
@@ -130,11 +161,11 @@ def damaged(path: str, error: Exception) -> SourceError:
 
 
 def column_bytes(metadata: pq.FileMetaData, groups: range, column: str) -> tuple[int, int]:
-    """Uncompressed and compressed bytes of a top-level column in some row groups."""
+    """Uncompressed and compressed bytes of a column, or of a field in one, in some row groups."""
     plain = packed = 0
     for row_group in map(metadata.row_group, groups):
         for chunk in map(row_group.column, range(row_group.num_columns)):
-            if chunk.path_in_schema.split(".")[0] == column:
+            if f"{chunk.path_in_schema}.".startswith(f"{column}."):
                 plain += chunk.total_uncompressed_size
                 packed += chunk.total_compressed_size
     return plain, packed
@@ -143,33 +174,52 @@ def column_bytes(metadata: pq.FileMetaData, groups: range, column: str) -> tuple
 def check_column(schema: pa.Schema, path: str, source: Source) -> None:
     """SourceError unless the file has the source's column, of a type that can hold it."""
     column = source.text_column
-    if column not in schema.names:
+    found = _type_of(schema, column)
+    if found is None:
         raise SourceError(
             f"{path} has no column {column!r}; it has {', '.join(schema.names)}: see --text-column"
         )
-    found = schema.field(column).type
     if pa.types.is_dictionary(found):
         found = found.value_type
     chat = source.shape == "chat"
-    if not any(is_type(found) for is_type in (_LIST_TYPES if chat else _TEXT_TYPES)):
+    good = (pa.types.is_null, *(_LIST_TYPES if chat else _TEXT_TYPES))
+    if not any(is_type(found) for is_type in good):
         wanted = "a list of turns" if chat else "text"
         raise SourceError(
             f"{path}: column {column!r} is {found}, not {wanted}: choose another with --text-column"
         )
 
 
+def _type_of(schema: pa.Schema, column: str) -> pa.DataType | None:
+    """The type of a column, or of a field in one: `meta.text`, unless a column is called that."""
+    if column in schema.names:
+        return schema.field(column).type
+    first, *fields = column.split(".")
+    found = schema.field(first).type if first in schema.names else None
+    for name in fields:
+        if found is None or not pa.types.is_struct(found) or found.get_field_index(name) < 0:
+            return None
+        found = found.field(name).type
+    return found
+
+
+def column_of(table: pa.Table | pa.RecordBatch, source: Source) -> Any:
+    """The source's column of some rows; one of nulls has a type like any other."""
+    column = source.text_column
+    if column in table.schema.names:
+        found = table.column(column)
+    else:
+        first, *fields = column.split(".")
+        found = pc.struct_field(table.column(first), fields)
+    if pa.types.is_null(found.type):
+        return [None] * len(found) if source.shape == "chat" else found.cast(pa.string())
+    return found
+
+
 def turn_type(chat_schema: str) -> pa.DataType:
     """The Arrow type of one turn of a conversation."""
     schema = SCHEMAS[chat_schema]
     return pa.struct([(schema.role_key, pa.string()), (schema.text_key, pa.string())])
-
-
-def decompressed(raw: BinaryIO, file: InputFile) -> BinaryIO:
-    """The file's content; a compressed stream that ends inside a frame raises OSError."""
-    if not file.layout.compression:
-        return raw
-    packed = pa.PythonFile(raw, mode="r")
-    return cast(BinaryIO, pa.CompressedInputStream(packed, file.layout.compression))
 
 
 def _read_lines(
@@ -185,6 +235,14 @@ def _read_lines(
         del block
         first += len(records[0].values)
         yield records.pop()  # neither is kept here: a line may be of many megabytes
+
+
+def _numbered(several: Iterable[Records]) -> Iterator[Records]:
+    """Records with their numbers, counted on."""
+    first = 0
+    for records in several:
+        yield replace(records, first=first)
+        first += len(records.values)
 
 
 def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[bytes | None]:
@@ -260,7 +318,11 @@ def _parse_fast(lines: bytes, source: Source) -> pa.Array | list[Any] | None:
     """The column, read by pyarrow; None where a line is odd, so that all are read one by one."""
     chat = source.shape == "chat"
     kind = pa.list_(turn_type(source.chat_schema)) if chat else pa.string()
-    schema = pa.schema([(source.text_column, kind)])
+    column, (first, *fields) = source.text_column, source.text_column.split(".")
+    nested = kind
+    for name in reversed(fields):
+        nested = pa.struct([(name, nested)])
+    schema = pa.schema({column: kind, first: nested})
     try:
         table = pyarrow.json.read_json(
             io.BytesIO(lines),
@@ -273,8 +335,11 @@ def _parse_fast(lines: bytes, source: Source) -> pa.Array | list[Any] | None:
         return None
     if table.num_rows != lines.count(b"\n"):
         return None
-    column = table.column(0).combine_chunks()
-    return column.to_pylist() if chat else column
+    values = table.column(column).combine_chunks()
+    if fields:  # a record's own column of that name goes first
+        inner = pc.struct_field(table.column(first).combine_chunks(), fields)
+        values = pc.if_else(values.is_valid(), values, inner)
+    return values.to_pylist() if chat else values
 
 
 def _parse_slowly(lines: bytes, first: int, source: Source) -> Records:
@@ -303,6 +368,8 @@ def _parse_line(line: bytes, source: Source) -> tuple[Any, str]:
     if not isinstance(value, dict):
         return None, NO_OBJECT
     found = value.get(source.text_column)
+    if found is None and "." in source.text_column:
+        found = _inside(value, source.text_column)
     if found is None:
         return None, MISSING
     if source.shape == "chat":
@@ -313,6 +380,13 @@ def _parse_line(line: bytes, source: Source) -> tuple[Any, str]:
         return found.encode(), ""
     except UnicodeEncodeError:  # half of a surrogate pair, spelled as an escape
         return None, BAD_UTF8
+
+
+def _inside(value: Any, path: str) -> Any:
+    """What is in an object under `meta.text`, or None."""
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def raw_lines(block: bytes, first: int) -> Records:

@@ -180,12 +180,29 @@ def find(name: str, choice: SourceOverrides | None = None) -> Source:
                 "--dataset ORG/NAME or --data-files 'FOLDER/*.parquet'"
             )
         known = Source(name=name, about="a corpus of your own", licence="unknown")
+    _check_of_use(known, choice)
     changes: dict[str, Any] = {name: value for name, value in vars(choice).items() if value}
     if choice.dataset:
         changes |= {"unavailable": "", "embedded": False, "gated": False}
     else:
         changes.pop("data_files", None)
     return replace(known, **changes)
+
+
+def _check_of_use(source: Source, choice: SourceOverrides) -> None:
+    """SourceError for an option that would do nothing where the data comes from."""
+    if choice.dataset:
+        return
+    if choice.data_files:
+        place, without = "--data-files names local files", "config revision"
+    elif source.embedded:
+        place, without = f"{source.name} comes with Python", "config revision split text_column"
+    else:
+        return
+    for name in without.split():
+        if getattr(choice, name):
+            option = f"--{name.replace('_', '-')}"
+            raise SourceError(f"{option} does nothing here: {place}; leave it out")
 
 
 def check_available(source: Source) -> None:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.errors import PrepareError
 from pipeline.inputs.hub import HubInputs
-from pipeline.inputs.inputs import Inputs
+from pipeline.inputs.inputs import Inputs, spelled
 from pipeline.inputs.sources import Source
 from pipeline.text.chat import ChatTemplate
 from pipeline.text.tokenizer import Tokenizer
@@ -22,6 +22,8 @@ from shards.format import token_dtype
 
 TYPICAL_DOCUMENT_BYTES: Final = 2500
 TYPICAL_TOKEN_BYTES: Final = 4
+MAX_SEQ_LEN: Final = 1 << 20
+"""Longer than any model's context; a mistyped number would take all memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ def check_request(request: PrepareRequest) -> None:
         raise PrepareError(
             f"--part {number}/{of}: parts are numbered 1/{of} to {of}/{of}, not from 0"
         )
+    if not 2 <= request.seq_len <= MAX_SEQ_LEN:
+        raise PrepareError(f"--seq-len {request.seq_len}: a sequence has 2 to {MAX_SEQ_LEN} tokens")
     if of > 1 and request.limit != NO_LIMIT:
         raise PrepareError(
             "--part does not go with --max-tokens or --max-documents: a limit counts over all units"
@@ -112,11 +116,19 @@ def check_same_recipe(
     for key, value in recipe.items():
         if (was := existing.recipe.get(key)) != value:
             raise PrepareError(f"{folder} was begun with {key} {was!r}, not {value!r}: {fix}")
-    before = {file.path: file.bytes for file in existing.files}
-    now = {file.path: file.bytes for file in inputs.files}
+    before = {file.path: file for file in existing.files}
+    now = {file.path: file for file in inputs.files}
     for path in sorted(before.keys() | now.keys()):
-        if before.get(path) != now.get(path):
-            was, found = (each.get(path, "absent") for each in (before, now))
+        was, found = before.get(path), now.get(path)
+        if was is None:
             raise PrepareError(
-                f"{folder} was begun with other files: {path} was {was}, is {found} (bytes): {fix}"
+                f"{folder} was begun without {path}: prepare new files as a source of another name "
+                "(--source NAME-2) and give that a weight (--set mixture.NAME-2=1)"
+            )
+        if found is not None and not was.version:
+            found = replace(found, version="")  # begun by 0.2.0 or before
+        if was != found:
+            there = "absent" if found is None else spelled(found)
+            raise PrepareError(
+                f"{folder} was begun with other files: {path} was {spelled(was)}, is {there}: {fix}"
             )

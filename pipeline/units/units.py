@@ -24,6 +24,7 @@ import pyarrow as pa
 import xxhash
 
 from pipeline.errors import PrepareError, SourceError
+from pipeline.inputs.formats import check_kind, is_array
 from pipeline.inputs.inputs import INTERPRETER, InputFile, Inputs, listed
 from pipeline.inputs.reading import check_column, column_bytes, damaged, open_parquet
 from pipeline.inputs.sources import Source
@@ -74,7 +75,7 @@ class PreparePlan:
         return {
             FORMAT_KEY: UNITS,
             **self.recipe,
-            "files": [{"path": file.path, "bytes": file.bytes} for file in self.files],
+            "files": [_spelled(file) for file in self.files],
             "parts": [asdict(part) for part in self.parts],
             "units": [asdict(unit) for unit in self.units],
         }
@@ -112,6 +113,16 @@ class PreparePlan:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
+def _spelled(file: InputFile) -> dict[str, Any]:
+    """A file in the plan; the plans of 0.2.0 and before have no versions of files."""
+    version = {"version": file.version} if file.version else {}
+    return {"path": file.path, "bytes": file.bytes, **version}
+
+
+def _read_file(path: str, bytes: int, version: str = "") -> InputFile:
+    return listed(path, bytes, version)
+
+
 def read_plan(folder: Path) -> PreparePlan | None:
     """The plan that a folder holds, or None."""
     try:
@@ -127,7 +138,7 @@ def read_plan(folder: Path) -> PreparePlan | None:
     try:
         check_format(value, UNITS, PLAN)
         del value[FORMAT_KEY]
-        files = tuple(listed(file["path"], file["bytes"]) for file in value.pop("files"))
+        files = tuple(_read_file(**file) for file in value.pop("files"))
         parts = tuple(Part(**part) for part in value.pop("parts"))
         plan = PreparePlan(value, files, parts, tuple(Unit(**u) for u in value.pop("units")))
         _ = plan.facts  # KeyError if the recipe lacks one
@@ -173,15 +184,18 @@ def fill_units(weighed: Sequence[WeighedPart], unit_bytes: int) -> list[Unit]:
 
 
 def _parts_of(inputs: Inputs, source: Source, file: InputFile) -> list[WeighedPart]:
-    if not file.bytes and (file.layout.kind == "parquet" or file.layout.compression):
+    kind = file.layout.kind
+    if not file.bytes and (kind in ("parquet", "table") or file.layout.compression):
         raise SourceError(f"{file.path} is empty (0 bytes): fetch it again, or leave it out")
-    if file.layout.kind == "parquet":
+    if file.bytes and inputs.local:
+        check_kind(inputs, file)
+    if kind == "parquet":
         return _row_groups(inputs, source, file)
     if file.layout.compression:
         return [WeighedPart(Part(file=file.path, first=0, last=file.bytes),
                             file.bytes * EXPANSION, file.bytes)]  # fmt: skip
     step = file.bytes
-    if file.layout.kind == "jsonl" and source.shape != "lines":
+    if kind == "jsonl" and source.shape != "lines" and not is_array(inputs, file):
         step = min(LINES_BYTES, _share(file.bytes))
     cuts = [*range(0, file.bytes, max(1, step)), file.bytes] if file.bytes else [0, 0]
     return [

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from model.config import count_params
-from pipeline.inputs.inputs import embedded_inputs
+from pipeline.inputs.listing import embedded_inputs
 from pipeline.inputs.sources import find
 from pipeline.text.tokenizer import Tokenizer
 from shards.files import fsync_folder, publish_bytes

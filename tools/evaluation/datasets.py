@@ -9,9 +9,11 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from pipeline.errors import SourceError
+from pipeline.inputs.formats import decompressed
 from pipeline.inputs.hub import hub_inputs
-from pipeline.inputs.inputs import Inputs, layout_of, local_inputs
-from pipeline.inputs.reading import decompressed, open_parquet
+from pipeline.inputs.inputs import Inputs, layout_of
+from pipeline.inputs.listing import local_inputs
+from pipeline.inputs.reading import open_parquet
 from pipeline.inputs.sources import Source
 from tools.errors import EvaluationError
 from tools.evaluation.tasks import HubTable, Question, Record, Task
