@@ -56,7 +56,7 @@ def test_what_a_folder_leaves_out_is_listed_with_the_reason(tmp_path: Path) -> N
     assert left_out(inputs) == {
         "README.md": "a card",
         "LICENSE": "a card",
-        "notes.txt": "text beside tables",
+        "notes.txt": "text next to tables",
         "state.json": "metadata of datasets",
         "plot.png": "no reader for its ending",
         ".cache": "hidden",
@@ -124,7 +124,7 @@ def test_only_the_training_files_are_taken_unasked(tmp_path: Path, names: tuple[
     assert taken(tmp_path, "dev") == taken(tmp_path, "validation") == [names[2]]
     assert taken(tmp_path, "all") == sorted(names)
     pattern = tmp_path / "**" / "*.jsonl"
-    with pytest.raises(SourceError, match=r"beside training files: narrow it, or --split all"):
+    with pytest.raises(SourceError, match=r"next to training files: narrow it, or --split all"):
         taken(pattern)
     assert taken(pattern, "all") == sorted(names)
     assert taken(tmp_path / names[1]) == [Path(names[1]).name]  # named, so meant

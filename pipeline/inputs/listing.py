@@ -1,7 +1,7 @@
 """Which local files a source is made of, which are left out, and why.
 
-A file that is named is taken. A pattern is obeyed, or refused where it matches what cannot be read
-or a test set beside a training set. Of a folder, the data files below it are taken, those of one
+A file that is named is taken. A pattern is obeyed, or rejected where it matches what cannot be
+read or a test set next to a training set. Of a folder, the data files below it are taken, those of one
 split; whatever is left out is listed with its reason, and where it looks like data nothing starts.
 """
 
@@ -54,7 +54,7 @@ HIDDEN: Final = "hidden"
 CARD: Final = "a card"
 OF_DATASETS: Final = "metadata of datasets"
 NO_READER: Final = "no reader for its ending"
-BESIDE: Final = "text beside tables"
+BESIDE: Final = "text next to tables"
 NO_FILE: Final = "not a regular file"
 A_FOLDER: Final = "a folder"
 _HARMLESS: Final = (HIDDEN, CARD, OF_DATASETS)
@@ -168,12 +168,12 @@ def _meant_by(pattern: str, split: str, *, known: bool) -> tuple[list[Candidate]
 
 
 def _check_splits(files: list[Path], base: Path, pattern: str) -> None:
-    """SourceError where a pattern matches a test set beside a training set."""
+    """SourceError where a pattern matches a test set next to a training set."""
     splits = {path: split_of(path.relative_to(base)) for path in files}
     held_out = next((path for path, split in splits.items() if split not in ("", "train")), None)
     if held_out is not None and "train" in splits.values():
         raise SourceError(
-            f"{pattern!r} matches {_relative(held_out, base)} beside training files: narrow it, or "
+            f"{pattern!r} matches {_relative(held_out, base)} next to training files: narrow it, or "
             f"--split {ALL} to train on that file too"
         )
 
@@ -198,7 +198,7 @@ def _below(folder: Path) -> Iterator[Candidate]:
             else:
                 tables = tables or not why
                 yield Candidate(path, why)
-    for path in texts:  # beside tables, text files are notes and scripts
+    for path in texts:  # next to tables, text files are notes and scripts
         yield Candidate(path, BESIDE if tables else "")
 
 
