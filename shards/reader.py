@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import io
 import itertools
 import os
+import resource
 import weakref
 from collections import OrderedDict
 from pathlib import Path
@@ -30,8 +32,22 @@ from shards.format import (
     row_digest,
 )
 
-_OPEN_SHARDS: Final = 128
-"""Files held open by one reader: thousands of mappings would meet the limits of a process."""
+_MOST_FILES: Final = 1 << 16
+"""As far as a process' limit of open files is raised, if it may be."""
+
+
+def most_open_shards() -> int:
+    """How many shards a reader may keep open: an eighth of the files that the process may open.
+
+    The soft limit, usually 1,024 for the sake of programs that use select(2), is raised first.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if 0 <= soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return max(64, (wanted if soft < 0 else soft) // 8)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -81,12 +97,17 @@ def find_sources(root: Path) -> dict[str, Manifest]:
     raise ShardError(f"{root}: no prepared source in this folder; {hint}")
 
 
+Digests = npt.NDArray[np.uint64]
+
+
 class ShardReader:
     """Rows of one source and split, numbered 0 .. n_rows-1 in the manifest's order.
 
-    Files are opened when they are first needed, so a reader can be sent to worker processes.
-    Rows are fetched with pread(2), not through a mapping, which costs the same (2 us for 8 KiB):
-    a file that shrinks under a mapping ends the process with SIGBUS.
+    Files are opened when they are first needed, so a reader can be sent to worker processes. Each
+    sidecar is verified once, and its digests are kept (8 bytes a row; mapped, it would take one of
+    the process' open files); an eighth of the files that the process may open are shards. Rows are
+    fetched with pread(2), not through a mapping, which costs the same (2 us for 8 KiB): a file that
+    shrinks under a mapping ends the process with SIGBUS.
     """
 
     def __init__(
@@ -97,9 +118,11 @@ class ShardReader:
         self._shards = self.manifest.split(split)
         self._ends = list(itertools.accumulate(shard.n_rows for shard in self._shards))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._digests: dict[int, Digests] = {}
+        self._most_open = most_open_shards()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_digests": {}}
 
     @property
     def n_rows(self) -> int:
@@ -131,7 +154,8 @@ class ShardReader:
     def origin(self, index: int) -> tuple[str, int, int]:
         """Input file, part and record that the row's first token comes from."""
         shard, row = self._find(index)
-        part, record = int(shard.records["part"][row]), int(shard.records["record"][row])
+        records = shard.records()
+        part, record = int(records["part"][row]), int(records["record"][row])
         return self.manifest.parts[part].file, part, record
 
     def _find(self, index: int) -> tuple[_OpenShard, int]:
@@ -141,8 +165,10 @@ class ShardReader:
         shard = self._open.get(number)
         if shard is None:
             info = self._shards[number]
-            shard = self._open[number] = _OpenShard(self.folder, self.manifest, info)
-            if len(self._open) > _OPEN_SHARDS:
+            known = self._digests.get(number)
+            shard = self._open[number] = _OpenShard(self.folder, self.manifest, info, known)
+            self._digests[number] = shard.digests
+            if len(self._open) > self._most_open:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return shard, index - self._ends[number] + self._shards[number].n_rows
@@ -151,8 +177,14 @@ class ShardReader:
 class _OpenShard:
     """A shard, its mask and its sidecar, opened and found to be what the manifest says."""
 
-    def __init__(self, folder: Path, manifest: Manifest, info: ShardInfo) -> None:
-        self._facts, self._path = manifest.facts, folder / info.file
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        info: ShardInfo,
+        digests: Digests | None,
+    ) -> None:
+        self._facts, self._info, self._path = manifest.facts, info, folder / info.file
         path = self._path
         try:
             self._data = RowFile(path, (info.n_rows, self._facts.seq_len), self._facts.dtype)
@@ -161,24 +193,32 @@ class _OpenShard:
                 path = folder / f"{info.stem}.mask.npy"
                 self._mask = RowFile(path, (info.n_rows, self._facts.seq_len // 8), "u1")
             path = folder / f"{info.stem}.rows.npy"
-            self.records = read_sidecar(path, info)
+            self.digests = _digests_in(path, info) if digests is None else digests
         except FileNotFoundError:
             raise self._error(f"{path} is missing") from None
         except ValueError as error:
             raise self._error(f"{path} is damaged ({error})") from error
-        self._digests = self.records["xxh3"]
 
     def read(self, row: int, tokens: Tokens, mask: Masks | None) -> None:
         """Fill tokens [seq_len] and mask [seq_len / 8]; ShardError if damaged."""
         complete = self._data.read_into(row, tokens)
         if self._mask is not None and mask is not None:
             complete = self._mask.read_into(row, mask) and complete
-        if not complete or row_digest(tokens, mask) != self._digests[row]:
+        if not complete or row_digest(tokens, mask) != self.digests[row]:
             raise self._error(f"{self._path} row {row} is damaged (its digest differs)")
+
+    def records(self) -> npt.NDArray[np.void]:
+        """The row records [n_rows] of the sidecar, read again."""
+        return read_sidecar(self._path.with_name(f"{self._info.stem}.rows.npy"), self._info)
 
     def _error(self, what: str) -> ShardError:
         fix = f"`summer-prep repair {self._path.parent}` makes it again"
         return ShardError(f"{self._facts.source}: {what}; {fix}")
+
+
+def _digests_in(path: Path, info: ShardInfo) -> Digests:
+    digests: Digests = read_sidecar(path, info)["xxh3"].copy()
+    return digests
 
 
 def read_sidecar(path: Path, info: ShardInfo) -> npt.NDArray[np.void]:

@@ -4,17 +4,20 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shards import reader
 from shards import writer as writer_module
 from shards.errors import ShardError
-from shards.format import Part
+from shards.format import Part, ShardInfo
 from shards.reader import RowFile, ShardReader, find_sources, read_manifest
 from shards.writer import ShardWriter, write_manifest
 from shards_samples import make_source, sample_facts
@@ -90,7 +93,7 @@ def test_reader_travels_to_other_processes(tmp_path: Path) -> None:
 def test_no_more_files_are_held_open_than_stated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shards.reader._OPEN_SHARDS", 3)
+    monkeypatch.setattr("shards.reader.most_open_shards", lambda: 3)
     make_source(tmp_path / "s", n_rows=20, n_units=10)
     reader = ShardReader(tmp_path / "s")
     before = len(os.listdir("/proc/self/fd"))
@@ -101,14 +104,14 @@ def test_no_more_files_are_held_open_than_stated(
 def test_the_shard_that_was_read_longest_ago_is_closed_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shards.reader._OPEN_SHARDS", 2)
+    monkeypatch.setattr("shards.reader.most_open_shards", lambda: 2)
     make_source(tmp_path / "s", n_rows=3, n_units=3)
     reader = ShardReader(tmp_path / "s")
     reader.rows(np.array([0, 1, 0, 2]))
-    for path in (tmp_path / "s").glob("*.rows.npy"):
+    for path in (tmp_path / "s").glob("*-000.npy"):
         path.unlink()  # only what is open can still be read
     reader.rows(np.array([0, 2]))
-    with pytest.raises(ShardError, match=r"00001-000\.rows\.npy is missing"):
+    with pytest.raises(ShardError, match=r"00001-000\.npy is missing"):
         reader.rows(np.array([1]))
 
 
@@ -292,3 +295,37 @@ def test_rejected_records_are_lines_of_utf_8(tmp_path: Path) -> None:
     data = (tmp_path / "00000.rejected.jsonl").read_bytes()
     assert data == '{"reason": "empty", "file": "ä.txt", "record": 3}\n'.encode()
     assert unit_record.rejected_sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_a_sidecar_is_verified_once_however_often_its_shard_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 2,500 shards each row would hash a sidecar of a quarter of a megabyte."""
+    make_source(tmp_path / "s", n_rows=40, n_units=8)
+    monkeypatch.setattr("shards.reader.most_open_shards", lambda: 2)
+    read, hashed = reader.read_sidecar, list[str]()
+
+    def counted(path: Path, info: ShardInfo) -> Any:
+        hashed.append(path.name)
+        return read(path, info)
+
+    monkeypatch.setattr(reader, "read_sidecar", counted)
+    rows = ShardReader(tmp_path / "s")
+    expected = ShardReader(tmp_path / "s").rows(np.arange(40))[0]
+    hashed.clear()
+    for index in np.random.default_rng(0).integers(0, 40, 300).tolist():
+        assert (rows.rows(np.array([index]))[0] == expected[index]).all()
+    assert sorted(hashed) == sorted(set(hashed)) and len(hashed) == 8
+
+
+def test_as_many_shards_stay_open_as_the_process_may_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"now": (1024, 1024)}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, both: limits.update(now=both))
+    assert reader.most_open_shards() == 128
+    limits["now"] = (1024, 20_000)
+    assert reader.most_open_shards() == 2500 and limits["now"] == (20_000, 20_000)
+    limits["now"] = (256, 256)
+    assert reader.most_open_shards() == 64
+    limits["now"] = (1024, resource.RLIM_INFINITY)
+    assert reader.most_open_shards() == 8192

@@ -1,8 +1,8 @@
 """Which local files a source is made of, which are left out, and why.
 
 A file that is named is taken. A pattern is obeyed, or rejected where it matches what cannot be
-read or a test set next to a training set. Of a folder, the data files below it are taken, those of one
-split; whatever is left out is listed with its reason, and where it looks like data nothing starts.
+read or a test set next to a training set. Of a folder, the data files below it are taken, those of
+one split; what is left out is listed with its reason, and where it looks like data nothing starts.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def _check_splits(files: list[Path], base: Path, pattern: str) -> None:
     held_out = next((path for path, split in splits.items() if split not in ("", "train")), None)
     if held_out is not None and "train" in splits.values():
         raise SourceError(
-            f"{pattern!r} matches {_relative(held_out, base)} next to training files: narrow it, or "
-            f"--split {ALL} to train on that file too"
+            f"{pattern!r} matches {_relative(held_out, base)} next to training files: narrow it, "
+            f"or --split {ALL} to train on that file too"
         )
 
 
