@@ -97,9 +97,6 @@ def find_sources(root: Path) -> dict[str, Manifest]:
     raise ShardError(f"{root}: no prepared source in this folder; {hint}")
 
 
-Digests = npt.NDArray[np.uint64]
-
-
 class ShardReader:
     """Rows of one source and split, numbered 0 .. n_rows-1 in the manifest's order.
 
@@ -117,12 +114,12 @@ class ShardReader:
         self.manifest = manifest or read_manifest(folder)
         self._shards = self.manifest.split(split)
         self._ends = list(itertools.accumulate(shard.n_rows for shard in self._shards))
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._digests: dict[int, Digests] = {}
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._known: dict[int, _Shard] = {}
         self._most_open = most_open_shards()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_digests": {}}
+        return {**self.__dict__, "_open": OrderedDict(), "_known": {}}
 
     @property
     def n_rows(self) -> int:
@@ -158,32 +155,25 @@ class ShardReader:
         part, record = int(records["part"][row]), int(records["record"][row])
         return self.manifest.parts[part].file, part, record
 
-    def _find(self, index: int) -> tuple[_OpenShard, int]:
+    def _find(self, index: int) -> tuple[_Shard, int]:
         if not 0 <= index < self.n_rows:
             raise IndexError(f"row {index} of {self.n_rows}")
         number = bisect.bisect_right(self._ends, index)  # numpy takes five times as long for one
-        shard = self._open.get(number)
+        shard = self._known.get(number)
         if shard is None:
             info = self._shards[number]
-            known = self._digests.get(number)
-            shard = self._open[number] = _OpenShard(self.folder, self.manifest, info, known)
-            self._digests[number] = shard.digests
-            if len(self._open) > self._most_open:
-                self._open.popitem(last=False)
+            shard = self._known[number] = _Shard(self.folder, self.manifest, info)
+        self._open[number] = shard
         self._open.move_to_end(number)
+        if len(self._open) > self._most_open:
+            self._open.popitem(last=False)[1].close()
         return shard, index - self._ends[number] + self._shards[number].n_rows
 
 
-class _OpenShard:
-    """A shard, its mask and its sidecar, opened and found to be what the manifest says."""
+class _Shard:
+    """A shard and its mask, found to be what the manifest says, with the digests of its rows."""
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        info: ShardInfo,
-        digests: Digests | None,
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, info: ShardInfo) -> None:
         self._facts, self._info, self._path = manifest.facts, info, folder / info.file
         path = self._path
         try:
@@ -193,7 +183,7 @@ class _OpenShard:
                 path = folder / f"{info.stem}.mask.npy"
                 self._mask = RowFile(path, (info.n_rows, self._facts.seq_len // 8), "u1")
             path = folder / f"{info.stem}.rows.npy"
-            self.digests = _digests_in(path, info) if digests is None else digests
+            self._digests = read_sidecar(path, info)["xxh3"].copy()
         except FileNotFoundError:
             raise self._error(f"{path} is missing") from None
         except ValueError as error:
@@ -201,11 +191,20 @@ class _OpenShard:
 
     def read(self, row: int, tokens: Tokens, mask: Masks | None) -> None:
         """Fill tokens [seq_len] and mask [seq_len / 8]; ShardError if damaged."""
-        complete = self._data.read_into(row, tokens)
-        if self._mask is not None and mask is not None:
-            complete = self._mask.read_into(row, mask) and complete
-        if not complete or row_digest(tokens, mask) != self.digests[row]:
+        try:
+            complete = self._data.read_into(row, tokens)
+            if self._mask is not None and mask is not None:
+                complete = self._mask.read_into(row, mask) and complete
+        except FileNotFoundError as error:
+            raise self._error(f"{error.filename} is missing") from None
+        if not complete or row_digest(tokens, mask) != self._digests[row]:
             raise self._error(f"{self._path} row {row} is damaged (its digest differs)")
+
+    def close(self) -> None:
+        """Let go of the files; the next row that is read opens them again."""
+        self._data.close()
+        if self._mask is not None:
+            self._mask.close()
 
     def records(self) -> npt.NDArray[np.void]:
         """The row records [n_rows] of the sidecar, read again."""
@@ -214,11 +213,6 @@ class _OpenShard:
     def _error(self, what: str) -> ShardError:
         fix = f"`summer-prep repair {self._path.parent}` makes it again"
         return ShardError(f"{self._facts.source}: {what}; {fix}")
-
-
-def _digests_in(path: Path, info: ShardInfo) -> Digests:
-    digests: Digests = read_sidecar(path, info)["xxh3"].copy()
-    return digests
 
 
 def read_sidecar(path: Path, info: ShardInfo) -> npt.NDArray[np.void]:
@@ -246,13 +240,21 @@ class RowFile:
         write_header(header, wanted)
         self._start, self._row_bytes = header.tell(), self._width * self._dtype.itemsize
         self.n_bytes = self._start + shape[0] * self._row_bytes
-        self._handle = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._handle)
+        self._path = path
+        self._open()
         size = os.fstat(self._handle).st_size
         if size != self.n_bytes:
             raise ValueError(f"{size:,} bytes where {self.n_bytes:,} should be")
         if os.pread(self._handle, self._start, 0) != header.getvalue():
             raise ValueError(f"its header is not that of {shape} {dtype}")
+
+    def _open(self) -> None:
+        self._handle = os.open(self._path, os.O_RDONLY)
+        self._closing = weakref.finalize(self, os.close, self._handle)
+
+    def close(self) -> None:
+        """Let go of the file; the next read opens it again."""
+        self._closing()
 
     def read(self, rows: slice) -> npt.NDArray[Any]:
         """The rows [n, width]; they are zero where the file has become shorter."""
@@ -262,5 +264,7 @@ class RowFile:
 
     def read_into(self, row: int, out: npt.NDArray[Any]) -> bool:
         """Fill `out` with the bytes from a row on; whether there were enough of them."""
+        if not self._closing.alive:
+            self._open()
         at = self._start + row * self._row_bytes
         return os.preadv(self._handle, [out.data], at) == out.nbytes
