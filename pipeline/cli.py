@@ -55,6 +55,10 @@ def _part(_context: object, _option: object, text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
+def _unescaped(_context: object, _option: object, text: str) -> str:
+    return text.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
 @main.command()
 @click.option("--source", required=True, metavar="NAME", help="See `summer-prep sources`.")
 @click.option("--data-files", multiple=True, metavar="GLOB",
@@ -65,6 +69,12 @@ def _part(_context: object, _option: object, text: str) -> tuple[int, int]:
 @click.option("--revision", default="", metavar="R", help="Commit, tag or branch.")
 @click.option("--split", default="", help="Split of the data set; default: train.")
 @click.option("--text-column", default="", metavar="COL", help="Column of the text.")
+@click.option("--shape", type=click.Choice(["", "documents", "lines", "chat"]), default="",
+              help="What a record is: a document, or turns (from/value, role/content); "
+              "lines: each line of a text file is a document.")  # fmt: skip
+@click.option("--separator", default="", metavar="TEXT", callback=_unescaped,
+              help="What stands between the documents of a text file, e.g. '<|endoftext|>'; "
+              r"\n and \t are meant.")  # fmt: skip
 @click.option("--out", type=PATH, default=Path("shards"), show_default=True)
 @workers_option
 @click.option("--seq-len", type=click.IntRange(2), default=4096, show_default=True)

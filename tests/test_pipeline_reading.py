@@ -1,5 +1,6 @@
 """Files -> records: every format, ranges of lines, and input that is not what it should be."""
 
+import functools
 import gzip
 import io
 import itertools
@@ -18,7 +19,7 @@ import pipeline_samples
 from pipeline.errors import SourceError
 from pipeline.inputs import reading
 from pipeline.inputs.reading import line_blocks
-from pipeline.inputs.sources import Source
+from pipeline.inputs.sources import Source, SourceOverrides, find
 from pipeline_samples import TEXT, is_unicode, write_jsonl, write_parquet
 
 
@@ -187,3 +188,65 @@ def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
     path.chmod(0)
     with pytest.raises(SourceError, match="Permission denied"):
         read(path)
+
+
+class Dripping(io.BytesIO):
+    """A stream that gives a few bytes at a time."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(min(7, size) if size and size > 0 else 7)
+
+
+SEPARATORS = [b"\n", b"<|endoftext|>", b"ab", b"\n\n", b"aba"]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_texts_between_separators_are_those_of_split(data: Any) -> None:
+    """Whatever is read at once and wherever the file is cut into parts."""
+    ending = data.draw(st.sampled_from(SEPARATORS))
+    pieces = st.sampled_from([ending, ending[:-1], ending[1:], b"a", b"b", b"text", b" ", b"\n"])
+    content = b"".join(data.draw(st.lists(pieces, max_size=40)))
+    cuts = {0, len(content)}
+    if not reading.overlaps_itself(ending):
+        places = st.integers(len(ending), max(len(ending), len(content)))
+        cuts |= {place for place in data.draw(st.sets(places, max_size=3)) if place < len(content)}
+    found = []
+    parse = functools.partial(reading.split_texts, ending=ending)
+    for first, last in itertools.pairwise(sorted(cuts)):
+        for records in reading._read_lines(Dripping(content), first, last, parse, ending):
+            found += [value.as_py() for value in records.values]
+    assert found == [text for text in content.split(ending) if text.strip()]
+
+
+def test_a_text_file_above_the_largest_record_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a document above the limit is rejected; lines end with or without a carriage return."""
+    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 1 << 10)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 1 << 8)
+    texts = [f"document {n}\nof two lines" for n in range(200)]
+    texts[77] = "x" * 5000
+    path = tmp_path / "a.txt"
+    path.write_text("<|end|>\n".join(texts))
+    cut = Source(name="m", about="", licence="", separator="<|end|>\n")
+    assert read(path, cut) == (texts[:77] + texts[78:], [(77, "above 128 MiB")])
+    assert read(path) == ([], [(0, "above 128 MiB")])
+    path.write_bytes(b"one\r\ntwo\n\n \nthree")
+    lines = find("m", SourceOverrides(data_files=(str(path),), shape="lines"))
+    assert read(path, lines) == (["one", "two", "three"], [])
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"shape": "lines"}, "no text file that --separator or --shape lines could cut"),
+        ({"shape": "chat", "separator": "x"}, "--separator 'x' cuts text files"),
+    ],
+)
+def test_a_separator_that_would_do_nothing_is_refused(
+    tmp_path: Path, choice: Any, message: str
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    with pytest.raises(SourceError, match=message):
+        read(path, find("m", SourceOverrides(data_files=(str(path),), **choice)))

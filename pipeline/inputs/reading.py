@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -80,6 +81,10 @@ class PartReader:
                         last = None if file.layout.compression else part.last
                         parse = functools.partial(parse_lines, source=self._source)
                         yield from _read_lines(stream, part.first, last, parse)
+                    elif ending := self._source.separator.encode():
+                        last = None if file.layout.compression else part.last
+                        parse = functools.partial(split_texts, ending=ending)
+                        yield from _read_lines(stream, part.first, last, parse, ending)
                     elif self._source.shape == "lines":
                         yield from _read_lines(stream, 0, None, raw_lines)
                     else:
@@ -158,10 +163,13 @@ def check_column(schema: pa.Schema, path: str, source: Source) -> None:
         )
 
 
-def turn_type(chat_schema: str) -> pa.DataType:
-    """The Arrow type of one turn of a conversation."""
-    schema = SCHEMAS[chat_schema]
-    return pa.struct([(schema.role_key, pa.string()), (schema.text_key, pa.string())])
+def turn_type() -> pa.DataType:
+    """The Arrow type of one turn of a conversation, in whichever schema, that calls no tools.
+
+    A turn with anything else (parts, calls) does not fit it, and is read as JSON is.
+    """
+    keys = itertools.chain.from_iterable(SCHEMAS)
+    return pa.struct([*((key, pa.string()) for key in keys), ("tool_calls", pa.null())])
 
 
 def decompressed(raw: BinaryIO, file: InputFile) -> BinaryIO:
@@ -173,11 +181,15 @@ def decompressed(raw: BinaryIO, file: InputFile) -> BinaryIO:
 
 
 def _read_lines(
-    stream: BinaryIO, first_byte: int, last: int | None, parse: Callable[[bytes, int], Records]
+    stream: BinaryIO,
+    first_byte: int,
+    last: int | None,
+    parse: Callable[[bytes, int], Records],
+    ending: bytes = b"\n",
 ) -> Iterator[Records]:
     """The records that `parse` makes of the lines, a block at a time."""
     first = 0
-    for block in line_blocks(stream, first_byte, last):
+    for block in line_blocks(stream, first_byte, last, ending):
         if block is None:
             records = [Records(first, pa.nulls(1, pa.large_binary()), {0: LARGE})]
         else:
@@ -187,28 +199,31 @@ def _read_lines(
         yield records.pop()  # neither is kept here: a line may be of many megabytes
 
 
-def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[bytes | None]:
+def line_blocks(
+    stream: BinaryIO, first: int, last: int | None, ending: bytes = b"\n"
+) -> Iterator[bytes | None]:
     """Complete lines, about 8 MiB at a time; None stands for one line above the largest record.
 
-    The lines are those that begin in [first, last), so that neighbouring ranges share none.
+    The lines are those that begin in [first, last), so that neighbouring ranges share none. They
+    may have another `ending`; of one that `overlaps_itself` the range has to be a whole file.
     """
-    end = last if last is not None else sys.maxsize
-    at, tail = _skip_line(stream, first - 1, end) if first else (0, bytearray())
+    end, width = last if last is not None else sys.maxsize, len(ending)
+    at, tail = _skip_line(stream, first - width, end, ending) if first else (0, bytearray())
     searched = 0  # so many bytes of the tail hold no line end
     while (begun := at - len(tail)) < end:  # the tail begins with a line, and it is one of ours
-        cut = tail.find(b"\n", max(searched, end - 1 - begun)) + 1 if at >= end else 0
-        cut = cut or tail.rfind(b"\n", searched) + 1
+        found = tail.find(ending, max(searched, end - width - begun)) if at >= end else -1
+        cut = found + width if found >= 0 else _last_end(tail, ending, searched)
         if cut:
             lines = [bytes(tail[:cut])]
             del tail[:cut]
-            searched = len(tail)
+            searched = max(0, len(tail) - width + 1)
             yield lines.pop()  # not kept here: a line may be of many megabytes
         elif len(tail) > MAX_RECORD_BYTES:
             yield None
-            at, tail = _skip_line(stream, at, end)
+            at, tail = _skip_line(stream, at, end, ending, bytes(tail[len(tail) - width + 1 :]))
             searched = 0
         elif data := stream.read(min(BLOCK_BYTES, max(end - at, 1 << 20))):
-            searched = len(tail)
+            searched = max(0, len(tail) - width + 1)
             at += len(data)
             tail += data
         else:
@@ -217,14 +232,35 @@ def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[byte
             return
 
 
-def _skip_line(stream: BinaryIO, at: int, end: int) -> tuple[int, bytearray]:
-    """Position reached and what was read behind the first line end in [at, end)."""
+def _last_end(tail: bytearray, ending: bytes, searched: int) -> int:
+    """Where the last complete line in the tail ends, 0 if there is none."""
+    if overlaps_itself(ending):  # `\n\n` in `\n\n\n`: which one it is, is counted from the front
+        *lines, rest = tail.split(ending)
+        return len(tail) - len(rest) if lines else 0
+    found = tail.rfind(ending, searched)
+    return found + len(ending) if found >= 0 else 0
+
+
+def overlaps_itself(ending: bytes) -> bool:
+    """Whether two of them can share bytes."""
+    return any(ending.startswith(ending[cut:]) for cut in range(1, len(ending)))
+
+
+def _skip_line(
+    stream: BinaryIO, at: int, end: int, ending: bytes, before: bytes = b""
+) -> tuple[int, bytearray]:
+    """Position reached and what was read behind the first line end in [at, end).
+
+    `before` stands in front of `at`: a line end may begin there.
+    """
     if stream.seekable():
         stream.seek(at)
     while at < end and (data := stream.read(min(1 << 16, end - at))):
         at += len(data)
-        if stop := data.find(b"\n") + 1:
-            return at, bytearray(data[stop:])
+        data = before + data
+        if (found := data.find(ending)) >= 0:
+            return at, bytearray(data[found + len(ending) :])
+        before = data[len(data) - len(ending) + 1 :]
     return at, bytearray()
 
 
@@ -259,7 +295,7 @@ def _one_object_a_line(lines: bytes) -> bool:
 def _parse_fast(lines: bytes, source: Source) -> pa.Array | list[Any] | None:
     """The column, read by pyarrow; None where a line is odd, so that all are read one by one."""
     chat = source.shape == "chat"
-    kind = pa.list_(turn_type(source.chat_schema)) if chat else pa.string()
+    kind = pa.list_(turn_type()) if chat else pa.string()
     schema = pa.schema([(source.text_column, kind)])
     try:
         table = pyarrow.json.read_json(
@@ -318,6 +354,14 @@ def _parse_line(line: bytes, source: Source) -> tuple[Any, str]:
 def raw_lines(block: bytes, first: int) -> Records:
     """Each line with its line end, blank ones included, as a record."""
     return Records(first, pa.array(io.BytesIO(block).readlines(), pa.large_binary()))
+
+
+def split_texts(block: bytes, first: int, ending: bytes) -> Records:
+    """The texts between separators, each a record; blank ones are none, as blank lines are none."""
+    if ending == b"\n":
+        block = block.replace(b"\r\n", b"\n")
+    texts = [text for text in block.split(ending) if text.strip()]
+    return Records(first, pa.array(texts, pa.large_binary()))
 
 
 def _read_whole(stream: BinaryIO) -> Iterator[Records]:

@@ -21,7 +21,7 @@ import xxhash
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.reading import BAD_UTF8, LARGE, MAX_RECORD_BYTES, MISSING, PartReader, Records
 from pipeline.inputs.sources import Source
-from pipeline.text.chat import SCHEMAS, BadConversationError, ChatSchema, render, spell
+from pipeline.text.chat import BadConversationError, render, spell
 from shards.format import Flags, Ordinals, Part
 
 EMPTY: Final = "empty"
@@ -157,14 +157,13 @@ class DocumentMaker:
                     self._reject(part, records.first + place, reason)
 
     def _conversations(self, number: int, part: Part, records: Records) -> Documents:
-        schema = SCHEMAS[self._source.chat_schema]
         conversations: list[list[str]] = []
         ordinals: list[int] = []
         for place, value in enumerate(_as_list(records.values)):
             reason = records.reasons.get(place, MISSING if value is None else "")
             try:
                 if not reason:
-                    conversations.append(_rendered(value, schema))
+                    conversations.append(_rendered(value))
                     ordinals.append(records.first + place)
             except BadConversationError as error:
                 reason = str(error)
@@ -224,10 +223,10 @@ def _as_list(values: Any) -> list[Any]:
         return [value if value.is_valid else None for value in values]
 
 
-def _rendered(value: Any, schema: ChatSchema) -> list[str]:
+def _rendered(value: Any) -> list[str]:
     """A conversation's turns; BadConversationError has the reason if it is none."""
     try:
-        turns = render(value.as_py() if isinstance(value, pa.Scalar) else value, schema)
+        turns = render(value.as_py() if isinstance(value, pa.Scalar) else value)
         size = sum(len(text.encode()) for text in turns)
     except UnicodeError:
         raise BadConversationError(BAD_UTF8) from None

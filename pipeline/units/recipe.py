@@ -22,6 +22,8 @@ from shards.format import token_dtype
 
 TYPICAL_DOCUMENT_BYTES: Final = 2500
 TYPICAL_TOKEN_BYTES: Final = 4
+OPTIONAL: Final = ("separator",)
+"""Keys that a recipe has only if they are given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,6 @@ def recipe_of(request: PrepareRequest, inputs: Inputs) -> dict[str, Any]:
     if isinstance(inputs, HubInputs) and licence == "unknown":
         licence = inputs.licence or licence
     val_fraction = source.val_fraction if request.val_fraction is None else request.val_fraction
-    # only where it is another one: folders begun by earlier versions go on
-    schema = {} if source.chat_schema == "sharegpt" else {"chat_schema": source.chat_schema}
     return {
         "source": source.name,
         "dataset": inputs.dataset,
@@ -89,7 +89,8 @@ def recipe_of(request: PrepareRequest, inputs: Inputs) -> dict[str, Any]:
         "max_documents": request.limit.documents,
         "max_tokens": request.limit.tokens,
         "unit_bytes": _unit_bytes(request),
-        **schema,
+        # only where it is given: folders begun by earlier versions go on
+        **({"separator": source.separator} if source.separator else {}),
     }
 
 
@@ -109,7 +110,7 @@ def check_same_recipe(
 ) -> None:
     """PrepareError if the folder was begun with another recipe or other files."""
     fix = "choose another --out, or delete the folder to start over"
-    for key, value in recipe.items():
+    for key, value in {**dict.fromkeys(OPTIONAL), **recipe}.items():
         if (was := existing.recipe.get(key)) != value:
             raise PrepareError(f"{folder} was begun with {key} {was!r}, not {value!r}: {fix}")
     before = {file.path: file.bytes for file in existing.files}
