@@ -78,7 +78,11 @@ def _unescaped(_context: object, _option: object, text: str) -> str:
 @click.option("--out", type=PATH, default=Path("shards"), show_default=True)
 @workers_option
 @click.option("--seq-len", type=click.IntRange(2), default=4096, show_default=True)
-@click.option("--tokenizer", type=PATH, help="SentencePiece .model; default: Mistral's, extended.")
+@click.option("--tokenizer", type=PATH, help="A SentencePiece .model or a "
+              "tokenizer.json (byte-level BPE); default: Mistral's, extended.")  # fmt: skip
+@click.option("--bos", default="", metavar="TOKEN", help="Special token of a tokenizer.json that "
+              "begins a document; default: what its folder says, else its --eos.")  # fmt: skip
+@click.option("--eos", default="", metavar="TOKEN", help="And that ends one.")
 @click.option("--max-documents", type=COUNT, help="Take a fair sample of so many documents.")
 @click.option("--max-tokens", type=COUNT, help="Stop behind the document that reaches so many.")
 @click.option("--val-fraction", type=click.FloatRange(0, 1), help="Held out; default: 0.001.")
@@ -112,7 +116,7 @@ def tokenize(source: str, **options: Any) -> None:
     same = ("out", "seq_len", "val_fraction", "loss_mask", "check_encoding", "part")
     request = PrepareRequest(
         source=find(source, _overrides(options)),
-        tokenizer=_tokenizer(options["tokenizer"]),
+        tokenizer=_tokenizer(options["tokenizer"], bos=options["bos"], eos=options["eos"]),
         data_files=() if options["dataset"] else options["data_files"],
         limit=Limit(options["max_documents"], options["max_tokens"]),
         **{name: options[name] for name in same},
@@ -272,10 +276,16 @@ def _overrides(options: dict[str, Any]) -> SourceOverrides:
     return SourceOverrides(**{name: options[name] for name in names})
 
 
-def _tokenizer(path: Path | None) -> Tokenizer:
+def _tokenizer(path: Path | None, **ends: str) -> Tokenizer:
+    from pipeline.text.json_tokenizer import load_tokenizer
     from pipeline.text.tokenizer import Tokenizer
 
-    return Tokenizer.default() if path in (None, Path("default")) else Tokenizer.load(path)
+    named = {which: token for which, token in ends.items() if token}
+    if path is not None and path != Path("default"):
+        return load_tokenizer(path, **named)
+    if named:
+        raise click.UsageError(f"--{next(iter(named))} goes with --tokenizer tokenizer.json")
+    return Tokenizer.default()
 
 
 if __name__ == "__main__":

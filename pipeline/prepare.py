@@ -36,7 +36,15 @@ from pipeline.units.recipe import PrepareRequest, check_request, check_same_reci
 from pipeline.units.units import PreparePlan, make_plan, read_plan
 from shards.errors import ShardError
 from shards.files import create_once, fsync_folder, one_at_a_time, publish_bytes, remove_abandoned
-from shards.format import PLAN, TOKEN_BYTES, TOKENIZER, Manifest, UnitRecord, combine, unit_name
+from shards.format import (
+    PLAN,
+    TOKEN_BYTES,
+    Manifest,
+    UnitRecord,
+    combine,
+    tokenizer_path,
+    unit_name,
+)
 from shards.reader import read_manifest, read_unit_record
 from shards.writer import write_manifest
 
@@ -92,7 +100,7 @@ def load_or_create_plan(request: PrepareRequest, folder: Path) -> tuple[Inputs, 
     if plan is not None and plan.recipe["tokenizer"]["sha256"] != tokenizer.info.sha256:
         raise PrepareError(
             f"{folder} was begun with another tokenizer than {tokenizer.name}: give that one "
-            f"(--tokenizer {folder / TOKENIZER}), or choose another --out"
+            f"(--tokenizer {tokenizer_path(folder)}), or choose another --out"
         )
     inputs = inputs_from_plan(request, plan) or open_inputs(request.source, request.data_files)
     recipe = recipe_of(request, inputs)
@@ -110,7 +118,7 @@ def load_or_create_plan(request: PrepareRequest, folder: Path) -> tuple[Inputs, 
 
 def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Put the model and its lengths beside the shards; what differs from them is damage."""
-    for name, data in ((TOKENIZER, tokenizer.model), (TOKEN_BYTES, tokenizer.token_bytes_file())):
+    for name, data in {**tokenizer.files(), TOKEN_BYTES: tokenizer.token_bytes_file()}.items():
         path = folder / name
         if not path.exists() or path.read_bytes() != data:
             publish_bytes(path, data)

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
@@ -19,6 +20,11 @@ from shards.versions import FORMAT_KEY, SHARDS, check_format
 MANIFEST: Final = "manifest.json"
 PLAN: Final = "units.json"
 TOKENIZER: Final = "tokenizer.model"
+TOKENIZER_JSON: Final = "tokenizer.json"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+"""Beside a tokenizer.json: which of its special tokens are BOS, EOS and padding."""
+TOKENIZER_FILES: Final = (TOKENIZER, TOKENIZER_JSON, TOKENIZER_CONFIG)
+"""Those that are there are kept together: one of the first two, and the third with the second."""
 TOKEN_BYTES: Final = "token_bytes.npy"
 """UTF-8 bytes of text that each id stands for: [vocab_size, 2], `<u2` (`<u4` if one needs it).
 
@@ -67,6 +73,12 @@ def row_digests(rows: Tokens, masks: Masks | None = None) -> npt.NDArray[np.uint
     return np.fromiter(map(row_digest, *pairs), np.uint64, len(rows))
 
 
+def tokenizer_path(folder: Path) -> Path:
+    """Where a folder's tokenizer is: its tokenizer.model, or else its tokenizer.json."""
+    model, described = folder / TOKENIZER, folder / TOKENIZER_JSON
+    return described if described.exists() and not model.exists() else model
+
+
 def unit_name(position: int) -> str:
     """A unit's name is its position in the plan's order."""
     return f"{position:05d}"
@@ -74,7 +86,7 @@ def unit_name(position: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerInfo:
-    """Which tokenizer made the ids. `sha256` is that of the SentencePiece model file."""
+    """Which tokenizer made the ids. `sha256` is that of its .model or tokenizer.json file."""
 
     name: str
     sha256: str

@@ -12,10 +12,11 @@ from pipeline.errors import PrepareError
 from pipeline.text.chat import ChatTemplate, Encoded
 from pipeline.text.documents import DocumentMaker, Documents, in_batches
 from pipeline.text.encode import CheckedEncoder, encode_documents, make_encoder
+from pipeline.text.json_tokenizer import load_tokenizer
 from pipeline.text.pack import Packer
 from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.job import Amount, Limit, PrepareJob, ReportStep, Step
-from shards.format import TOKENIZER, TokenizerInfo, UnitRecord, unit_name
+from shards.format import TokenizerInfo, UnitRecord, unit_name
 from shards.writer import ShardWriter
 
 BATCH_BYTES: Final = 8 << 20
@@ -28,7 +29,7 @@ def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportStep) -
     writer = ShardWriter(job.folder, unit_name(position), facts)
     packers = {split: Packer(writer, split, facts) for split in ("train", "val")}
     maker = DocumentMaker(source, facts.val_fraction)
-    tokenizer = _tokenizer(job.folder / TOKENIZER, facts.tokenizer)
+    tokenizer = _tokenizer(job.folder, facts.tokenizer)
     encoder = CheckedEncoder(make_encoder(tokenizer), tokenizer, job.check_encoding)
     template = ChatTemplate.of(tokenizer) if source.shape == "chat" else None
     text_bytes, done = 0, Amount()
@@ -60,10 +61,11 @@ def _cut(encoded: Encoded, documents: Documents, limit: Limit) -> tuple[Encoded,
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: Path, info: TokenizerInfo) -> Tokenizer:
-    tokenizer = Tokenizer.load(path, info.name)
+def _tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
+    tokenizer = load_tokenizer(folder, info.name)
     if tokenizer.info != info:
         raise PrepareError(
-            f"{path} is not {info.name} any more: start the same command again, which restores it"
+            f"{folder / tokenizer.file} is not {info.name} any more: start the same command again, "
+            "which restores it"
         )
     return tokenizer

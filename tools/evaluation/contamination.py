@@ -15,8 +15,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.text.tokenizer import Tokenizer
-from shards.format import TOKENIZER
+from pipeline.text.json_tokenizer import load_tokenizer
 from shards.reader import ShardReader, find_sources
 from tools.errors import EvaluationError
 from tools.evaluation.cards import Result
@@ -191,7 +190,7 @@ class _Decoder:
     """Ids -> normalised text, by one gather of bytes (joining pieces takes three times as long)."""
 
     def __init__(self, reader: ShardReader) -> None:
-        tokenizer = Tokenizer.load(reader.folder / TOKENIZER)
+        tokenizer = load_tokenizer(reader.folder)
         pieces = [normalised(piece) for piece in tokenizer.token_bytes]
         self.barrier_id = tokenizer.bos_id
         pieces[self.barrier_id] = BARRIER
