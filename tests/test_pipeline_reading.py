@@ -1,5 +1,6 @@
 """Files -> records: every format, ranges of lines, and input that is not what it should be."""
 
+import contextlib
 import functools
 import gzip
 import io
@@ -10,6 +11,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import example, given, settings
@@ -18,9 +21,11 @@ from hypothesis import strategies as st
 import pipeline_samples
 from pipeline.errors import SourceError
 from pipeline.inputs import reading
+from pipeline.inputs.inputs import local_inputs
 from pipeline.inputs.reading import line_blocks
 from pipeline.inputs.sources import Source, SourceOverrides, find
 from pipeline_samples import TEXT, is_unicode, write_jsonl, write_parquet
+from shards.format import Part
 
 
 def read(pattern: Any, source: Source = TEXT) -> Any:
@@ -250,3 +255,38 @@ def test_a_separator_that_would_do_nothing_is_refused(
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
     with pytest.raises(SourceError, match=message):
         read(path, find("m", SourceOverrides(data_files=(str(path),), **choice)))
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "stored", "delta", "chat"])
+def test_rows_are_read_by_what_they_decode_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A file of 2,000 times the same long text is small, whatever encoding makes it so."""
+    text, n, limit = "lorem ipsum " * 1000, 2000, 1 << 17
+    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", limit)
+    column: Any = pa.array([text] * n).dictionary_encode()
+    if kind == "chat":
+        turns = pa.array([{"role": "user", "content": "q"}, {"role": "assistant", "content": text}])
+        roles, said = (
+            turns.field(k).dictionary_encode().take(pa.array([0, 1] * n)) for k in (0, 1)
+        )
+        turns = pa.StructArray.from_arrays([roles, said], ["role", "content"])
+        column = pa.ListArray.from_arrays(pa.array(range(0, 2 * n + 1, 2), pa.int32()), turns)
+    elif kind == "delta":
+        column = column.dictionary_decode()
+    how: Any = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    pq.write_table(
+        pa.table({"text": column}), tmp_path / "a.parquet", compression="zstd",
+        store_schema=kind == "stored", **how if kind == "delta" else {},
+    )  # fmt: skip
+    assert (tmp_path / "a.parquet").stat().st_size < 50_000
+    source = Source(name="m", about="", licence="", shape="chat" if kind == "chat" else "documents")
+    inputs, found = local_inputs((str(tmp_path),)), 0
+    with contextlib.closing(reading.PartReader(inputs, source)) as reader:
+        for records in reader.read(Part(file="a.parquet", first=0, last=1)):
+            values = records.values.to_pylist()
+            assert len(values) * len(text) <= limit
+            found += len(values)
+            said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+            assert values[-1] == (said if kind == "chat" else text)
+    assert found == n

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet as pq
 
@@ -30,6 +31,8 @@ from shards.format import Part
 BLOCK_BYTES: Final = 8 << 20
 MAX_RECORD_BYTES: Final = 128 << 20
 MAX_BATCH_ROWS: Final = 16_384
+DELTA_ROWS: Final = 4
+"""Rows read at once where each may repeat nearly all of the one before (DELTA_BYTE_ARRAY)."""
 
 NOT_JSON: Final = "not JSON"
 NO_OBJECT: Final = "not a JSON object"
@@ -105,12 +108,43 @@ class PartReader:
         weight, _ = column_bytes(metadata, groups, column)
         rows = sum(metadata.row_group(group).num_rows for group in groups)
         batch_rows = max(1, min(MAX_BATCH_ROWS, rows * BLOCK_BYTES // max(1, weight)))
+        if batch_rows * weight > MAX_RECORD_BYTES:
+            batch_rows = min(batch_rows, self._fitting_rows(parquet, groups))
         first = 0
         for batch in parquet.iter_batches(
             batch_size=batch_rows, row_groups=list(groups), columns=[column], use_threads=False
         ):
             yield Records(first, batch.column(0))
             first += batch.num_rows
+
+    def _fitting_rows(self, parquet: pq.ParquetFile, groups: range) -> int:
+        """So many rows that together they cannot decode to more than the largest record.
+
+        A value of the dictionary may stand for thousands of rows, so it is looked at first: of each
+        row group one row is read with it.
+        """
+        assert self._parquet is not None
+        column = self._source.text_column
+        every = map(parquet.metadata.row_group, groups)
+        chunks = [group.column(place) for group in every for place in range(group.num_columns)]
+        chunks = [chunk for chunk in chunks if _is_of(chunk, column)]
+        if any("DELTA_BYTE_ARRAY" in chunk.encodings for chunk in chunks):
+            return DELTA_ROWS
+        texts = {c.path_in_schema for c in chunks if c.physical_type == "BYTE_ARRAY"}
+        probe = pq.ParquetFile(
+            self._parquet[1],
+            metadata=parquet.metadata,
+            read_dictionary=sorted(texts),
+            pre_buffer=False,
+        )
+        longest = 1
+        for group in groups:
+            rows = probe.iter_batches(1, row_groups=[group], columns=[column], use_threads=False)
+            for batch in itertools.islice(rows, 1):
+                longest = max(longest, *map(_longest, _dictionaries(batch.column(0))), 1)
+        # conversations become Python's strings
+        room = MAX_RECORD_BYTES // (4 if self._source.shape == "chat" else 1)
+        return max(1, room // longest)
 
     def _open_parquet(self, path: str) -> pq.ParquetFile:
         if self._parquet is None or self._parquet[0] != path:
@@ -120,6 +154,26 @@ class PartReader:
             check_column(parquet.schema_arrow, path, self._source)
             self._parquet = (path, raw, parquet)
         return self._parquet[2]
+
+
+def _is_of(chunk: pq.ColumnChunkMetaData, column: str) -> bool:
+    return bool(chunk.path_in_schema.split(".")[0] == column)
+
+
+def _dictionaries(array: Any) -> Iterator[Any]:
+    """The dictionaries of an array or of what is nested in it."""
+    if pa.types.is_dictionary(array.type):
+        yield array.dictionary
+    elif any(is_type(array.type) for is_type in _LIST_TYPES):
+        yield from _dictionaries(array.values)
+    elif pa.types.is_struct(array.type):
+        for place in range(array.type.num_fields):
+            yield from _dictionaries(array.field(place))
+
+
+def _longest(values: Any) -> int:
+    """Bytes of the longest of some strings."""
+    return int(pc.max(pc.binary_length(values)).as_py() or 0)
 
 
 def open_parquet(raw: BinaryIO) -> pq.ParquetFile:
@@ -139,7 +193,7 @@ def column_bytes(metadata: pq.FileMetaData, groups: range, column: str) -> tuple
     plain = packed = 0
     for row_group in map(metadata.row_group, groups):
         for chunk in map(row_group.column, range(row_group.num_columns)):
-            if chunk.path_in_schema.split(".")[0] == column:
+            if _is_of(chunk, column):
                 plain += chunk.total_uncompressed_size
                 packed += chunk.total_compressed_size
     return plain, packed
@@ -260,7 +314,7 @@ def _skip_line(
         data = before + data
         if (found := data.find(ending)) >= 0:
             return at, bytearray(data[found + len(ending) :])
-        before = data[len(data) - len(ending) + 1 :]
+        before = data[max(0, len(data) - len(ending) + 1) :]
     return at, bytearray()
 
 

@@ -25,7 +25,8 @@ that the whole text does not have there. Two kinds of places allow for it:
     in front of a character  that no piece joins to a space: the prefix is a token by itself, and
                              that token is left out
 
-A text without any such place for megabytes is encoded in one slice, however long.
+A text without any such place for megabytes is encoded in one slice, however long. A word, which
+has no place to cut at all, is encoded up to 4 MiB; a document with a longer one is rejected.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ SLICE_BYTES: Final = 8 << 20
 SPACE: Final = "\u2581"  # what a space is inside a model
 _BLANK: Final = 0x20
 _MARKER: Final = b"\xff"
+LONG_WORD: Final = "a word above 4 MiB"
 _NO_DUMMY_PREFIX: Final = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
+LONGEST_WORD: Final = 4 << 20  # encoding one takes 70 to 130 times its size
 _CACHED_WORD_BYTES: Final = 64  # longer ones rarely come twice
 _CACHED_WORDS: Final = 1 << 17  # are kept; more only if few batches have so many of their own, as
 _MOST_WORDS: Final = 1 << 20  # in text of many languages, for all are hashed again in every batch
@@ -250,6 +253,23 @@ class SlicedEncoder:
         lengths = np.cumsum([0, *(len(stream.tokens) for stream in streams)])
         starts = [stream.starts + length for stream, length in zip(streams, lengths, strict=False)]
         return Encoded(np.concatenate([s.tokens for s in streams]), np.concatenate(starts))
+
+    def unfit(self, texts: pa.Array) -> dict[int, str]:
+        """The texts that would take too much memory: those with a word above 4 MiB."""
+        long = np.flatnonzero(np.asarray(pc.binary_length(texts)) > LONGEST_WORD).tolist()
+        words = {n: self._longest(np.frombuffer(texts[n].as_buffer(), np.uint8)) for n in long}
+        return {n: LONG_WORD for n, size in words.items() if size > LONGEST_WORD}
+
+    def _longest(self, text: Bytes) -> int:
+        """Bytes of the longest word."""
+        longest = last = 0
+        for here in range(1, len(text), _WINDOW):
+            window = text[here - 1 : here + _WINDOW]
+            places = here + np.flatnonzero(self._cuts[window[:-1], window[1:]])
+            if len(places):
+                longest = max(longest, int(np.diff(places, prepend=last).max()))
+                last = int(places[-1])
+        return max(longest, len(text) - last)
 
     def _streams(self, texts: pa.Array) -> Iterator[Encoded]:
         """The streams of neighbouring texts, short ones together."""

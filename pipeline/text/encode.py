@@ -11,13 +11,14 @@ import pyarrow.compute as pc
 
 from pipeline.errors import TokenizerError
 from pipeline.text.chat import ChatTemplate, Encoded
-from pipeline.text.columnar import SlicedEncoder, unfit_reason
+from pipeline.text.columnar import LONGEST_WORD, SlicedEncoder, unfit_reason
 from pipeline.text.documents import Documents
 from pipeline.text.json_tokenizer import JsonTokenizer
 from pipeline.text.tokenizer import Tokenizer
 from shards.format import Flags, token_dtype
 
 CHECKED_CHARACTERS: Final = 1 << 15
+LONG_TEXT: Final = "above 4 MiB, for a vocabulary that is encoded slowly"
 
 
 class Encoder(Protocol):
@@ -28,6 +29,9 @@ class Encoder(Protocol):
     def encode(self, texts: pa.Array) -> Encoded:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
 
+    def unfit(self, texts: pa.Array) -> dict[int, str]:
+        """The texts that it cannot encode within the memory of a worker, each with the reason."""
+
 
 class PlainEncoder:
     """sentencepiece itself, for vocabularies that the columnar encoder is not exact on."""
@@ -37,6 +41,11 @@ class PlainEncoder:
         self.note = f"plain {library}, slowly: {reason}"
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
+
+    def unfit(self, texts: pa.Array) -> dict[int, str]:
+        """The texts above 4 MiB: encoding takes 50 to 130 times their size."""
+        long = np.asarray(pc.binary_length(texts)) > LONGEST_WORD
+        return dict.fromkeys(np.flatnonzero(long).tolist(), LONG_TEXT)
 
     def encode(self, texts: pa.Array) -> Encoded:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
@@ -77,6 +86,7 @@ class CheckedEncoder:
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, n: int) -> None:
         self.note = encoder.note
         self._encoder, self._tokenizer, self._left = encoder, tokenizer, n
+        self.unfit = encoder.unfit
 
     def encode(self, texts: pa.Array) -> Encoded:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""

@@ -28,9 +28,9 @@ def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportStep) -
     source, facts = job.plan.source, job.plan.facts
     writer = ShardWriter(job.folder, unit_name(position), facts)
     packers = {split: Packer(writer, split, facts) for split in ("train", "val")}
-    maker = DocumentMaker(source, facts.val_fraction)
     tokenizer = _tokenizer(job.folder, facts.tokenizer)
     encoder = CheckedEncoder(make_encoder(tokenizer), tokenizer, job.check_encoding)
+    maker = DocumentMaker(source, facts.val_fraction, (encoder.unfit,))
     template = ChatTemplate.of(tokenizer) if source.shape == "chat" else None
     text_bytes, done = 0, Amount()
     report(Step(position))

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.text.json_tokenizer import load_tokenizer
+from pipeline.text.ngrams import BARRIER, N_WORDS, Wanted, grams_of, normalised
 from shards.reader import ShardReader, find_sources
 from tools.errors import EvaluationError
 from tools.evaluation.cards import Result
 from tools.evaluation.datasets import read_questions, read_records
-from tools.evaluation.ngrams import BARRIER, N_WORDS, Wanted, grams_of, normalised
 from tools.evaluation.scoring import Progress
 from tools.evaluation.tasks import CORPORA, TASKS, TaskOptions
 from tools.evaluation.wikitext import pages_of, read_text

@@ -14,8 +14,6 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.mixture import splitmix64
-
 Hashes = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
 
@@ -54,7 +52,7 @@ def grams_of(text: bytes) -> Grams:
     begins, ends = edges[::2], edges[1::2]
     if len(begins) < N_WORDS:
         return Grams(np.empty(0, np.uint64), begins[:0], ends[:0])
-    words = splitmix64(_differences(characters, begins, ends))
+    words = _mixed(_differences(characters, begins, ends))
     first = np.arange(len(words) - N_WORDS + 1)
     hashes = _differences(words, first, first + N_WORDS)
     return Grams(hashes, begins[: len(first)], ends[N_WORDS - 1 :])
@@ -67,6 +65,14 @@ def _differences(values: npt.NDArray[np.unsignedinteger], begins: Places, ends: 
     np.cumsum(values * _powers(_BASE, n)[: len(values)], out=running[1:])
     hashes = (running[ends] - running[begins]) * _powers(_INVERSE, n)[begins]
     return np.asarray(hashes, np.uint64)
+
+
+def _mixed(words: Hashes) -> Hashes:
+    """The finaliser of splitmix64 (Steele, Lea & Flood 2014): close words, far hashes."""
+    words = words + np.uint64(_BASE)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(words ^ (words >> np.uint64(31)), np.uint64)
 
 
 @functools.lru_cache(maxsize=64)
