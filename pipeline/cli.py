@@ -88,6 +88,9 @@ def _unescaped(_context: object, _option: object, text: str) -> str:
 @click.option("--val-fraction", type=click.FloatRange(0, 1), help="Held out; default: 0.001.")
 @click.option("--check-encoding", type=COUNT, default=8, show_default=True,
               help="Documents of each unit compared with sentencepiece's encoding.")  # fmt: skip
+@click.option("--exclude", type=PATH, metavar="FILE",
+              help="Leave out documents that share 13 words in a row with a task: a list of "
+              "`summer-eval contamination --write`.")  # fmt: skip
 @click.option("--loss-mask", is_flag=True, help="Chat: only the answers are targets.")
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--address", default="", metavar="HOST:PORT", help="Ray cluster; default: one here.")
@@ -109,6 +112,7 @@ def tokenize(source: str, **options: Any) -> None:
     from pipeline.checks.inspection import summary
     from pipeline.prepare import prepare
     from pipeline.progress import PrepareDisplay
+    from pipeline.text.exclude import read_exclusion
     from pipeline.units.executors import Executor, default_workers
     from pipeline.units.job import Limit
     from pipeline.units.recipe import PrepareRequest
@@ -118,6 +122,7 @@ def tokenize(source: str, **options: Any) -> None:
         source=find(source, _overrides(options)),
         tokenizer=_tokenizer(options["tokenizer"], bos=options["bos"], eos=options["eos"]),
         data_files=() if options["dataset"] else options["data_files"],
+        exclude=read_exclusion(options["exclude"]) if options["exclude"] else None,
         limit=Limit(options["max_documents"], options["max_tokens"]),
         **{name: options[name] for name in same},
     )

@@ -28,7 +28,6 @@ from pipeline.inputs.hub import HubInputs, open_inputs
 from pipeline.inputs.inputs import Inputs
 from pipeline.text.chat import ChatTemplate
 from pipeline.text.encode import make_encoder
-from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.dispatch import LimitedRun, amount_of, run_all
 from pipeline.units.executors import Executor
 from pipeline.units.job import NO_LIMIT, Amount, Limit, PrepareJob
@@ -37,6 +36,7 @@ from pipeline.units.units import PreparePlan, make_plan, read_plan
 from shards.errors import ShardError
 from shards.files import create_once, fsync_folder, one_at_a_time, publish_bytes, remove_abandoned
 from shards.format import (
+    EXCLUDED,
     PLAN,
     TOKEN_BYTES,
     Manifest,
@@ -112,13 +112,15 @@ def load_or_create_plan(request: PrepareRequest, folder: Path) -> tuple[Inputs, 
             return load_or_create_plan(request, folder)  # another run was first: its plan counts
     else:
         check_same_recipe(plan, recipe, inputs, folder)
-    _keep_tokenizer(tokenizer, folder)
+    _keep_files(request, folder)
     return inputs, plan
 
 
-def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Put the model and its lengths beside the shards; what differs from them is damage."""
-    for name, data in {**tokenizer.files(), TOKEN_BYTES: tokenizer.token_bytes_file()}.items():
+def _keep_files(request: PrepareRequest, folder: Path) -> None:
+    """Put what workers need besides the plan beside the shards; what differs from it is damage."""
+    files = request.tokenizer.files() | {TOKEN_BYTES: request.tokenizer.token_bytes_file()}
+    files |= {EXCLUDED: request.exclude.data} if request.exclude else {}
+    for name, data in files.items():
         path = folder / name
         if not path.exists() or path.read_bytes() != data:
             publish_bytes(path, data)

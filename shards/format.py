@@ -33,6 +33,9 @@ before each text is not the text's own. So targets `ids` that follow `before` ad
 `table[ids, (table[before, 0] == 0) * 1]` bytes (control pieces and padding have 0).
 """
 
+EXCLUDED: Final = "excluded.ngrams"
+"""Only with --exclude: the list of sequences whose documents were left out."""
+
 Split = Literal["train", "val"]
 Packing = Literal["concat", "concat+mask"]
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # [n, seq_len], uint16 or uint32
@@ -162,6 +165,8 @@ class Facts:
     packing: Packing
     val_fraction: float
     tokenizer: TokenizerInfo
+    exclude: Mapping[str, Any] | None = None
+    """With --exclude: `sha256` of the list, and the `tasks` whose text is left out."""
 
     @property
     def masked(self) -> bool:
@@ -190,7 +195,10 @@ class Manifest:
     def to_json(self) -> dict[str, object]:
         """The manifest as it stands in manifest.json."""
         counts = asdict(self)
-        return {FORMAT_KEY: SHARDS, **counts.pop("facts"), **counts}
+        facts = counts.pop("facts")
+        if facts["exclude"] is None:  # as earlier versions wrote it
+            del facts["exclude"]
+        return {FORMAT_KEY: SHARDS, **facts, **counts}
 
     @classmethod
     def from_json(cls, value: Any) -> Manifest:

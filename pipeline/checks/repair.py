@@ -25,6 +25,7 @@ from pipeline.units.job import Limit, PrepareJob
 from pipeline.units.units import PreparePlan
 from shards.files import fsync_folder, publish_bytes, remove_abandoned
 from shards.format import (
+    EXCLUDED,
     MANIFEST,
     PLAN,
     TOKEN_BYTES,
@@ -55,10 +56,14 @@ def repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> lis
             f"{folder}: {MANIFEST} and a unit's record are missing or damaged: {SAME_COMMAND}"
         )
     _restore_tokenizer(folder, metadata)
+    if any(damage.file == EXCLUDED for damage in found):
+        raise PrepareError(
+            f"{folder / EXCLUDED} is missing or damaged: {SAME_COMMAND}, which restores it"
+        )
     if units := sorted({damage.unit for damage in found if damage.unit is not None}):
         inputs = _inputs(plan, units, data_files)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
-            for name in filter(lambda name: (folder / name).exists(), TOKENIZER_FILES):
+            for name in filter(lambda name: (folder / name).exists(), (*TOKENIZER_FILES, EXCLUDED)):
                 shutil.copy(folder / name, scratch)
             _redo(PrepareJob(Path(scratch), plan, inputs), metadata, units, executor)
             for unit in units:

@@ -23,6 +23,7 @@ from pipeline.units.units import PreparePlan, read_plan
 from shards.errors import SummerError
 from shards.files import is_temporary, json_bytes, sha256_file
 from shards.format import (
+    EXCLUDED,
     MANIFEST,
     PLAN,
     TOKEN_BYTES,
@@ -80,6 +81,10 @@ def find_damage(folder: Path) -> Iterator[Damage]:
     yield from metadata.damage
     yield from _tokenizer_damage(folder, metadata.facts)
     expected = {MANIFEST, PLAN, TOKEN_BYTES, tokenizer_path(folder).name}
+    if excluded := metadata.facts.exclude:
+        expected |= {EXCLUDED}
+        if digest_of(folder / EXCLUDED) != excluded["sha256"]:
+            yield Damage(EXCLUDED, "missing or damaged")
     expected |= {TOKENIZER_CONFIG} if TOKENIZER_JSON in expected else set()
     for unit in metadata.units:
         expected |= {f"{unit}.json"}

@@ -15,6 +15,7 @@ from pipeline.inputs.hub import HubInputs
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.sources import Source
 from pipeline.text.chat import ChatTemplate
+from pipeline.text.exclude import Exclusion
 from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.job import CHECKED_DOCUMENTS, NO_LIMIT, Limit
 from pipeline.units.units import LEAST_UNIT_BYTES, UNIT_BYTES, UNITS_WANTED, PreparePlan
@@ -22,7 +23,7 @@ from shards.format import token_dtype
 
 TYPICAL_DOCUMENT_BYTES: Final = 2500
 TYPICAL_TOKEN_BYTES: Final = 4
-OPTIONAL: Final = ("separator",)
+OPTIONAL: Final = ("separator", "exclude")
 """Keys that a recipe has only if they are given."""
 
 
@@ -39,6 +40,7 @@ class PrepareRequest:
     loss_mask: bool = False
     limit: Limit = NO_LIMIT
     check_encoding: int = CHECKED_DOCUMENTS
+    exclude: Exclusion | None = None
     part: tuple[int, int] = (1, 1)
     unit_bytes: int | None = None
     """Text in a unit at most; by default 256 MiB, less if a limit is to take from many places."""
@@ -90,6 +92,7 @@ def recipe_of(request: PrepareRequest, inputs: Inputs) -> dict[str, Any]:
         "max_tokens": request.limit.tokens,
         "unit_bytes": _unit_bytes(request),
         # only where it is given: folders begun by earlier versions go on
+        **({"exclude": request.exclude.described} if request.exclude else {}),
         **({"separator": source.separator} if source.separator else {}),
     }
 

@@ -97,7 +97,8 @@ class PreparePlan:
     @functools.cached_property
     def facts(self) -> Facts:
         """What the manifest and every shard need to know; KeyError if the recipe lacks it."""
-        values = {field.name: self.recipe[field.name] for field in fields(Facts)}
+        values = {each.name: self.recipe[each.name] for each in fields(Facts)
+                  if each.name in self.recipe or each.name != "exclude"}  # fmt: skip
         return Facts(**{**values, "tokenizer": TokenizerInfo(**self.recipe["tokenizer"])})
 
     @functools.cached_property

@@ -10,13 +10,14 @@ import numpy as np
 
 from pipeline.errors import PrepareError
 from pipeline.text.chat import ChatTemplate, Encoded
-from pipeline.text.documents import DocumentMaker, Documents, in_batches
+from pipeline.text.documents import DocumentMaker, Documents, Screen, in_batches
 from pipeline.text.encode import CheckedEncoder, encode_documents, make_encoder
+from pipeline.text.exclude import read_exclusion
 from pipeline.text.json_tokenizer import load_tokenizer
 from pipeline.text.pack import Packer
 from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.job import Amount, Limit, PrepareJob, ReportStep, Step
-from shards.format import TokenizerInfo, UnitRecord, unit_name
+from shards.format import EXCLUDED, TokenizerInfo, UnitRecord, unit_name
 from shards.writer import ShardWriter
 
 BATCH_BYTES: Final = 8 << 20
@@ -30,7 +31,7 @@ def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportStep) -
     packers = {split: Packer(writer, split, facts) for split in ("train", "val")}
     tokenizer = _tokenizer(job.folder, facts.tokenizer)
     encoder = CheckedEncoder(make_encoder(tokenizer), tokenizer, job.check_encoding)
-    maker = DocumentMaker(source, facts.val_fraction, (encoder.unfit,))
+    maker = DocumentMaker(source, facts.val_fraction, (encoder.unfit, *_exclusion(job)))
     template = ChatTemplate.of(tokenizer) if source.shape == "chat" else None
     text_bytes, done = 0, Amount()
     report(Step(position))
@@ -50,6 +51,14 @@ def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportStep) -
     for packer in packers.values():
         packer.finish()
     return writer.finish(maker.rejected, job.plan.sha256)
+
+
+def _exclusion(job: PrepareJob) -> list[Screen]:
+    """What leaves out documents of evaluation tasks, if that was asked for."""
+    excluded = job.plan.facts.exclude
+    if excluded is None:
+        return []
+    return [read_exclusion(job.folder / EXCLUDED, excluded["sha256"]).screen]
 
 
 def _cut(encoded: Encoded, documents: Documents, limit: Limit) -> tuple[Encoded, Documents]:
