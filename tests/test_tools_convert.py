@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
+from pipeline.text.exclude import Exclusion
 from pipeline.text.json_tokenizer import load_tokenizer, piece_bytes
 from pipeline.text.tokenizer import Tokenizer, base_model
 from pipeline.text.tokenizer import train as train_tokenizer
@@ -175,7 +176,9 @@ def test_a_folder_with_a_tokenizer_json_is_trained_further(
     write_folder(folder, model.config, model.state_dict(), tokenizer)
     assert convert(folder, tmp_path / "base").exit_code == 0
     files = str(write_jsonl(tmp_path / "a.jsonl", TEXTS))
-    prepared(request(tmp_path / "shards", files, "s", tokenizer=tokenizer, seq_len=32))
+    listed = Exclusion.of({"arc_easy": [TEXTS[7], "short"]})
+    wanted = {"tokenizer": tokenizer, "seq_len": 32, "exclude": listed}
+    assert prepared(request(tmp_path / "shards", files, "s", **wanted)).rejected
     sets = (f"init_from={tmp_path / 'base'}", "max_steps=2", "global_batch_tokens=128",
             "micro_batch_size=4", "precision=fp32", "compile=false", "device=cpu",
             "tensorboard=false", "mixture.s=1", "validation.interval=1")  # fmt: skip
@@ -196,6 +199,9 @@ def test_a_folder_with_a_tokenizer_json_is_trained_further(
     result = convert(tmp_path / "run", tmp_path / "again")
     assert result.exit_code == 0, result.output
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text()
+    left_out = f"arc_easy (list {listed.described['sha256']})"
+    assert f"| left out of s | what shares 13 words with {left_out} |" in card
     how = {"add_special_tokens": False, "split_special_tokens": True}
     for text in (TEXTS[9], f"{special[0]} 1234\n\n it"):
         assert theirs(text, **how).input_ids == tokenizer.encode(text)

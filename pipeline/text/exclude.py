@@ -18,7 +18,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -38,8 +38,8 @@ from pipeline.text.ngrams import (
     grams_of,
     normalised,
 )
+from shards.versions import EXCLUDE, FORMAT_KEY, check_format
 
-FORMAT: Final = "summerlm-exclude/1"
 _PROBE: Final = 4  # words
 _STRIDE: Final = N_WORDS - _PROBE + 1
 _PREFIX: Final = 8  # bytes of a word
@@ -81,13 +81,13 @@ class Exclusion:
         )
         arrays = [grams, spans, probes]
         body = b"".join(array.astype("<u8").tobytes() for array in arrays) + numbers.tobytes()
-        described = {
-            "format": FORMAT,
+        described: dict[str, Any] = {
+            FORMAT_KEY: EXCLUDE,
             "words": N_WORDS,
             "tasks": list(items),
             "sizes": [len(array) for array in arrays],
-            "sha256": _digest(items, body),
         }
+        described["sha256"] = _digest(described, body)
         return cls.from_bytes(_spelled(described) + b"\n" + body, "the list")
 
     @classmethod
@@ -96,10 +96,10 @@ class Exclusion:
         head, _, body = data.partition(b"\n")
         try:
             described = json.loads(head)
-            if described["format"] != FORMAT or described["words"] != N_WORDS:
-                raise ValueError(f"format {described['format']}, and {FORMAT} is read")
+            check_format(described, EXCLUDE, name)
             tasks = tuple(described["tasks"])
-            if described["sha256"] != _digest(tasks, body) or _spelled(described) != head:
+            known = {key: value for key, value in described.items() if key != "sha256"}
+            if described["sha256"] != _digest(known, body) or _spelled(described) != head:
                 raise ValueError("its digest differs")
             ends = np.cumsum([0, *described["sizes"]]) * 8
             arrays = [np.frombuffer(body[a:b], "<u8") for a, b in itertools.pairwise(ends)]
@@ -107,7 +107,14 @@ class Exclusion:
             numbers = np.frombuffer(body[ends[-1] :], np.uint8)
             if len(numbers) != len(arrays[0]) or (numbers >= len(tasks)).any():
                 raise ValueError("its sizes differ")
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise PrepareError(
                 f"{name} is no list of `summer-eval contamination --write` ({error}): write it anew"
             ) from error
@@ -151,8 +158,8 @@ def _spelled(described: object) -> bytes:
     return json.dumps(described).encode()
 
 
-def _digest(tasks: Iterable[str], body: bytes) -> str:
-    return hashlib.sha256(_spelled(list(tasks)) + body).hexdigest()
+def _digest(described: object, body: bytes) -> str:
+    return hashlib.sha256(_spelled(described) + body).hexdigest()
 
 
 _AROUND: Final = (1 - _STRIDE, 0, N_WORDS - 1)

@@ -213,6 +213,9 @@ def _facts(run: Path, record: Mapping[str, Any], loaded: LoadedModel) -> Iterato
     if "ledger" in record:
         seen = sum(source["tokens"] for source in record["ledger"].values())
         yield "tokens seen", f"{seen:,}"
+    for name, source in record.get("data", {}).items():
+        if source.get("excluded"):
+            yield f"left out of {name}", f"what shares 13 words with {source['excluded']}"
     if "time_s" in record:
         devices = record.get("world_size", 1)
         yield "training time", f"{record['time_s'] / 3600:,.2f} h of {devices} devices"
