@@ -88,12 +88,15 @@ class HashSet:
 
     def __init__(self, hashes: Hashes) -> None:
         self.hashes = hashes
-        self._filter = np.zeros(1 << _FILTER_BITS, np.bool_)
-        self._filter[_filter_place(hashes)] = True
+        filled = np.zeros(1 << _FILTER_BITS, np.bool_)
+        filled[_filter_place(hashes)] = True
+        self._filter = np.packbits(filled, bitorder="little")  # 2 MB stay in the cache
 
     def holds(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
         """Which of some hashes are in the set. [n]"""
-        found = self._filter[_filter_place(hashes)]
+        place = _filter_place(hashes)
+        bits = self._filter[place >> np.uint64(3)] >> (place & np.uint64(7)).astype(np.uint8)
+        found: npt.NDArray[np.bool_] = (bits & 1).astype(np.bool_)
         maybe = np.flatnonzero(found)
         if len(maybe):
             place = np.minimum(np.searchsorted(self.hashes, hashes[maybe]), len(self.hashes) - 1)
