@@ -75,6 +75,10 @@ def _count(_context: object, _option: object, text: str | None) -> int | None:
     return int(number)
 
 
+def _unescaped(_context: object, _option: object, text: str) -> str:
+    return text.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
 @main.command()
 @click.option("--source", "names", required=True, multiple=True, metavar="NAME",
               help="See `summer-prep sources`; may be repeated.")  # fmt: skip
@@ -90,25 +94,30 @@ def _count(_context: object, _option: object, text: str | None) -> int | None:
 @click.option("--split", default="", help="Split of the data set or folder: train (default), test, "
               "...; all: every file.")  # fmt: skip
 @click.option("--text-column", default="", metavar="COL", help="Column of the text.")
+@click.option("--shape", type=click.Choice(["", "documents", "lines", "chat"]), default="",
+              help="What a record is: a document, or turns (from/value, role/content); "
+              "lines: each line of a text file is a document.")  # fmt: skip
+@click.option("--separator", default="", metavar="TEXT", callback=_unescaped,
+              help="What stands between the documents of a text file, e.g. '<|endoftext|>'; "
+              r"\n and \t are meant.")  # fmt: skip
 @click.option("--out", type=PATH, default=Path("shards"), show_default=True)
 @workers_option
 @click.option("--seq-len", type=click.IntRange(2, 1 << 20), default=4096, show_default=True)
-@click.option("--tokenizer", type=PATH, help="SentencePiece .model; default: Mistral's, extended.")
-@click.option(
-    "--max-documents",
-    callback=_count,
-    metavar="N",
-    help="Take a fair sample of so many documents: 5000, 10M.",
-)
-@click.option(
-    "--max-tokens",
-    callback=_count,
-    metavar="N",
-    help="Stop behind the document that reaches so many: 1.5B.",
-)
+@click.option("--tokenizer", type=PATH, help="A SentencePiece .model or a "
+              "tokenizer.json (byte-level BPE); default: Mistral's, extended.")  # fmt: skip
+@click.option("--bos", default="", metavar="TOKEN", help="Special token of a tokenizer.json that "
+              "begins a document; default: what its folder says, else its --eos.")  # fmt: skip
+@click.option("--eos", default="", metavar="TOKEN", help="And that ends one.")
+@click.option("--max-documents", callback=_count, metavar="N",
+              help="Take a fair sample of so many documents: 5000, 10M.")  # fmt: skip
+@click.option("--max-tokens", callback=_count, metavar="N",
+              help="Stop behind the document that reaches so many: 1.5B.")  # fmt: skip
 @click.option("--val-fraction", type=click.FloatRange(0, 1), help="Held out; default: 0.001.")
 @click.option("--check-encoding", type=COUNT, default=8, show_default=True,
               help="Documents of each unit compared with sentencepiece's encoding.")  # fmt: skip
+@click.option("--exclude", type=PATH, metavar="FILE",
+              help="Leave out documents that share 13 words in a row with a task: a list of "
+              "`summer-eval contamination --write`.")  # fmt: skip
 @click.option("--loss-mask", is_flag=True, help="Chat: only the answers are targets.")
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--address", default="", metavar="HOST:PORT", help="Ray cluster; default: one here.")
@@ -133,6 +142,7 @@ def tokenize(names: tuple[str, ...], **options: Any) -> None:
     from pipeline.inputs.urls import open_inputs
     from pipeline.prepare import prepare
     from pipeline.progress import PrepareDisplay
+    from pipeline.text.exclude import read_exclusion
     from pipeline.units.executors import Executor, default_workers
     from pipeline.units.job import Limit
     from pipeline.units.recipe import PrepareRequest
@@ -148,7 +158,8 @@ def tokenize(names: tuple[str, ...], **options: Any) -> None:
     requests = [
         PrepareRequest(
             source=find(name, choice),
-            tokenizer=_tokenizer(options["tokenizer"]),
+            tokenizer=_tokenizer(options["tokenizer"], bos=options["bos"], eos=options["eos"]),
+            exclude=read_exclusion(options["exclude"]) if options["exclude"] else None,
             data_files=() if options["dataset"] else options["data_files"],
             limit=Limit(options["max_documents"], options["max_tokens"]),
             check_encoding=options["check_encoding"],
@@ -314,10 +325,16 @@ def _overrides(options: dict[str, Any]) -> SourceOverrides:
     return SourceOverrides(**{name: options[name] for name in names})
 
 
-def _tokenizer(path: Path | None) -> Tokenizer:
+def _tokenizer(path: Path | None, **ends: str) -> Tokenizer:
+    from pipeline.text.json_tokenizer import load_tokenizer
     from pipeline.text.tokenizer import Tokenizer
 
-    return Tokenizer.default() if path in (None, Path("default")) else Tokenizer.load(path)
+    named = {which: token for which, token in ends.items() if token}
+    if path is not None and path != Path("default"):
+        return load_tokenizer(path, **named)
+    if named:
+        raise click.UsageError(f"--{next(iter(named))} goes with --tokenizer tokenizer.json")
+    return Tokenizer.default()
 
 
 if __name__ == "__main__":

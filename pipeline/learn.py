@@ -11,7 +11,7 @@ from pipeline.inputs.sources import SourceOverrides, find
 from pipeline.inputs.urls import open_inputs
 from pipeline.text.documents import DocumentMaker
 from pipeline.text.encode import make_encoder
-from pipeline.text.tokenizer import Tokenizer, default_model, extend, train
+from pipeline.text.tokenizer import SPARE, Tokenizer, default_model, extend, train
 from pipeline.units.units import cut_into_parts
 from shards.files import publish_bytes
 
@@ -48,12 +48,12 @@ def extended(path: Path, pieces: Sequence[str], out: Path) -> Tokenizer:
 
 def describe_tokenizer(tokenizer: Tokenizer) -> str:
     """What there is to know of a tokenizer, in lines."""
-    info, kinds = tokenizer.info, tokenizer.proto.SentencePiece
-    control = [e.piece for e in tokenizer.proto.pieces if e.type == kinds.CONTROL]
-    named = [piece for piece in control if not piece.startswith("[control_")]
+    info, control = tokenizer.info, tokenizer.control_pieces
+    named = [piece for piece in control if not SPARE.fullmatch(piece)]
     lines = [
         f"{info.name}: {info.vocab_size:,} entries, SHA-256 {info.sha256}",
-        f"  BOS {info.bos_id}, EOS {info.eos_id}, padding {info.pad_id} (<unk>)",
+        f"  BOS {info.bos_id}, EOS {info.eos_id}, padding {info.pad_id} "
+        f"({tokenizer.piece(info.pad_id)})",
         f"  control pieces {' '.join(named)}",
         f"  spare slots    {len(control) - len(named)}",
         f"  encoding       {make_encoder(tokenizer).note}",

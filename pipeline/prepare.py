@@ -29,7 +29,6 @@ from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.urls import open_inputs
 from pipeline.text.chat import ChatTemplate
 from pipeline.text.encode import make_encoder
-from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.dispatch import LimitedRun, amount_of, run_all
 from pipeline.units.executors import Executor
 from pipeline.units.job import NO_LIMIT, Amount, Limit, PrepareJob
@@ -46,13 +45,16 @@ from shards.files import (
     remove_abandoned,
 )
 from shards.format import (
+    EXCLUDED,
     MANIFEST,
     PLAN,
     TOKEN_BYTES,
     TOKENIZER,
+    TOKENIZER_JSON,
     Manifest,
     UnitRecord,
     combine,
+    tokenizer_path,
     unit_name,
 )
 from shards.reader import read_manifest, read_unit_record
@@ -79,7 +81,7 @@ def prepare(
     inputs, plan = load_or_create_plan(request, folder)
     job = PrepareJob(folder, plan, inputs, request.check_encoding)
     try:
-        with in_use(folder / TOKENIZER):
+        with in_use(folder / TOKEN_BYTES):
             return _prepare(request, executor, listener, job)
     except _FailedStartError as failed:
         _forget_failed_start(folder)
@@ -131,7 +133,7 @@ def load_or_create_plan(request: PrepareRequest, folder: Path) -> tuple[Inputs, 
 
     A plan of which nothing was made is no obstacle to another one.
     """
-    plan, tokenizer = read_plan(folder), request.tokenizer
+    plan = read_plan(folder)
     try:
         inputs, recipe = _asked_for(request, plan, folder)
     except SummerError:
@@ -144,7 +146,7 @@ def load_or_create_plan(request: PrepareRequest, folder: Path) -> tuple[Inputs, 
         fsync_folder(folder.parent)
         if not create_once(folder / PLAN, plan.to_bytes()):
             return load_or_create_plan(request, folder)  # another run was first: its plan counts
-    _keep_tokenizer(tokenizer, folder)
+    _keep_files(request, folder)
     return inputs, plan
 
 
@@ -156,7 +158,7 @@ def _asked_for(
     if plan is not None and plan.recipe["tokenizer"]["sha256"] != tokenizer.info.sha256:
         raise PrepareError(
             f"{folder} was begun with another tokenizer than {tokenizer.name}: give that one "
-            f"(--tokenizer {folder / TOKENIZER}), or choose another --out"
+            f"(--tokenizer {tokenizer_path(folder)}), or choose another --out"
         )
     earlier = [] if plan is None else [file.path for file in plan.files]
     inputs = inputs_from_plan(request, plan) or open_inputs(
@@ -170,7 +172,7 @@ def _asked_for(
 
 def _forget_failed_start(folder: Path) -> bool:
     """Whether a plan of which no document came, and nobody is at work on, is gone now."""
-    if not (folder / PLAN).exists() or is_in_use(folder / TOKENIZER):
+    if not (folder / PLAN).exists() or is_in_use(folder / TOKEN_BYTES):
         return False
     try:
         records = [read_unit_record(path) for path in folder.glob("[0-9]*[0-9].json")]
@@ -178,7 +180,7 @@ def _forget_failed_start(folder: Path) -> bool:
         return False
     if (folder / MANIFEST).exists() or any(record.shards for record in records):
         return False
-    ours = (PLAN, TOKENIZER, TOKEN_BYTES)
+    ours = (PLAN, TOKENIZER, TOKENIZER_JSON, TOKEN_BYTES, EXCLUDED)
     for path in [*folder.glob("[0-9]*"), *(folder / name for name in ours)]:
         path.unlink(missing_ok=True)
     for empty in (folder, folder.parent):
@@ -187,9 +189,11 @@ def _forget_failed_start(folder: Path) -> bool:
     return True
 
 
-def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Put the model and its lengths beside the shards; what differs from them is damage."""
-    for name, data in ((TOKENIZER, tokenizer.model), (TOKEN_BYTES, tokenizer.token_bytes_file())):
+def _keep_files(request: PrepareRequest, folder: Path) -> None:
+    """Put what workers need besides the plan with the shards; what differs from it is damage."""
+    files = request.tokenizer.files() | {TOKEN_BYTES: request.tokenizer.token_bytes_file()}
+    files |= {EXCLUDED: request.exclude.data} if request.exclude else {}
+    for name, data in files.items():
         path = folder / name
         if not path.exists() or path.read_bytes() != data:
             publish_bytes(path, data)

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
@@ -19,6 +20,11 @@ from shards.versions import FORMAT_KEY, SHARDS, check_format
 MANIFEST: Final = "manifest.json"
 PLAN: Final = "units.json"
 TOKENIZER: Final = "tokenizer.model"
+TOKENIZER_JSON: Final = "tokenizer.json"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+"""Beside a tokenizer.json: which of its special tokens are BOS, EOS and padding."""
+TOKENIZER_FILES: Final = (TOKENIZER, TOKENIZER_JSON, TOKENIZER_CONFIG)
+"""Those that are there are kept together: one of the first two, and the third with the second."""
 TOKEN_BYTES: Final = "token_bytes.npy"
 """UTF-8 bytes of text that each id stands for: [vocab_size, 2], `<u2` (`<u4` if one needs it).
 
@@ -26,6 +32,9 @@ TOKEN_BYTES: Final = "token_bytes.npy"
 before each text is not the text's own. So targets `ids` that follow `before` add
 `table[ids, (table[before, 0] == 0) * 1]` bytes (control pieces and padding have 0).
 """
+
+EXCLUDED: Final = "excluded.ngrams"
+"""Only with --exclude: the list of sequences whose documents were left out."""
 
 Split = Literal["train", "val"]
 Packing = Literal["concat", "concat+mask"]
@@ -67,6 +76,12 @@ def row_digests(rows: Tokens, masks: Masks | None = None) -> npt.NDArray[np.uint
     return np.fromiter(map(row_digest, *pairs), np.uint64, len(rows))
 
 
+def tokenizer_path(folder: Path) -> Path:
+    """Where a folder's tokenizer is: its tokenizer.model, or else its tokenizer.json."""
+    model, described = folder / TOKENIZER, folder / TOKENIZER_JSON
+    return described if described.exists() and not model.exists() else model
+
+
 def unit_name(position: int) -> str:
     """A unit's name is its position in the plan's order."""
     return f"{position:05d}"
@@ -74,7 +89,7 @@ def unit_name(position: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestTokenizer:
-    """Which tokenizer made the ids. `sha256` is that of the SentencePiece model file."""
+    """Which tokenizer made the ids. `sha256` is that of its .model or tokenizer.json file."""
 
     name: str
     sha256: str
@@ -150,6 +165,8 @@ class Facts:
     packing: Packing
     val_fraction: float
     tokenizer: ManifestTokenizer
+    exclude: Mapping[str, Any] | None = None
+    """With --exclude: `sha256` of the list, and the `tasks` whose text is left out."""
 
     @property
     def masked(self) -> bool:
@@ -178,7 +195,10 @@ class Manifest:
     def to_json(self) -> dict[str, object]:
         """The manifest as it stands in manifest.json."""
         counts = asdict(self)
-        return {FORMAT_KEY: SHARDS, **counts.pop("facts"), **counts}
+        facts = counts.pop("facts")
+        if facts["exclude"] is None:  # as earlier versions wrote it
+            del facts["exclude"]
+        return {FORMAT_KEY: SHARDS, **facts, **counts}
 
     @classmethod
     def from_json(cls, value: Any) -> Manifest:

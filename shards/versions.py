@@ -19,6 +19,7 @@ VERSION: Final = "0.2.0"
 
 SHARDS: Final = "summerlm-shards/1"  # manifest.json and the units' records
 UNITS: Final = "summerlm-units/1"  # units.json
+EXCLUDE: Final = "summerlm-exclude/1"  # a list of sequences for --exclude
 RUN: Final = "summerlm-run/1"  # a run's config.json
 CHECKPOINT: Final = "summerlm-checkpoint/1"  # checkpoint.json
 CERTIFICATE: Final = "summerlm-certificate/1"  # certificate.json

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from pipeline.estimate import PrepareListener
 from pipeline.inputs.listing import local_inputs
@@ -30,6 +32,40 @@ TEXTS = [f"{WORDS[n % 40 :]}, number {n}.\n{WORDS * (n % 7)}" for n in range(300
 def tokenizer() -> Tokenizer:
     """A vocabulary of 400 entries, learnt in a tenth of a second."""
     return Tokenizer(train(TEXTS, 400), "small")
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@functools.cache
+def byte_level(style: str, special: tuple[str, ...] = ("<|endoftext|>", "<|pad|>")) -> bytes:
+    """A tokenizer.json of 500 entries in the style of gpt2, smollm, llama3, qwen, or `other`."""
+    fast = tokenizers.Tokenizer(models.BPE(ignore_merges=style == "llama3"))
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pattern = LLAMA3.replace("{1,3}", "" if style == "qwen" else "{1,3}")
+    if style == "other":
+        pattern = r"\w+ ?|\W+"  # a space ends a word
+    fast.pre_tokenizer = {
+        "gpt2": whole,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole]),
+    }.get(style, pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"), cut]
+    ))  # fmt: skip
+    fast.decoder = decoders.ByteLevel()
+    if style == "qwen":
+        fast.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    fast.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        vocab_size=500, special_tokens=list(special), initial_alphabet=alphabet,
+        show_progress=False,
+    ))  # fmt: skip
+    if style == "qwen":
+        fast.add_tokens(["<tool_call>"])  # not special: matched in text
+    return fast.to_str().encode()
 
 
 def write_parquet(path: Path, rows: list[Any], column: str = "text", group: int = 1000) -> Path:

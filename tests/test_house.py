@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "pipeline": {
         "pipeline", "shards", "datasets", "huggingface_hub", "fsspec", "sentencepiece", "google",
         "pyarrow", "zstandard", "numpy", "xxhash", "click", "rich", "ray", "httpx", "httpx2",
+        "tokenizers",
     },
     "trainer": {"trainer", "shards", "model", "torch", "numpy", "click", "rich", "tensorboard"},
     "tools": {

@@ -257,3 +257,19 @@ def test_a_line_of_a_hundred_megabytes_takes_less_than_a_gigabyte(tmp_path: Path
     peak = subprocess.run([sys.executable, "-c", PEAK, *command], stdout=subprocess.PIPE)
     assert peak.returncode == 0 and len(text) == 100_000_000
     assert int(peak.stdout.split()[-1]) < 1_000_000  # kB
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.text(alphabet="ab .\n\u6f22\u00e9", max_size=60), st.integers(2, 9))
+def test_a_word_too_long_is_named_and_no_other(text: str, limit: int) -> None:
+    """The longest word is that of the encoder's own cuts, whatever the window."""
+    encoder = SlicedEncoder(small_tokenizer())
+    data = np.frombuffer(text.encode(), np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columnar, "_WINDOW", 4)
+        words = encoder._encoder._cut(np.concatenate([[255], data]).astype(np.uint8))
+        wanted = max((len(word.as_py()) for word in words if word.as_py() != b"\xff"), default=0)
+        assert encoder._longest(data) == wanted
+        patch.setattr(columnar, "LONGEST_WORD", limit)
+        found = encoder.unfit(pa.array(["a b", text], pa.large_string()))
+        assert found == ({1: "a word above 4 MiB"} if wanted > limit else {})

@@ -22,6 +22,9 @@ class WrongEncoder:
 
     note = "wrongly"
 
+    def unfit(self, texts: pa.Array) -> dict[int, str]:
+        return {}
+
     def encode(self, texts: pa.Array) -> Encoded:
         right = make_encoder(tokenizer()).encode(texts)
         tokens, starts = right.tokens, right.starts

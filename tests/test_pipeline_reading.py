@@ -1,5 +1,7 @@
 """Files -> records: every format, ranges of lines, and input that is not what it should be."""
 
+import contextlib
+import functools
 import gzip
 import io
 import itertools
@@ -9,6 +11,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import example, given, settings
@@ -17,9 +21,11 @@ from hypothesis import strategies as st
 import pipeline_samples
 from pipeline.errors import SourceError
 from pipeline.inputs import reading
+from pipeline.inputs.listing import local_inputs
 from pipeline.inputs.reading import line_blocks
-from pipeline.inputs.sources import Source
+from pipeline.inputs.sources import Source, SourceOverrides, find
 from pipeline_samples import TEXT, is_unicode, write_jsonl, write_parquet
+from shards.format import Part
 
 
 def read(pattern: Any, source: Source = TEXT) -> Any:
@@ -187,3 +193,100 @@ def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
     path.chmod(0)
     with pytest.raises(SourceError, match="Permission denied"):
         read(path)
+
+
+class Dripping(io.BytesIO):
+    """A stream that gives a few bytes at a time."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(min(7, size) if size and size > 0 else 7)
+
+
+SEPARATORS = [b"\n", b"<|endoftext|>", b"ab", b"\n\n", b"aba"]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_texts_between_separators_are_those_of_split(data: Any) -> None:
+    """Whatever is read at once and wherever the file is cut into parts."""
+    ending = data.draw(st.sampled_from(SEPARATORS))
+    pieces = st.sampled_from([ending, ending[:-1], ending[1:], b"a", b"b", b"text", b" ", b"\n"])
+    content = b"".join(data.draw(st.lists(pieces, max_size=40)))
+    cuts = {0, len(content)}
+    if not reading.overlaps_itself(ending):
+        places = st.integers(len(ending), max(len(ending), len(content)))
+        cuts |= {place for place in data.draw(st.sets(places, max_size=3)) if place < len(content)}
+    found = []
+    parse = functools.partial(reading.split_texts, ending=ending)
+    for first, last in itertools.pairwise(sorted(cuts)):
+        for records in reading._read_lines(Dripping(content), first, last, parse, ending):
+            found += [value.as_py() for value in records.values]
+    assert found == [text for text in content.split(ending) if text.strip()]
+
+
+def test_a_text_file_above_the_largest_record_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a document above the limit is rejected; lines end with or without a carriage return."""
+    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 1 << 10)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 1 << 8)
+    texts = [f"document {n}\nof two lines" for n in range(200)]
+    texts[77] = "x" * 5000
+    path = tmp_path / "a.txt"
+    path.write_text("<|end|>\n".join(texts))
+    cut = Source(name="m", about="", licence="", separator="<|end|>\n")
+    assert read(path, cut) == (texts[:77] + texts[78:], [(77, "above 128 MiB")])
+    assert read(path) == ([], [(0, "above 128 MiB")])
+    path.write_bytes(b"one\r\ntwo\n\n \nthree")
+    lines = find("m", SourceOverrides(data_files=(str(path),), shape="lines"))
+    assert read(path, lines) == (["one", "two", "three"], [])
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"shape": "lines"}, "no text file that --separator or --shape lines could cut"),
+        ({"shape": "chat", "separator": "x"}, "--separator 'x' cuts text files"),
+    ],
+)
+def test_a_separator_that_would_do_nothing_is_refused(
+    tmp_path: Path, choice: Any, message: str
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    with pytest.raises(SourceError, match=message):
+        read(path, find("m", SourceOverrides(data_files=(str(path),), **choice)))
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "stored", "delta", "chat"])
+def test_rows_are_read_by_what_they_decode_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A file of 2,000 times the same long text is small, whatever encoding makes it so."""
+    text, n, limit = "lorem ipsum " * 1000, 2000, 1 << 17
+    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", limit)
+    column: Any = pa.array([text] * n).dictionary_encode()
+    if kind == "chat":
+        turns = pa.array([{"role": "user", "content": "q"}, {"role": "assistant", "content": text}])
+        roles, said = (
+            turns.field(k).dictionary_encode().take(pa.array([0, 1] * n)) for k in (0, 1)
+        )
+        turns = pa.StructArray.from_arrays([roles, said], ["role", "content"])
+        column = pa.ListArray.from_arrays(pa.array(range(0, 2 * n + 1, 2), pa.int32()), turns)
+    elif kind == "delta":
+        column = column.dictionary_decode()
+    how: Any = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    pq.write_table(
+        pa.table({"text": column}), tmp_path / "a.parquet", compression="zstd",
+        store_schema=kind == "stored", **how if kind == "delta" else {},
+    )  # fmt: skip
+    assert (tmp_path / "a.parquet").stat().st_size < 50_000
+    source = Source(name="m", about="", licence="", shape="chat" if kind == "chat" else "documents")
+    inputs, found = local_inputs((str(tmp_path),)), 0
+    with contextlib.closing(reading.PartReader(inputs, source)) as reader:
+        for records in reader.read(Part(file="a.parquet", first=0, last=1)):
+            values = records.values.to_pylist()
+            assert len(values) * len(text) <= limit
+            found += len(values)
+            said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+            assert values[-1] == (said if kind == "chat" else text)
+    assert found == n

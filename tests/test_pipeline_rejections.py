@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from pipeline.errors import PrepareError, SourceError, TokenizerError
 from pipeline.estimate import PrepareListener, check_disk_space
 from pipeline.prepare import prepare
+from pipeline.text import columnar
 from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.executors import Executor
 from pipeline.units.job import Limit
@@ -159,3 +161,22 @@ def test_a_vocabulary_without_chat_markers_cannot_prepare_chat(tmp_path: Path) -
     write_jsonl(tmp_path / "a.jsonl", [[]], column="conversations")
     wanted = request(tmp_path, str(tmp_path / "a.jsonl"), name="slimorca", tokenizer=other)
     assert "other has no control piece [INST]" in rejected(wanted, TokenizerError)
+
+
+@pytest.mark.parametrize("shape", ["documents", "chat"])
+def test_a_word_that_would_take_too_much_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: Any
+) -> None:
+    """Its record is listed; its neighbours and the other words of its file stay."""
+    monkeypatch.setattr(columnar, "LONGEST_WORD", 1000)
+    texts = ["one", "a" * 900, "a" * 1001, "a " * 900, "last"]
+    rows: list[Any] = texts
+    if shape == "chat":
+        rows = [[{"from": "human", "value": "q"}, {"from": "gpt", "value": text}] for text in texts]
+    files = str(write_jsonl(tmp_path / "a.jsonl", rows, "text"))
+    wanted = request(tmp_path, files, tokenizer=Tokenizer.default())
+    wanted = replace(wanted, source=replace(wanted.source, shape=shape))
+    manifest = prepared(wanted)
+    assert dict(manifest.rejected) == {"a word above 4 MiB": 1} and manifest.n_documents == 4
+    (line,) = (tmp_path / "mine" / "00000.rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["record"] == 2

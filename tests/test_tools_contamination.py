@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.text.ngrams import BARRIER, N_WORDS, Wanted, grams_of, normalised
 from shards.reader import ShardReader, read_manifest
 from tools.evaluate import main
 from tools.evaluation.contamination import contamination
-from tools.evaluation.ngrams import BARRIER, N_WORDS, Wanted, grams_of, normalised
 from tools.evaluation.tasks import TaskOptions
 from tools_samples import (
     SEQ_LEN,

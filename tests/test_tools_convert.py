@@ -10,12 +10,17 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
+from pipeline.text.exclude import Exclusion
+from pipeline.text.json_tokenizer import load_tokenizer, piece_bytes
 from pipeline.text.tokenizer import Tokenizer, base_model
 from pipeline.text.tokenizer import train as train_tokenizer
+from pipeline_samples import TEXTS, byte_level, prepared, request, write_jsonl
 from shards.format import TOKENIZER
 from shards.reader import ShardReader
 from tools.convert import main
 from tools.errors import ConversionError
+from tools.evaluation.heldout import evaluate_heldout
+from tools.evaluation.tasks import TaskOptions
 from tools.generation.generation import Generation, Sampling, generate
 from tools.models import hf_folder as hugging_face
 from tools.models.hf_folder import read_folder, read_vocabulary, write_folder
@@ -26,7 +31,8 @@ from tools.models.llama import (
     weights_to_llama,
 )
 from tools.models.loading import ModelSpec, load
-from tools.models.tokenizers import piece_bytes, tokenizer_json
+from tools.models.tokenizers import tokenizer_json
+from tools.tracing.run_trace import RunTrace
 from tools_samples import (
     sample_config,
     sample_model,
@@ -157,6 +163,51 @@ def test_logits_that_differ_are_no_success(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.parametrize("special", [("<|endoftext|>", "<|pad|>"), ("<s>", "</s>", "<unk>")])
+def test_a_folder_with_a_tokenizer_json_is_trained_further(
+    tmp_path: Path, special: tuple[str, ...]
+) -> None:
+    """Folder -> run -> shards -> training from it -> scores, text, trace, and a folder again."""
+    model, folder = sample_model(**LLAMA), tmp_path / "hf"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(byte_level("llama3", special))
+    tokenizer = load_tokenizer(folder)
+    write_folder(folder, model.config, model.state_dict(), tokenizer)
+    assert convert(folder, tmp_path / "base").exit_code == 0
+    files = str(write_jsonl(tmp_path / "a.jsonl", TEXTS))
+    listed = Exclusion.of({"arc_easy": [TEXTS[7], "short"]})
+    wanted = {"tokenizer": tokenizer, "seq_len": 32, "exclude": listed}
+    assert prepared(request(tmp_path / "shards", files, "s", **wanted)).rejected
+    sets = (f"init_from={tmp_path / 'base'}", "max_steps=2", "global_batch_tokens=128",
+            "micro_batch_size=4", "precision=fp32", "compile=false", "device=cpu",
+            "tensorboard=false", "mixture.s=1", "validation.interval=1")  # fmt: skip
+    config = configure(preset="tiny", sets=sets, shards=str(tmp_path / "shards"))
+    train(make_plan(config, 1), tmp_path / "run")
+    lines = list(read_metrics(tmp_path / "run"))
+    assert any("bits" in key for line in lines for key in line), lines[-1]
+
+    loaded = load(ModelSpec(run=tmp_path / "run", device="cpu", dtype="fp32"))
+    assert loaded.vocabulary.encode(f"{special[0]} it") == tokenizer.encode(f"{special[0]} it")
+    score = evaluate_heldout(loaded, TaskOptions(shards=tmp_path / "shards"))
+    assert 0 < score["sources"][0]["model"] < 30  # bits per byte
+    written = generate(loaded, [tokenizer.bos_id], Generation(max_tokens=8))
+    assert not {tokenizer.bos_id, tokenizer.pad_id} & set(written[:-1])
+    (row, *_) = RunTrace(tmp_path / "run").at_step(1)
+    assert "a.jsonl" in row.origin and row.text
+
+    result = convert(tmp_path / "run", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text()
+    left_out = f"arc_easy (list {listed.described['sha256']})"
+    assert f"| left out of s | what shares 13 words with {left_out} |" in card
+    how = {"add_special_tokens": False, "split_special_tokens": True}
+    for text in (TEXTS[9], f"{special[0]} 1234\n\n it"):
+        assert theirs(text, **how).input_ids == tokenizer.encode(text)
+    assert (theirs.bos_token, theirs.eos_token) == (special[0], special[len(special) > 2])
+    assert convert(tmp_path / "again", tmp_path / "once more").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -201,7 +252,10 @@ def test_damage_and_wrong_folders_are_named(tmp_path: Path) -> None:
     damaged = convert(folder, tmp_path / "x").output
     assert str(folder / TOKENIZER) in damaged and "no SentencePiece model" in damaged
     (folder / TOKENIZER).unlink()
-    assert "no run could train on from it" in convert(folder, tmp_path / "x").output
+    assert (
+        "hf is no byte-level BPE, and shards are made with one"
+        in convert(folder, tmp_path / "x").output
+    )
 
 
 def test_large_models_are_written_in_several_files(
@@ -274,6 +328,6 @@ def test_byte_level_pieces_are_spelled_out() -> None:
 def test_user_defined_symbols_become_control_pieces(tmp_path: Path) -> None:
     """Mistral's own file gives text special ids; what we read from it does not."""
     (tmp_path / TOKENIZER).write_bytes(base_model())
-    tokenizer = hugging_face.read_sentencepiece(tmp_path)
+    tokenizer = hugging_face.read_tokenizer(tmp_path)
     assert tokenizer.vocab_size == 32_768
     assert tokenizer.decode(tokenizer.encode("[REFERENCE_DOC_0]")) == "[REFERENCE_DOC_0]"

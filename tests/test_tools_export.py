@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from jinja2.exceptions import TemplateError
 
 from conftest import REPOSITORY
-from pipeline.text.chat import SCHEMAS, ChatTemplate, render
+from pipeline.text.chat import ROLES, ChatTemplate, render
 from pipeline.text.tokenizer import Tokenizer
 from shards.versions import VERSION
 from tools.conversion.conversion import model_card
@@ -274,9 +274,7 @@ def test_conversations_have_the_pipeline_s_ids(chatting: Any, shared: Path) -> N
         ]
         starts = np.cumsum([0] + [len(turn) for turn in turns[:-1]])
         ours = template.join(np.concatenate(turns), starts, np.array([len(turns)])).tokens
-        messages = [
-            {"role": SCHEMAS["sharegpt"].roles[t["from"]], "content": t["value"]} for t in record
-        ]
+        messages = [{"role": ROLES[t["from"]], "content": t["value"]} for t in record]
         assert chatting.apply_chat_template(messages, return_dict=False) == ours.tolist()
 
 

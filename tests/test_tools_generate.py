@@ -25,7 +25,7 @@ from tools.models.loading import LoadedModel
 from tools.models.tokenizers import Vocabulary
 from tools_samples import SEQ_LEN, sample_loaded, sample_tokenizer, write_run
 
-VOCABULARY = Vocabulary.of_sentencepiece(sample_tokenizer())
+VOCABULARY = Vocabulary.of(sample_tokenizer())
 EVERYTHING = Sampling(temperature=1.0)
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -102,9 +102,7 @@ def test_limit_takes_the_first_documents_of_each_source(shards: Path) -> None:
 
 
 def test_shards_of_another_tokenizer_are_rejected(shards: Path) -> None:
-    other = Vocabulary.of_sentencepiece(
-        Tokenizer(train(sample_text().splitlines()[:200], 400), "other")
-    )
+    other = Vocabulary.of(Tokenizer(train(sample_text().splitlines()[:200], 400), "other"))
     loaded = dataclasses.replace(sample_loaded(), vocabulary=other)
     with pytest.raises(EvaluationError, match="made with the tokenizer sample"):
         evaluate_heldout(loaded, TaskOptions(shards=shards))

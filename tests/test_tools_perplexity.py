@@ -94,7 +94,7 @@ def test_a_text_that_cannot_be_read_is_named(
 
 
 def test_pieces_spell_the_text_byte_for_byte() -> None:
-    vocabulary = Vocabulary.of_sentencepiece(sample_tokenizer())
+    vocabulary = Vocabulary.of(sample_tokenizer())
     for text in (RAW, "日本語 🙂\x00", "  two spaces ▁ and \t tabs", "</s>"):
         spelled = b"".join(vocabulary.pieces[i] for i in vocabulary.encode(text))
         assert spelled.decode().replace("▁", " ") == " " + text.replace("▁", " ")

@@ -131,7 +131,7 @@ def test_spaces_that_end_a_context_belong_to_the_continuation() -> None:
 
 
 def test_windows_end_with_the_continuation_and_lose_ids_on_the_left() -> None:
-    vocabulary = Vocabulary.of_sentencepiece(sample_tokenizer())
+    vocabulary = Vocabulary.of(sample_tokenizer())
     pair = ("def parse_args(self, args=None", ", namespace=None):")
     ids, n_scored = encode_pair(vocabulary.encode, *pair)
     (window,), truncated = windows_of(vocabulary, [pair], 100)

@@ -55,7 +55,7 @@ def sample_loaded(**changes: Any) -> LoadedModel:
     return LoadedModel(
         name="sample",
         model=model,
-        vocabulary=Vocabulary.of_sentencepiece(sample_tokenizer()),
+        vocabulary=Vocabulary.of(sample_tokenizer()),
         weights_sha256=sha256_of_weights(dict(model.named_parameters())),
         dtype="fp32",
     )

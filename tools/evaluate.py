@@ -5,6 +5,7 @@ summer-eval wikitext2 --data wiki.test.raw --all-protocols --card card.md
 summer-eval arc_easy hellaswag --hf SmolLM2-135M --limit 100
 summer-eval mmlu --num-fewshot 5 --log-items mmlu.jsonl
 summer-eval heldout --run runs/tiny --shards shards/     compared with a unigram, gzip and xz
+summer-eval contamination --task wikitext2 --write tests.ngrams   for summer-prep --exclude
 summer-eval contamination --task arc_easy --shards shards/ --run runs/tiny
 summer-eval lambada piqa --follow runs/tiny              each new checkpoint, during training
 summer-eval mmlu --nproc 8                               the work shared by eight devices
@@ -62,6 +63,7 @@ _COUNT = click.IntRange(min=1)
 @click.option("--limit", type=_COUNT, help="First N windows, pages, documents or questions.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), default=0, help="Examples shown first.")
 @click.option("--fewshot-data", type=FOLDER, help="A local file to take the examples from.")
+@click.option("--write", type=FOLDER, help="Contamination: a list for summer-prep --exclude.")
 @click.option("--log-items", type=Destination(), help="Write each question's scores (.jsonl).")
 @click.option("--card", type=Destination(".md", ".json"), help="Write cards or all results.")
 @click.option("--batch-tokens", type=_COUNT, help="Tokens through the model at once.")
@@ -80,6 +82,9 @@ def main(tasks: tuple[str, ...], nproc: int, **options: Any) -> None:
         choices = (*NAMES, "contamination")
         near = did_you_mean(unknown[0], choices)
         raise EvaluationError(f"task {unknown[0]!r}: {near}there are: {', '.join(choices)}")
+    if options["write"] is not None:
+        _write_exclusion(tasks, options)
+        return
     if "contamination" in tasks and (len(tasks) > 1 or options["follow"]):
         raise click.UsageError("contamination is named alone, without other tasks or --follow")
     from trainer.distributed.launch import EXIT_REASON, Launch, run_on_all, write_exit_reason
@@ -93,11 +98,22 @@ def main(tasks: tuple[str, ...], nproc: int, **options: Any) -> None:
         _evaluate(tasks, options)
 
 
+def _write_exclusion(tasks: Sequence[str], options: dict[str, Any]) -> None:
+    """The list of some tasks' items, in place of a search for them."""
+    from tools.evaluation.contamination import write_exclusion
+
+    if tuple(tasks) != ("contamination",) or not options["of"]:
+        raise click.UsageError("--write goes with contamination --task NAME")
+    given = TaskOptions(data=options["data"], limit=options["limit"])
+    click.echo(write_exclusion(options["of"], given, options["write"]))
+
+
 def _evaluate(tasks: Sequence[str], options: dict[str, Any]) -> int:
     """Score, print and write; the exit code."""
     from tools.evaluation.cards import to_text
     from trainer.distributed.world import join_world
 
+    options.pop("write")
     follow, as_json, card, log_items = map(options.pop, ("follow", "as_json", "card", "log_items"))
     done = []
     with join_world(options["device"]) as world:

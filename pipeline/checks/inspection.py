@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import PrepareError
-from pipeline.text.tokenizer import Tokenizer
+from pipeline.text.json_tokenizer import load_tokenizer
 from shards.files import json_bytes
-from shards.format import TOKENIZER, Manifest, Split
+from shards.format import Manifest, Split
 from shards.reader import ShardReader, read_manifest
 
 ROWS_AT_ONCE: Final = 1024
@@ -27,7 +27,7 @@ def report(folder: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(folder)
     info = manifest.facts.tokenizer
-    tokenizer = Tokenizer.load(folder / TOKENIZER, info.name)
+    tokenizer = load_tokenizer(folder, info.name)
     counts, cut = _counted(folder, manifest)
     padding = int(counts[info.pad_id])
     counts[info.pad_id] = 0
@@ -78,12 +78,15 @@ def show_row(folder: Path, split: Split, index: int) -> str:
         )
     tokens = reader.rows(np.array([index]))[0][0]
     facts = reader.manifest.facts.tokenizer
-    tokenizer = Tokenizer.load(folder / TOKENIZER, facts.name)
+    tokenizer = load_tokenizer(folder, facts.name)
     file, part, record = reader.origin(index)
     lines = [f"=== sequence {index}: {file}, part {part}, record {record}"]
-    text = tokens[tokens != facts.pad_id]
+    text, done = tokens[tokens != facts.pad_id], 0
     for piece in filter(len, np.split(text, np.flatnonzero(text == facts.bos_id))):
+        # a next document or padding shows the end where EOS is the BOS of the next
+        done += len(piece)
         begins, ends = piece[0] == facts.bos_id, piece[-1] == facts.eos_id
+        ends = done < len(tokens) if not tokenizer.closing else ends
         lines += ["--- document begins" if begins else "--- continued from the sequence before"]
         lines += [tokenizer.decode(piece)]
         lines += ["--- document ends" if ends else "--- runs on into the next sequence"]

@@ -19,13 +19,22 @@ from pipeline.inputs.hub import HubInputs
 from pipeline.inputs.inputs import INTERPRETER, LOCAL, Inputs
 from pipeline.inputs.listing import embedded_inputs, local_inputs
 from pipeline.inputs.urls import UrlInputs
-from pipeline.text.tokenizer import Tokenizer, default_model
+from pipeline.text.json_tokenizer import load_tokenizer
+from pipeline.text.tokenizer import default_model
 from pipeline.units.dispatch import amount_of
 from pipeline.units.executors import Executor
 from pipeline.units.job import Limit, PrepareJob
 from pipeline.units.units import PreparePlan
 from shards.files import fsync_folder, publish_bytes, remove_abandoned
-from shards.format import MANIFEST, PLAN, TOKEN_BYTES, TOKENIZER
+from shards.format import (
+    EXCLUDED,
+    MANIFEST,
+    PLAN,
+    TOKEN_BYTES,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    tokenizer_path,
+)
 from shards.writer import write_manifest
 
 SCRATCH: Final = ".repair-"
@@ -49,10 +58,15 @@ def repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> lis
             f"{folder}: {MANIFEST} and a unit's record are missing or damaged: {SAME_COMMAND}"
         )
     _restore_tokenizer(folder, metadata)
+    if any(damage.file == EXCLUDED for damage in found):
+        raise PrepareError(
+            f"{folder / EXCLUDED} is missing or damaged: {SAME_COMMAND}, which restores it"
+        )
     if units := sorted({damage.unit for damage in found if damage.unit is not None}):
         inputs = _inputs(plan, units, data_files)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
-            shutil.copy(folder / TOKENIZER, scratch)
+            for name in filter(lambda name: (folder / name).exists(), (*TOKENIZER_FILES, EXCLUDED)):
+                shutil.copy(folder / name, scratch)
             _redo(PrepareJob(Path(scratch), plan, inputs), metadata, units, executor)
             for unit in units:
                 _replace(Path(scratch), folder, unit)
@@ -68,15 +82,20 @@ def _damages(folder: Path) -> list[Damage]:
 
 
 def _restore_tokenizer(folder: Path, metadata: Metadata) -> None:
-    path, wanted = folder / TOKENIZER, metadata.facts.tokenizer
+    path, wanted = tokenizer_path(folder), metadata.facts.tokenizer
     if digest_of(path) != wanted.sha256:
         if hashlib.sha256(default_model()).hexdigest() != wanted.sha256:
             raise PrepareError(
                 f"{path} is missing or damaged: copy the one of SHA-256 {wanted.sha256} there"
             )
         publish_bytes(path, default_model())
+    tokenizer = load_tokenizer(path, wanted.name)
+    if tokenizer.info != wanted:
+        raise PrepareError(
+            f"{folder / TOKENIZER_CONFIG} is missing or damaged: {SAME_COMMAND}, which restores it"
+        )
     if (folder / TOKEN_BYTES).exists():
-        publish_bytes(folder / TOKEN_BYTES, Tokenizer.load(path).token_bytes_file())
+        publish_bytes(folder / TOKEN_BYTES, tokenizer.token_bytes_file())
 
 
 def _inputs(plan: PreparePlan, units: Sequence[str], data_files: tuple[str, ...]) -> Inputs:

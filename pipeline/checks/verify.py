@@ -7,6 +7,7 @@ plan -> parts, facts                          units.json: unit records name its 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,21 +18,24 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from pipeline.errors import PrepareError
-from pipeline.text.tokenizer import Tokenizer
+from pipeline.text.json_tokenizer import load_tokenizer
 from pipeline.units.units import PreparePlan, read_plan
 from shards.errors import SummerError
 from shards.files import is_temporary, json_bytes, sha256_file
 from shards.format import (
+    EXCLUDED,
     MANIFEST,
     PLAN,
     TOKEN_BYTES,
-    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
     Facts,
     Manifest,
     ShardInfo,
     UnitRecord,
     combine,
     row_digests,
+    tokenizer_path,
     unit_name,
 )
 from shards.reader import RowFile, find_sources, read_manifest, read_sidecar, read_unit_record
@@ -76,7 +80,12 @@ def find_damage(folder: Path) -> Iterator[Damage]:
     metadata = Metadata(folder)
     yield from metadata.damage
     yield from _tokenizer_damage(folder, metadata.facts)
-    expected = {MANIFEST, PLAN, TOKENIZER, TOKEN_BYTES}
+    expected = {MANIFEST, PLAN, TOKEN_BYTES, tokenizer_path(folder).name}
+    if excluded := metadata.facts.exclude:
+        expected |= {EXCLUDED}
+        if digest_of(folder / EXCLUDED) != excluded["sha256"]:
+            yield Damage(EXCLUDED, "missing or damaged")
+    expected |= {TOKENIZER_CONFIG} if TOKENIZER_JSON in expected else set()
     for unit in metadata.units:
         expected |= {f"{unit}.json"}
         record = metadata.records.get(unit)
@@ -213,16 +222,19 @@ def _counts_its_rejected(record: UnitRecord, folder: Path) -> bool:
 
 
 def _tokenizer_damage(folder: Path, facts: Facts) -> Iterator[Damage]:
-    if digest_of(folder / TOKENIZER) != facts.tokenizer.sha256:
-        yield Damage(TOKENIZER, "missing or damaged")
-    elif (path := folder / TOKEN_BYTES).exists():  # earlier versions wrote none
-        try:
-            tokenizer = Tokenizer.load(folder / TOKENIZER, facts.tokenizer.name)
-            intact = path.read_bytes() == tokenizer.token_bytes_file()
-        except (OSError, SummerError):
-            intact = False
-        if not intact:
-            yield Damage(TOKEN_BYTES, "damaged")
+    path, lengths = tokenizer_path(folder), folder / TOKEN_BYTES
+    if digest_of(path) != facts.tokenizer.sha256:
+        yield Damage(path.name, "missing or damaged")
+        return
+    tokenizer = None
+    with contextlib.suppress(OSError, SummerError):
+        tokenizer = load_tokenizer(folder, facts.tokenizer.name)
+    if path.name == TOKENIZER_JSON and (tokenizer is None or tokenizer.info != facts.tokenizer):
+        yield Damage(TOKENIZER_CONFIG, "missing or damaged")
+    elif lengths.exists() and (  # earlier versions wrote none
+        tokenizer is None or lengths.read_bytes() != tokenizer.token_bytes_file()
+    ):
+        yield Damage(TOKEN_BYTES, "damaged")
 
 
 def _files_of(shard: ShardInfo) -> set[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,8 @@ from shards.format import Part
 
 MAX_RECORD_BYTES: Final = 128 << 20
 MAX_BATCH_ROWS: Final = 16_384
+DELTA_ROWS: Final = 4
+"""Rows read at once where each may repeat nearly all of the one before (DELTA_BYTE_ARRAY)."""
 
 NOT_JSON: Final = "not JSON"
 NO_OBJECT: Final = "not a JSON object"
@@ -106,6 +109,10 @@ class PartReader:
                 elif kind == "jsonl":
                     last = None if file.layout.compression else part.last
                     yield from _read_lines(stream, part.first, last, parse)
+                elif ending := source.separator.encode():
+                    last = None if file.layout.compression else part.last
+                    parse = functools.partial(split_texts, ending=ending)
+                    yield from _read_lines(stream, part.first, last, parse, ending)
                 elif source.shape == "lines":
                     yield from _read_lines(stream, 0, None, raw_lines)
                 else:
@@ -131,12 +138,43 @@ class PartReader:
         weight, _ = column_bytes(metadata, groups, column)
         rows = sum(metadata.row_group(group).num_rows for group in groups)
         batch_rows = max(1, min(MAX_BATCH_ROWS, rows * BLOCK_BYTES // max(1, weight)))
+        if batch_rows * weight > MAX_RECORD_BYTES:
+            batch_rows = min(batch_rows, self._fitting_rows(parquet, groups))
         first = 0
         for batch in parquet.iter_batches(
             batch_size=batch_rows, row_groups=list(groups), columns=[column], use_threads=False
         ):
             yield Records(first, column_of(batch, self._source))
             first += batch.num_rows
+
+    def _fitting_rows(self, parquet: pq.ParquetFile, groups: range) -> int:
+        """So many rows that together they cannot decode to more than the largest record.
+
+        A value of the dictionary may stand for thousands of rows, so it is looked at first: of each
+        row group one row is read with it.
+        """
+        assert self._parquet is not None
+        column = self._source.text_column
+        every = map(parquet.metadata.row_group, groups)
+        chunks = [group.column(place) for group in every for place in range(group.num_columns)]
+        chunks = [chunk for chunk in chunks if _is_of(chunk, column)]
+        if any("DELTA_BYTE_ARRAY" in chunk.encodings for chunk in chunks):
+            return DELTA_ROWS
+        texts = {c.path_in_schema for c in chunks if c.physical_type == "BYTE_ARRAY"}
+        probe = pq.ParquetFile(
+            self._parquet[1],
+            metadata=parquet.metadata,
+            read_dictionary=sorted(texts),
+            pre_buffer=False,
+        )
+        longest = 1
+        for group in groups:
+            rows = probe.iter_batches(1, row_groups=[group], columns=[column], use_threads=False)
+            for batch in itertools.islice(rows, 1):
+                longest = max(longest, *map(_longest, _dictionaries(batch.column(0))), 1)
+        # conversations become Python's strings
+        room = MAX_RECORD_BYTES // (4 if self._source.shape == "chat" else 1)
+        return max(1, room // longest)
 
     def _open_parquet(self, path: str) -> pq.ParquetFile:
         if self._parquet is None or self._parquet[0] != path:
@@ -146,6 +184,26 @@ class PartReader:
             check_column(parquet.schema_arrow, path, self._source)
             self._parquet = (path, raw, parquet)
         return self._parquet[2]
+
+
+def _is_of(chunk: pq.ColumnChunkMetaData, column: str) -> bool:
+    return bool(chunk.path_in_schema.split(".")[0] == column)
+
+
+def _dictionaries(array: Any) -> Iterator[Any]:
+    """The dictionaries of an array or of what is nested in it."""
+    if pa.types.is_dictionary(array.type):
+        yield array.dictionary
+    elif any(is_type(array.type) for is_type in _LIST_TYPES):
+        yield from _dictionaries(array.values)
+    elif pa.types.is_struct(array.type):
+        for place in range(array.type.num_fields):
+            yield from _dictionaries(array.field(place))
+
+
+def _longest(values: Any) -> int:
+    """Bytes of the longest of some strings."""
+    return int(pc.max(pc.binary_length(values)).as_py() or 0)
 
 
 def open_parquet(raw: BinaryIO) -> pq.ParquetFile:
@@ -165,7 +223,7 @@ def column_bytes(metadata: pq.FileMetaData, groups: range, column: str) -> tuple
     plain = packed = 0
     for row_group in map(metadata.row_group, groups):
         for chunk in map(row_group.column, range(row_group.num_columns)):
-            if f"{chunk.path_in_schema}.".startswith(f"{column}."):
+            if _is_of(chunk, column):
                 plain += chunk.total_uncompressed_size
                 packed += chunk.total_compressed_size
     return plain, packed
@@ -216,18 +274,25 @@ def column_of(table: pa.Table | pa.RecordBatch, source: Source) -> Any:
     return found
 
 
-def turn_type(chat_schema: str) -> pa.DataType:
-    """The Arrow type of one turn of a conversation."""
-    schema = SCHEMAS[chat_schema]
-    return pa.struct([(schema.role_key, pa.string()), (schema.text_key, pa.string())])
+def turn_type() -> pa.DataType:
+    """The Arrow type of one turn of a conversation, in whichever schema, that calls no tools.
+
+    A turn with anything else (parts, calls) does not fit it, and is read as JSON is.
+    """
+    keys = itertools.chain.from_iterable(SCHEMAS)
+    return pa.struct([*((key, pa.string()) for key in keys), ("tool_calls", pa.null())])
 
 
 def _read_lines(
-    stream: BinaryIO, first_byte: int, last: int | None, parse: Callable[[bytes, int], Records]
+    stream: BinaryIO,
+    first_byte: int,
+    last: int | None,
+    parse: Callable[[bytes, int], Records],
+    ending: bytes = b"\n",
 ) -> Iterator[Records]:
     """The records that `parse` makes of the lines, a block at a time."""
     first = 0
-    for block in line_blocks(stream, first_byte, last):
+    for block in line_blocks(stream, first_byte, last, ending):
         if block is None:
             records = [Records(first, pa.nulls(1, pa.large_binary()), {0: LARGE})]
         else:
@@ -245,28 +310,31 @@ def _numbered(several: Iterable[Records]) -> Iterator[Records]:
         first += len(records.values)
 
 
-def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[bytes | None]:
+def line_blocks(
+    stream: BinaryIO, first: int, last: int | None, ending: bytes = b"\n"
+) -> Iterator[bytes | None]:
     """Complete lines, about 8 MiB at a time; None stands for one line above the largest record.
 
-    The lines are those that begin in [first, last), so that neighbouring ranges share none.
+    The lines are those that begin in [first, last), so that neighbouring ranges share none. They
+    may have another `ending`; of one that `overlaps_itself` the range has to be a whole file.
     """
-    end = last if last is not None else sys.maxsize
-    at, tail = _skip_line(stream, first - 1, end) if first else (0, bytearray())
+    end, width = last if last is not None else sys.maxsize, len(ending)
+    at, tail = _skip_line(stream, first - width, end, ending) if first else (0, bytearray())
     searched = 0  # so many bytes of the tail hold no line end
     while (begun := at - len(tail)) < end:  # the tail begins with a line, and it is one of ours
-        cut = tail.find(b"\n", max(searched, end - 1 - begun)) + 1 if at >= end else 0
-        cut = cut or tail.rfind(b"\n", searched) + 1
+        found = tail.find(ending, max(searched, end - width - begun)) if at >= end else -1
+        cut = found + width if found >= 0 else _last_end(tail, ending, searched)
         if cut:
             lines = [bytes(tail[:cut])]
             del tail[:cut]
-            searched = len(tail)
+            searched = max(0, len(tail) - width + 1)
             yield lines.pop()  # not kept here: a line may be of many megabytes
         elif len(tail) > MAX_RECORD_BYTES:
             yield None
-            at, tail = _skip_line(stream, at, end)
+            at, tail = _skip_line(stream, at, end, ending, bytes(tail[len(tail) - width + 1 :]))
             searched = 0
         elif data := stream.read(min(BLOCK_BYTES, max(end - at, 1 << 20))):
-            searched = len(tail)
+            searched = max(0, len(tail) - width + 1)
             at += len(data)
             tail += data
         else:
@@ -275,14 +343,35 @@ def line_blocks(stream: BinaryIO, first: int, last: int | None) -> Iterator[byte
             return
 
 
-def _skip_line(stream: BinaryIO, at: int, end: int) -> tuple[int, bytearray]:
-    """Position reached and what was read behind the first line end in [at, end)."""
+def _last_end(tail: bytearray, ending: bytes, searched: int) -> int:
+    """Where the last complete line in the tail ends, 0 if there is none."""
+    if overlaps_itself(ending):  # `\n\n` in `\n\n\n`: which one it is, is counted from the front
+        *lines, rest = tail.split(ending)
+        return len(tail) - len(rest) if lines else 0
+    found = tail.rfind(ending, searched)
+    return found + len(ending) if found >= 0 else 0
+
+
+def overlaps_itself(ending: bytes) -> bool:
+    """Whether two of them can share bytes."""
+    return any(ending.startswith(ending[cut:]) for cut in range(1, len(ending)))
+
+
+def _skip_line(
+    stream: BinaryIO, at: int, end: int, ending: bytes, before: bytes = b""
+) -> tuple[int, bytearray]:
+    """Position reached and what was read behind the first line end in [at, end).
+
+    `before` stands in front of `at`: a line end may begin there.
+    """
     if stream.seekable():
         stream.seek(at)
     while at < end and (data := stream.read(min(1 << 16, end - at))):
         at += len(data)
-        if stop := data.find(b"\n") + 1:
-            return at, bytearray(data[stop:])
+        data = before + data
+        if (found := data.find(ending)) >= 0:
+            return at, bytearray(data[found + len(ending) :])
+        before = data[max(0, len(data) - len(ending) + 1) :]
     return at, bytearray()
 
 
@@ -317,7 +406,7 @@ def _one_object_a_line(lines: bytes) -> bool:
 def _parse_fast(lines: bytes, source: Source) -> pa.Array | list[Any] | None:
     """The column, read by pyarrow; None where a line is odd, so that all are read one by one."""
     chat = source.shape == "chat"
-    kind = pa.list_(turn_type(source.chat_schema)) if chat else pa.string()
+    kind = pa.list_(turn_type()) if chat else pa.string()
     column, (first, *fields) = source.text_column, source.text_column.split(".")
     nested = kind
     for name in reversed(fields):
@@ -392,6 +481,14 @@ def _inside(value: Any, path: str) -> Any:
 def raw_lines(block: bytes, first: int) -> Records:
     """Each line with its line end, blank ones included, as a record."""
     return Records(first, pa.array(io.BytesIO(block).readlines(), pa.large_binary()))
+
+
+def split_texts(block: bytes, first: int, ending: bytes) -> Records:
+    """The texts between separators, each a record; blank ones are none, as blank lines are none."""
+    if ending == b"\n":
+        block = block.replace(b"\r\n", b"\n")
+    texts = [text for text in block.split(ending) if text.strip()]
+    return Records(first, pa.array(texts, pa.large_binary()))
 
 
 def _read_whole(stream: BinaryIO) -> Iterator[Records]:

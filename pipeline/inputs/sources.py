@@ -32,8 +32,8 @@ class Source:
     data_files: tuple[str, ...] = ()
     text_column: str = "text"
     shape: Shape = "documents"
-    chat_schema: str = "sharegpt"
-    """How a conversation spells its turns: a row of SCHEMAS in pipeline/text/chat.py."""
+    separator: str = ""
+    """What ends a document in a text file; empty: the file is one."""
     val_fraction: float = 0.001
     gated: bool = False
     embedded: bool = False
@@ -159,6 +159,8 @@ class SourceOverrides:
     revision: str = ""
     text_column: str = ""
     split: str = ""
+    shape: str = ""
+    separator: str = ""
     data_files: tuple[str, ...] = ()
     """Local files; or patterns inside the repository where `dataset` is given too."""
 
@@ -182,6 +184,15 @@ def find(name: str, choice: SourceOverrides | None = None) -> Source:
         known = Source(name=name, about="a corpus of your own", licence="unknown")
     _check_of_use(known, choice)
     changes: dict[str, Any] = {name: value for name, value in vars(choice).items() if value}
+    if choice.shape == "chat" and known.shape != "chat":
+        changes.setdefault("text_column", "messages")
+    if choice.shape == "lines":  # not those of pages, which are in the table alone
+        changes |= {"shape": "documents", "separator": "\n"}
+    if choice.separator and choice.shape not in ("", "documents"):
+        raise SourceError(
+            f"--separator {choice.separator!r} cuts text files into documents: leave --shape "
+            f"{choice.shape} out"
+        )
     if choice.dataset:
         changes |= {"unavailable": "", "embedded": False, "gated": False}
     else:

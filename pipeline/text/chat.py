@@ -7,14 +7,15 @@ dropped, and so is a last question without an answer. Each turn is encoded on it
 are inserted by id, so that no text can spell one. With one question, as in SlimOrca, the ids are
 those of mistral-common (which with several puts the system turn before the last).
 
-A data set that spells its turns in another way is one more row of SCHEMAS.
+Turns are read in both of the field's spellings; one more is a row of SCHEMAS, another name of a
+role a row of ROLES. Content may be a list of parts of type text, joined by a blank line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,41 +28,33 @@ UNKNOWN_ROLE: Final = "unknown role"
 OUT_OF_ORDER: Final = "turns out of order"
 EMPTY_TURN: Final = "empty turn"
 NO_ANSWER: Final = "no answer"
+TOOL: Final = "tool turn"
+NO_TEXT_PART: Final = "part that is not text"
 
+SCHEMAS: Final = (("from", "value"), ("role", "content"))
+"""How a turn is spelled: the keys of its role and of its text."""
 
-@dataclass(frozen=True)
-class ChatSchema:
-    """How a data set spells a turn: the keys of its role and its text, the names of the roles."""
-
-    role_key: str
-    text_key: str
-    roles: Mapping[str, Literal["system", "user", "assistant"]]
-
-
-SCHEMAS: Final = {
-    "sharegpt": ChatSchema("from", "value", {
-        "system": "system", "human": "user", "user": "user", "gpt": "assistant",
-        "assistant": "assistant",
-    }),
-    "messages": ChatSchema("role", "content", {
-        "system": "system", "user": "user", "assistant": "assistant",
-    }),
+ROLES: Final = {
+    "system": "system", "developer": "system",
+    "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "tool": "tool", "function": "tool", "function_call": "tool", "observation": "tool",
 }  # fmt: skip
-"""By the name that a source gives as its `chat_schema`."""
+"""What data sets call the roles. The template has no place for a tool."""
 
 
 class BadConversationError(ValueError):
     """A record that is no conversation; the message is the reason that is listed."""
 
 
-def render(record: object, schema: ChatSchema = SCHEMAS["sharegpt"]) -> list[str]:
+def render(record: object) -> list[str]:
     """The texts of a conversation: user, answer, user, answer, ...
 
     `record` is a list of turns; BadConversationError says what is wrong with any other.
     """
     if not isinstance(record, list) or not all(isinstance(turn, dict) for turn in record):
         raise BadConversationError(NO_TURNS)
-    turns = [_turn(turn, schema) for turn in record]
+    turns = [_turn(turn) for turn in record]
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
     expected = ("user", "assistant")
     if any(role != expected[place % 2] for place, (role, _) in enumerate(turns)):
@@ -153,10 +146,26 @@ class ChatTemplate:
         return Encoded(stream, places + np.arange(len(places)), targets)
 
 
-def _turn(turn: dict[str, Any], schema: ChatSchema) -> tuple[str, str]:
-    role, text = turn.get(schema.role_key), turn.get(schema.text_key)
-    if not isinstance(role, str) or not isinstance(text, str):
+def _turn(turn: Mapping[str, Any]) -> tuple[str, str]:
+    """Role and text of a turn."""
+    spelled = ((turn[role], turn.get(text)) for role, text in SCHEMAS if turn.get(role) is not None)
+    role, content = next(spelled, (None, None))
+    if not isinstance(role, str):
         raise BadConversationError(NO_TURNS)
-    if role not in schema.roles:
+    if ROLES.get(role) == "tool" or turn.get("tool_calls"):
+        raise BadConversationError(TOOL)
+    if role not in ROLES:
         raise BadConversationError(UNKNOWN_ROLE)
-    return schema.roles[role], text
+    return ROLES[role], _text_of(content)
+
+
+def _text_of(content: object) -> str:
+    """The text, of parts joined as mistral-common joins them."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise BadConversationError(NO_TURNS)
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+        raise BadConversationError(NO_TEXT_PART)
+    return "\n\n".join(filter(None, texts))

@@ -25,14 +25,15 @@ that the whole text does not have there. Two kinds of places allow for it:
     in front of a character  that no piece joins to a space: the prefix is a token by itself, and
                              that token is left out
 
-A text without any such place for megabytes is encoded in one slice, however long.
+A text without any such place for megabytes is encoded in one slice, however long. A word, which
+has no place to cut at all, is encoded up to 4 MiB; a document with a longer one is rejected.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -41,6 +42,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.text.chat import Encoded
+from pipeline.text.json_tokenizer import JsonTokenizer
 from pipeline.text.tokenizer import Tokenizer, processor
 from shards.format import Flags, Tokens, token_dtype
 
@@ -48,7 +50,9 @@ SLICE_BYTES: Final = 8 << 20
 SPACE: Final = "\u2581"  # what a space is inside a model
 _BLANK: Final = 0x20
 _MARKER: Final = b"\xff"
+LONG_WORD: Final = "a word above 4 MiB"
 _NO_DUMMY_PREFIX: Final = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
+LONGEST_WORD: Final = 4 << 20  # encoding one takes 70 to 130 times its size
 _CACHED_WORD_BYTES: Final = 64  # longer ones rarely come twice
 _CACHED_WORDS: Final = 1 << 17  # are kept; more only if few batches have so many of their own, as
 _MOST_WORDS: Final = 1 << 20  # in text of many languages, for all are hashed again in every batch
@@ -61,7 +65,9 @@ Bytes = npt.NDArray[np.uint8]
 
 @functools.lru_cache(maxsize=8)
 def unfit_reason(tokenizer: Tokenizer) -> str | None:
-    """Why this vocabulary needs plain sentencepiece; None if cutting is exact for it."""
+    """Why this vocabulary needs its plain encoder; None if cutting is exact for it."""
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.unfit_reason()
     proto = tokenizer.proto
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != trainer.BPE:
@@ -83,7 +89,16 @@ def unfit_reason(tokenizer: Tokenizer) -> str | None:
 
 def cut_table(tokenizer: Tokenizer) -> Flags:
     """[256 * 256], indexed prev + 256 * next: whether text may be cut between two bytes."""
-    table = np.ones((256, 256), np.bool_)  # [prev, next]
+    table = _pair_table(tokenizer)
+    table[0xFF, :] = table[:, 0xFF] = True
+    return np.ascontiguousarray(table.T).reshape(-1)
+
+
+def _pair_table(tokenizer: Tokenizer) -> Flags:
+    """[prev, next]: whether text may be cut between two bytes."""
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.cut_table()
+    table = np.ones((256, 256), np.bool_)
     table[:, 0x80:0xC0] = False  # inside a character
     pieces = _MARKER.join(piece.encode() for piece in _matched_pieces(tokenizer))
     for spelling in (pieces, pieces.replace(SPACE.encode(), b" ")):
@@ -91,8 +106,17 @@ def cut_table(tokenizer: Tokenizer) -> Flags:
         table[data[:-1], data[1:]] = False
     # a space and a literal U+2581 (E2 96 81) are one symbol, so runs of both hold together
     table[0x81, 0x20] = table[0x20, 0xE2] = False
-    table[0xFF, :] = table[:, 0xFF] = True
-    return np.ascontiguousarray(table.T).reshape(-1)
+    return table
+
+
+def _word_encoder(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
+    """What gives the ids of texts without a space in front of each."""
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.encode_all
+    encode: Callable[[list[str]], list[list[int]]] = processor(
+        tokenizer.model + _NO_DUMMY_PREFIX
+    ).encode
+    return encode
 
 
 def _matched_pieces(tokenizer: Tokenizer) -> list[str]:
@@ -112,17 +136,18 @@ class ColumnarEncoder:
         if reason := unfit_reason(tokenizer):
             raise ValueError(f"{tokenizer.name} cannot be encoded in columns: {reason}")
         self.dtype = token_dtype(tokenizer.vocab_size)
-        self._processor = processor(tokenizer.model + _NO_DUMMY_PREFIX)
+        self._encode = _word_encoder(tokenizer)
         self._table = cut_table(tokenizer)
-        self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
+        self._head = _MARKER + b" " * tokenizer.space_first
+        self._closing, self._eos = tokenizer.closing, tokenizer.eos_id
         self._words = pa.array([_MARKER], pa.binary())
-        marker = np.array([self._eos, self._bos], self.dtype).tobytes()
-        self._ids = pa.array([marker], pa.binary())
+        marker = np.array([self._eos, tokenizer.bos_id][-1 - self._closing :], self.dtype)
+        self._ids = pa.array([marker.tobytes()], pa.binary())
         self._uses = np.zeros(1, np.int64)
 
     def encode(self, texts: pa.Array) -> Encoded:
         """The stream of an array of strings, valid UTF-8 without nulls, 2 GiB at most."""
-        words = self._cut(_joined(texts))
+        words = self._cut(_joined(texts, self._head))
         index, known, ids = self._look_up(words)
         stream = ids.take(index)
         places = np.asarray(index)
@@ -146,12 +171,15 @@ class ColumnarEncoder:
         )
 
     def _finished(self, stream: Any) -> Tokens:
-        """The tokens: every marker began with the EOS of the document before; shift by one."""
+        """The tokens: every marker began with the EOS of the document before; shift by one.
+
+        Where nothing closes a document there is nothing to shift.
+        """
         offsets = _offsets(stream)
         data = np.frombuffer(stream.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
         tokens = np.empty(len(data) // self.dtype.itemsize, self.dtype)
-        tokens[:-1] = data.view(self.dtype)[1:]
-        tokens[-1:] = self._eos
+        tokens[: len(tokens) - self._closing] = data.view(self.dtype)[self._closing :]
+        tokens[len(tokens) - self._closing :] = self._eos
         return tokens
 
     def _cut(self, text: Bytes) -> Any:
@@ -172,8 +200,8 @@ class ColumnarEncoder:
         return pa.Array.from_buffers(pa.binary(), n, buffers)
 
     def _encode_words(self, words: Any) -> Any:
-        """The packed ids of each word, from sentencepiece."""
-        encoded = self._processor.encode([word.decode() for word in words.to_pylist()])
+        """The packed ids of each word, from the plain encoder."""
+        encoded = self._encode([word.decode() for word in words.to_pylist()])
         sizes = np.fromiter(map(len, encoded), np.int64, len(encoded)) * self.dtype.itemsize
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
         ids = np.fromiter(itertools.chain.from_iterable(encoded), self.dtype)
@@ -214,7 +242,8 @@ class SlicedEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._encoder = ColumnarEncoder(tokenizer)
         self._cuts = self._encoder._table.reshape(256, 256).T  # [prev, next]
-        self._has_space = any(entry.piece == SPACE for entry in tokenizer.proto.pieces)
+        self._prefixed, self._closing = tokenizer.space_first, tokenizer.closing
+        self._has_space = self._prefixed and SPACE in _matched_pieces(tokenizer)
 
     def encode(self, texts: pa.Array) -> Encoded:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
@@ -224,6 +253,23 @@ class SlicedEncoder:
         lengths = np.cumsum([0, *(len(stream.tokens) for stream in streams)])
         starts = [stream.starts + length for stream, length in zip(streams, lengths, strict=False)]
         return Encoded(np.concatenate([s.tokens for s in streams]), np.concatenate(starts))
+
+    def unfit(self, texts: pa.Array) -> dict[int, str]:
+        """The texts that would take too much memory: those with a word above 4 MiB."""
+        long = np.flatnonzero(np.asarray(pc.binary_length(texts)) > LONGEST_WORD).tolist()
+        words = {n: self._longest(np.frombuffer(texts[n].as_buffer(), np.uint8)) for n in long}
+        return {n: LONG_WORD for n, size in words.items() if size > LONGEST_WORD}
+
+    def _longest(self, text: Bytes) -> int:
+        """Bytes of the longest word."""
+        longest = last = 0
+        for here in range(1, len(text), _WINDOW):
+            window = text[here - 1 : here + _WINDOW]
+            places = here + np.flatnonzero(self._cuts[window[:-1], window[1:]])
+            if len(places):
+                longest = max(longest, int(np.diff(places, prepend=last).max()))
+                last = int(places[-1])
+        return max(longest, len(text) - last)
 
     def _streams(self, texts: pa.Array) -> Iterator[Encoded]:
         """The streams of neighbouring texts, short ones together."""
@@ -250,8 +296,8 @@ class SlicedEncoder:
             found = self._encoder.encode(piece).tokens
             if not tokens:
                 tokens.append(found[:1])  # BOS
-            tokens.append(found[1 + left_out : -1])
-        tokens.append(found[-1:])  # EOS
+            tokens.append(found[1 + left_out : len(found) - self._closing])
+        tokens.append(found[len(found) - self._closing :])  # EOS
         return Encoded(np.concatenate(tokens), np.zeros(1, np.int64))
 
     def _slices(self, text: Bytes) -> Iterator[tuple[int, int, int]]:
@@ -262,7 +308,10 @@ class SlicedEncoder:
             if end is None:
                 break
             yield first, end, left_out
-            first, left_out = (end + 1, 0) if text[end] == _BLANK else (end, 1)
+            if not self._prefixed:
+                first = end
+            else:
+                first, left_out = (end + 1, 0) if text[end] == _BLANK else (end, 1)
         yield first, len(text), left_out
 
     def _place(self, text: Bytes, at: int) -> int | None:
@@ -270,7 +319,7 @@ class SlicedEncoder:
         for here in range(at, len(text) - 1, _WINDOW):
             window = text[here - 1 : here + _WINDOW]
             before, behind = window[:-1], window[1:]
-            joined = behind == _BLANK
+            joined = (behind == _BLANK) | (not self._prefixed)
             if self._has_space:
                 joined |= self._cuts[_BLANK, behind]
             places = np.flatnonzero(self._cuts[before, behind] & joined)
@@ -279,18 +328,19 @@ class SlicedEncoder:
         return None
 
 
-def _joined(texts: Any) -> Bytes:
-    """Each document behind 0xFF and a space, the dummy prefix, which an empty one does not get."""
+def _joined(texts: Any, head: bytes) -> Bytes:
+    """Each document behind its head: 0xFF, and a space, if the vocabulary has it (the dummy
+    prefix), which an empty document does not get."""
     texts = texts.cast(pa.binary())
     listed = pa.ListArray.from_arrays(pa.array([0, len(texts)], pa.int32()), texts)
-    joined = pc.binary_join(listed, _MARKER + b" ")
+    joined = pc.binary_join(listed, head)
     body = np.frombuffer(joined.buffers()[2], np.uint8)[: _offsets(joined)[-1]]
-    text = np.empty(len(body) + 2, np.uint8)
-    text[:2], text[2:] = (0xFF, 0x20), body
+    text = np.empty(len(body) + len(head), np.uint8)
+    text[: len(head)], text[len(head) :] = list(head), body
     if not len(texts):
         return text[:0]
     lengths = np.asarray(pc.binary_length(texts))
-    if not lengths.all():
+    if len(head) > 1 and not lengths.all():
         starts = np.concatenate([[0], np.cumsum(lengths + 2)[:-1]])
         text = np.delete(text, starts[lengths == 0] + 1)
     return text

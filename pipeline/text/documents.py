@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ import xxhash
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.reading import BAD_UTF8, LARGE, MAX_RECORD_BYTES, MISSING, PartReader, Records
 from pipeline.inputs.sources import Source
-from pipeline.text.chat import SCHEMAS, BadConversationError, ChatSchema, render, spell
+from pipeline.text.chat import BadConversationError, render, spell
 from shards.format import Flags, Ordinals, Part
 
 EMPTY: Final = "empty"
@@ -29,6 +29,8 @@ PAGE_TITLE: Final = re.compile(r" = [^=].*[^=] = \n?")
 PAGES_AT_ONCE: Final = 256
 
 Rejected = dict[str, str | int]
+Screen = Callable[[pa.Array], dict[int, str]]
+"""Of texts, those that are not to become documents, by place, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,18 @@ class Documents:
         turns = None if self.turns is None else self.turns[:n]
         parts, records, held = self.parts[:n], self.records[:n], self.held[:n]
         return Documents(self.texts[:texts], parts, records, held, turns)
+
+    def choose(self, chosen: Flags) -> Documents:
+        """Those for which chosen [n] is true."""
+        texts = chosen if self.turns is None else np.repeat(chosen, self.turns)
+        turns = None if self.turns is None else self.turns[chosen]
+        return Documents(
+            self.texts.filter(pa.array(texts)),
+            self.parts[chosen],
+            self.records[chosen],
+            self.held[chosen],
+            turns,
+        )
 
     @classmethod
     def concat(cls, several: list[Documents]) -> Documents:
@@ -86,8 +100,10 @@ def in_batches(stream: Iterable[Documents], batch_bytes: int) -> Iterator[Docume
 class DocumentMaker:
     """Turns the records of one source into documents and keeps the list of what it rejected."""
 
-    def __init__(self, source: Source, val_fraction: float) -> None:
-        self._source = source
+    def __init__(
+        self, source: Source, val_fraction: float, screens: tuple[Screen, ...] = ()
+    ) -> None:
+        self._source, self._screens = source, screens
         self._held_below = round(val_fraction * (1 << 16))
         self.rejected: list[Rejected] = []
 
@@ -95,7 +111,8 @@ class DocumentMaker:
         """The documents of parts, given with their numbers in the plan, in order."""
         with contextlib.closing(PartReader(inputs, self._source)) as reader:
             for number, part in parts:
-                yield from self.documents(number, part, reader.read(part))
+                for documents in self.documents(number, part, reader.read(part)):
+                    yield self._screened(part, documents)
 
     def documents(self, number: int, part: Part, batches: Iterable[Records]) -> Iterator[Documents]:
         """The documents of the plan's part of that number, in order."""
@@ -108,6 +125,23 @@ class DocumentMaker:
         make = self._conversations if self._source.shape == "chat" else self._texts
         for records in batches:
             yield make(number, part, records)
+
+    def _screened(self, part: Part, documents: Documents) -> Documents:
+        """Without those that a screen names; of a conversation one turn is enough."""
+        reasons: dict[int, str] = {}
+        for place, reason in itertools.chain.from_iterable(
+            screen(documents.texts).items() for screen in self._screens
+        ):
+            if documents.turns is not None:
+                place = int(np.searchsorted(np.cumsum(documents.turns), place, side="right"))
+            reasons.setdefault(place, reason)
+        if not reasons:
+            return documents
+        kept = np.ones(len(documents), np.bool_)
+        for place in sorted(reasons):
+            kept[place] = False
+            self._reject(part, int(documents.records[place]), reasons[place])
+        return documents.choose(kept)
 
     def _of(self, number: int, texts: pa.Array, records: Any) -> Documents:
         held = held_out(texts, self._held_below)
@@ -157,14 +191,13 @@ class DocumentMaker:
                     self._reject(part, records.first + place, reason)
 
     def _conversations(self, number: int, part: Part, records: Records) -> Documents:
-        schema = SCHEMAS[self._source.chat_schema]
         conversations: list[list[str]] = []
         ordinals: list[int] = []
         for place, value in enumerate(_as_list(records.values)):
             reason = records.reasons.get(place, MISSING if value is None else "")
             try:
                 if not reason:
-                    conversations.append(_rendered(value, schema))
+                    conversations.append(_rendered(value))
                     ordinals.append(records.first + place)
             except BadConversationError as error:
                 reason = str(error)
@@ -224,10 +257,10 @@ def _as_list(values: Any) -> list[Any]:
         return [value if value.is_valid else None for value in values]
 
 
-def _rendered(value: Any, schema: ChatSchema) -> list[str]:
+def _rendered(value: Any) -> list[str]:
     """A conversation's turns; BadConversationError has the reason if it is none."""
     try:
-        turns = render(value.as_py() if isinstance(value, pa.Scalar) else value, schema)
+        turns = render(value.as_py() if isinstance(value, pa.Scalar) else value)
         size = sum(len(text.encode()) for text in turns)
     except UnicodeError:
         raise BadConversationError(BAD_UTF8) from None

@@ -11,12 +11,14 @@ import pyarrow.compute as pc
 
 from pipeline.errors import TokenizerError
 from pipeline.text.chat import ChatTemplate, Encoded
-from pipeline.text.columnar import SlicedEncoder, unfit_reason
+from pipeline.text.columnar import LONGEST_WORD, SlicedEncoder, unfit_reason
 from pipeline.text.documents import Documents
+from pipeline.text.json_tokenizer import JsonTokenizer
 from pipeline.text.tokenizer import Tokenizer
 from shards.format import Flags, token_dtype
 
 CHECKED_CHARACTERS: Final = 1 << 15
+LONG_TEXT: Final = "above 4 MiB, for a vocabulary that is encoded slowly"
 
 
 class Encoder(Protocol):
@@ -27,20 +29,29 @@ class Encoder(Protocol):
     def encode(self, texts: pa.Array) -> Encoded:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
 
+    def unfit(self, texts: pa.Array) -> dict[int, str]:
+        """The texts that it cannot encode within the memory of a worker, each with the reason."""
+
 
 class PlainEncoder:
     """sentencepiece itself, for vocabularies that the columnar encoder is not exact on."""
 
     def __init__(self, tokenizer: Tokenizer, reason: str = "as asked for") -> None:
-        self.note = f"plain sentencepiece, slowly: {reason}"
+        library = "tokenizers" if isinstance(tokenizer, JsonTokenizer) else "sentencepiece"
+        self.note = f"plain {library}, slowly: {reason}"
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
 
+    def unfit(self, texts: pa.Array) -> dict[int, str]:
+        """The texts above 4 MiB: encoding takes 50 to 130 times their size."""
+        long = np.asarray(pc.binary_length(texts)) > LONGEST_WORD
+        return dict.fromkeys(np.flatnonzero(long).tolist(), LONG_TEXT)
+
     def encode(self, texts: pa.Array) -> Encoded:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        bos, end = self._tokenizer.bos_id, [self._tokenizer.eos_id] * self._tokenizer.closing
         documents = [
-            np.array([bos, *ids, eos], self._dtype)
+            np.array([bos, *ids, *end], self._dtype)
             for ids in self._tokenizer.encode_all(texts.to_pylist())
         ]
         ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
@@ -75,6 +86,7 @@ class CheckedEncoder:
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, n: int) -> None:
         self.note = encoder.note
         self._encoder, self._tokenizer, self._left = encoder, tokenizer, n
+        self.unfit = encoder.unfit
 
     def encode(self, texts: pa.Array) -> Encoded:
         """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
@@ -93,8 +105,8 @@ class CheckedEncoder:
         ends = [*stream.starts[1:].tolist(), len(stream.tokens)]
         for place in np.flatnonzero(chosen).tolist():
             text = texts[place].as_py()
-            ids = stream.tokens[stream.starts[place] + 1 : ends[place] - 1]
+            ids = stream.tokens[stream.starts[place] + 1 : ends[place] - self._tokenizer.closing]
             if ids.tolist() != self._tokenizer.encode(text):
                 raise TokenizerError(
-                    f"the fast encoder and sentencepiece differ on {text[:60]!r}: please report it"
+                    f"the fast encoder and the plain one differ on {text[:60]!r}: please report it"
                 )

@@ -13,12 +13,12 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
 from pipeline.errors import TokenizerError
-from shards.format import ManifestTokenizer
+from shards.format import TOKENIZER, Flags, ManifestTokenizer
 
 BASE_PACKAGE: Final = "mistral_common"
 BASE_FILE: Final = "data/mistral_instruct_tokenizer_240323.model.v3"
@@ -36,8 +36,12 @@ class Tokenizer:
     """A SentencePiece model and its facts. `encode` adds no BOS, no EOS.
 
     `vocab_size` counts control and byte pieces, too. `pad_id` is that of `<unk>`, which byte
-    fallback never emits.
+    fallback never emits. With `space_first` a text's first piece begins with a space that is not in
+    the text (the dummy prefix). A tokenizer.json is a JsonTokenizer (json_tokenizer.py).
     """
+
+    file: ClassVar[str] = TOKENIZER
+    space_first: bool
 
     def __init__(self, model: bytes, name: str) -> None:
         self.model, self.name = model, name
@@ -55,6 +59,7 @@ class Tokenizer:
             pad_id=self.pad_id,
         )
         _check_usable(self.proto, self.info)
+        self.space_first = bool(self.proto.normalizer_spec.add_dummy_prefix)
 
     @classmethod
     def load(cls, path: Path, name: str | None = None) -> Tokenizer:
@@ -88,12 +93,23 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; control pieces have none. Inverse of `encode`."""
-        ids = [int(i) for i in ids]
-        if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
+        return str(self._processor.decode([self._checked(int(i)) for i in ids]))
+
+    def _checked(self, number: int) -> int:
+        if not 0 <= number < self.vocab_size:
             raise TokenizerError(
-                f"id {wrong[0]} is outside the {self.vocab_size} entries of {self.name}"
+                f"id {number} is outside the {self.vocab_size} entries of {self.name}"
             )
-        return str(self._processor.decode(ids))
+        return number
+
+    @property
+    def closing(self) -> int:
+        """Tokens behind a document: EOS, or none where it is the BOS of the next."""
+        return int(self.eos_id != self.bos_id)
+
+    def files(self) -> dict[str, bytes]:
+        """What is kept beside shards and weights, by name."""
+        return {TOKENIZER: self.model}
 
     @functools.cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
@@ -112,17 +128,27 @@ class Tokenizer:
 
     def token_bytes_file(self) -> bytes:
         """The content of token_bytes.npy; shards/format.py says what its two columns mean."""
-        kinds, spec = self.proto.SentencePiece, self.proto.normalizer_spec
-        lengths = np.array([len(spelled) for spelled in self.token_bytes])
+        kinds = self.proto.SentencePiece
         prefixed = [
             entry.piece.startswith("\u2581") and entry.type not in (kinds.CONTROL, kinds.UNKNOWN)
             for entry in self.proto.pieces
         ]
-        first = lengths - (np.array(prefixed) & spec.add_dummy_prefix)
+        return self._lengths_file(np.array(prefixed) & self.space_first)
+
+    def _lengths_file(self, shorter_first: Flags) -> bytes:
+        """Of each id its bytes, and its bytes at the beginning of a text: one less if so marked."""
+        lengths = np.array([len(spelled) for spelled in self.token_bytes])
+        first = lengths - shorter_first
         out = io.BytesIO()
         dtype = "<u2" if lengths.max() < 1 << 16 else "<u4"
         np.save(out, np.stack([lengths, first], axis=1).astype(dtype), allow_pickle=False)
         return out.getvalue()
+
+    @property
+    def control_pieces(self) -> list[str]:
+        """The pieces that are put in by id alone, in order of id, without `<unk>`."""
+        kinds = self.proto.SentencePiece
+        return [entry.piece for entry in self.proto.pieces if entry.type == kinds.CONTROL]
 
     def piece(self, number: int) -> str:
         """How the vocabulary spells an id."""
@@ -244,7 +270,7 @@ def _parse(model: bytes, name: str) -> Any:
         proto.Clear()
     if not proto.pieces:
         raise TokenizerError(
-            f"{name} is no SentencePiece model: name a .model file (tokenizer.json is none)"
+            f"{name} is no SentencePiece model: name a .model file or a tokenizer.json"
         )
     return proto
 

@@ -15,6 +15,7 @@ from pipeline.inputs.hub import HubInputs
 from pipeline.inputs.inputs import Inputs, spelled
 from pipeline.inputs.sources import Source
 from pipeline.text.chat import ChatTemplate
+from pipeline.text.exclude import Exclusion
 from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.job import CHECKED_DOCUMENTS, NO_LIMIT, Limit
 from pipeline.units.units import LEAST_UNIT_BYTES, UNIT_BYTES, UNITS_WANTED, PreparePlan
@@ -24,6 +25,8 @@ TYPICAL_DOCUMENT_BYTES: Final = 2500
 TYPICAL_TOKEN_BYTES: Final = 4
 MAX_SEQ_LEN: Final = 1 << 20
 """Longer than any model's context; a mistyped number would take all memory."""
+OPTIONAL: Final = ("separator", "exclude")
+"""Keys that a recipe has only if they are given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class PrepareRequest:
     loss_mask: bool = False
     limit: Limit = NO_LIMIT
     check_encoding: int = CHECKED_DOCUMENTS
+    exclude: Exclusion | None = None
     part: tuple[int, int] = (1, 1)
     unit_bytes: int | None = None
     """Text in a unit at most; by default 256 MiB, less if a limit is to take from many places."""
@@ -74,8 +78,6 @@ def recipe_of(request: PrepareRequest, inputs: Inputs) -> dict[str, Any]:
     if isinstance(inputs, HubInputs) and licence == "unknown":
         licence = inputs.licence or licence
     val_fraction = source.val_fraction if request.val_fraction is None else request.val_fraction
-    # only where it is another one: folders begun by earlier versions go on
-    schema = {} if source.chat_schema == "sharegpt" else {"chat_schema": source.chat_schema}
     return {
         "source": source.name,
         "dataset": inputs.dataset,
@@ -93,7 +95,9 @@ def recipe_of(request: PrepareRequest, inputs: Inputs) -> dict[str, Any]:
         "max_documents": request.limit.documents,
         "max_tokens": request.limit.tokens,
         "unit_bytes": _unit_bytes(request),
-        **schema,
+        # only where it is given: folders begun by earlier versions go on
+        **({"exclude": request.exclude.described} if request.exclude else {}),
+        **({"separator": source.separator} if source.separator else {}),
     }
 
 
@@ -113,7 +117,7 @@ def check_same_recipe(
 ) -> None:
     """PrepareError if the folder was begun with another recipe or other files."""
     fix = "choose another --out, or delete the folder to start over"
-    for key, value in recipe.items():
+    for key, value in {**dict.fromkeys(OPTIONAL), **recipe}.items():
         if (was := existing.recipe.get(key)) != value:
             raise PrepareError(f"{folder} was begun with {key} {was!r}, not {value!r}: {fix}")
     before = {file.path: file for file in existing.files}

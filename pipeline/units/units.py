@@ -26,7 +26,13 @@ import xxhash
 from pipeline.errors import PrepareError, SourceError
 from pipeline.inputs.formats import check_kind, is_array
 from pipeline.inputs.inputs import INTERPRETER, InputFile, Inputs, listed
-from pipeline.inputs.reading import check_column, column_bytes, damaged, open_parquet
+from pipeline.inputs.reading import (
+    check_column,
+    column_bytes,
+    damaged,
+    open_parquet,
+    overlaps_itself,
+)
 from pipeline.inputs.sources import Source
 from shards.errors import SummerError
 from shards.files import json_bytes
@@ -92,7 +98,8 @@ class PreparePlan:
     @functools.cached_property
     def facts(self) -> Facts:
         """What the manifest and every shard need to know; KeyError if the recipe lacks it."""
-        values = {field.name: self.recipe[field.name] for field in fields(Facts)}
+        values = {each.name: self.recipe[each.name] for each in fields(Facts)
+                  if each.name in self.recipe or each.name != "exclude"}  # fmt: skip
         return Facts(**{**values, "tokenizer": ManifestTokenizer(**self.recipe["tokenizer"])})
 
     @functools.cached_property
@@ -102,7 +109,7 @@ class PreparePlan:
         return Source(
             name=self.recipe["source"],
             about="",
-            chat_schema=self.recipe.get("chat_schema", "sharegpt"),
+            separator=self.recipe.get("separator", ""),
             embedded=self.recipe["dataset"] == INTERPRETER,
             **{name: self.recipe[name] for name in same},
         )
@@ -163,6 +170,12 @@ def make_plan(
 
 def cut_into_parts(inputs: Inputs, source: Source) -> list[WeighedPart]:
     """Every file of the listing in parts, in order."""
+    kinds = {file.layout.kind for file in inputs.files}
+    if source.separator and "text" not in kinds:
+        raise SourceError(
+            f"{source.name} has no text file that --separator or --shape lines could cut, only "
+            f"{', '.join(sorted(kinds))}: leave it out"
+        )
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
         cut = pool.map(lambda file: _parts_of(inputs, source, file), inputs.files)
         return [part for parts in cut for part in parts]
@@ -195,7 +208,10 @@ def _parts_of(inputs: Inputs, source: Source, file: InputFile) -> list[WeighedPa
         return [WeighedPart(Part(file=file.path, first=0, last=file.bytes),
                             file.bytes * EXPANSION, file.bytes)]  # fmt: skip
     step = file.bytes
-    if kind == "jsonl" and source.shape != "lines" and not is_array(inputs, file):
+    separator = source.separator.encode()
+    if (kind == "jsonl" and source.shape != "lines" and not is_array(inputs, file)) or (
+        kind == "text" and separator and not overlaps_itself(separator)
+    ):
         step = min(LINES_BYTES, _share(file.bytes))
     cuts = [*range(0, file.bytes, max(1, step)), file.bytes] if file.bytes else [0, 0]
     return [

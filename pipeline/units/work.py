@@ -10,12 +10,14 @@ import numpy as np
 
 from pipeline.errors import PrepareError
 from pipeline.text.chat import ChatTemplate, Encoded
-from pipeline.text.documents import DocumentMaker, Documents, in_batches
+from pipeline.text.documents import DocumentMaker, Documents, Screen, in_batches
 from pipeline.text.encode import CheckedEncoder, encode_documents, make_encoder
+from pipeline.text.exclude import read_exclusion
+from pipeline.text.json_tokenizer import load_tokenizer
 from pipeline.text.pack import Packer
 from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.job import Amount, Limit, PrepareJob, ReportProgress, UnitProgress
-from shards.format import TOKENIZER, ManifestTokenizer, UnitRecord, unit_name
+from shards.format import EXCLUDED, ManifestTokenizer, UnitRecord, unit_name
 from shards.writer import ShardWriter
 
 BATCH_BYTES: Final = 8 << 20
@@ -27,9 +29,9 @@ def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportProgres
     source, facts = job.plan.source, job.plan.facts
     writer = ShardWriter(job.folder, unit_name(position), facts)
     packers = {split: Packer(writer, split, facts) for split in ("train", "val")}
-    maker = DocumentMaker(source, facts.val_fraction)
-    tokenizer = _tokenizer(job.folder / TOKENIZER, facts.tokenizer)
+    tokenizer = _tokenizer(job.folder, facts.tokenizer)
     encoder = CheckedEncoder(make_encoder(tokenizer), tokenizer, job.check_encoding)
+    maker = DocumentMaker(source, facts.val_fraction, (encoder.unfit, *_exclusion(job)))
     template = ChatTemplate.of(tokenizer) if source.shape == "chat" else None
     text_bytes, done = 0, Amount()
     report(UnitProgress(position))
@@ -51,6 +53,14 @@ def run_unit(job: PrepareJob, position: int, limit: Limit, report: ReportProgres
     return writer.finish(maker.rejected, job.plan.sha256)
 
 
+def _exclusion(job: PrepareJob) -> list[Screen]:
+    """What leaves out documents of evaluation tasks, if that was asked for."""
+    excluded = job.plan.facts.exclude
+    if excluded is None:
+        return []
+    return [read_exclusion(job.folder / EXCLUDED, excluded["sha256"]).screen]
+
+
 def _cut(encoded: Encoded, documents: Documents, limit: Limit) -> tuple[Encoded, Documents]:
     """The documents up to the one that reaches the token limit."""
     if limit.tokens is None or len(encoded.tokens) < limit.tokens:
@@ -60,10 +70,11 @@ def _cut(encoded: Encoded, documents: Documents, limit: Limit) -> tuple[Encoded,
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: Path, info: ManifestTokenizer) -> Tokenizer:
-    tokenizer = Tokenizer.load(path, info.name)
+def _tokenizer(folder: Path, info: ManifestTokenizer) -> Tokenizer:
+    tokenizer = load_tokenizer(folder, info.name)
     if tokenizer.info != info:
         raise PrepareError(
-            f"{path} is not {info.name} any more: start the same command again, which restores it"
+            f"{folder / tokenizer.file} is not {info.name} any more: start the same command again, "
+            "which restores it"
         )
     return tokenizer

@@ -16,21 +16,22 @@ from huggingface_hub import ModelCard, ModelCardData
 from model.config import count_params
 from pipeline.inputs.listing import embedded_inputs
 from pipeline.inputs.sources import find
+from pipeline.text.json_tokenizer import load_tokenizer
 from pipeline.text.tokenizer import Tokenizer
 from shards.files import fsync_folder, publish_bytes
-from shards.format import TOKENIZER
+from shards.format import TOKENIZER_JSON
 from shards.versions import VERSION
 from tools.errors import ConversionError
 from tools.models.hf_folder import (
     is_hub_folder,
     is_own_architecture,
     read_model,
-    read_sentencepiece,
+    read_tokenizer,
     write_folder,
 )
 from tools.models.llama import is_llama
 from tools.models.loading import LoadedModel, ModelSpec, check_fit, load
-from tools.models.tokenizers import TOKENIZER_JSON, Vocabulary
+from tools.models.tokenizers import Vocabulary, filled_up
 from trainer.checkpoint.runs import EVALUATIONS, is_checkpoint, newest_checkpoint
 from trainer.checkpoint.storage import no_single_process_warning, read_record, save
 from trainer.config.config import RunConfig, save_config
@@ -90,12 +91,14 @@ def convert(source: Path, target: Path, wanted: Format | None = None) -> Convert
 def _to_summer(source: Path, folder: Path) -> Converted:
     """A run with one checkpoint, at step 0: `--run` reads it and `init_from` trains on from it."""
     config, weights = read_model(source)
-    tokenizer = read_sentencepiece(source)
-    check_fit(str(source), config, weights, Vocabulary.of_sentencepiece(tokenizer))
+    tokenizer = read_tokenizer(source)
+    vocabulary = filled_up(Vocabulary.of(tokenizer), config.vocab_size)
+    check_fit(str(source), config, weights, vocabulary)
     if (source / TOKENIZER_JSON).is_file():
         _compare_ids(source, tokenizer)
     save_config(folder, RunConfig(preset="converted", model=config))
-    publish_bytes(folder / TOKENIZER, tokenizer.model)
+    for name, data in tokenizer.files().items():
+        publish_bytes(folder / name, data)
     record = {"step": 0, "next_index": 0, "converted_from": source.name}
     with no_single_process_warning():
         save(folder, {f"model.{name}": weight for name, weight in weights.items()}, record, ALONE)
@@ -112,7 +115,7 @@ def _to_hugging_face(source: Path, folder: Path) -> Converted:
     named = {"checkpoint" if is_checkpoint(source) else "run": source}
     loaded = load(ModelSpec(**named, device="cpu", dtype="fp32"))
     checkpoint = loaded.checkpoint or source
-    tokenizer = Tokenizer.load(checkpoint.resolve().parents[1] / TOKENIZER)
+    tokenizer = load_tokenizer(checkpoint.resolve().parents[1])
     write_folder(folder, loaded.model.config, loaded.model.state_dict(), tokenizer)
     publish_bytes(folder / "README.md", model_card(checkpoint, loaded).encode())
     _compare_ids(folder, tokenizer)
@@ -129,7 +132,7 @@ def _compare_ids(folder: Path, tokenizer: Tokenizer) -> None:
         if theirs.encode(text) != tokenizer.encode(text):
             raise ConversionError(
                 f"{folder}: transformers reads other tokens from its {TOKENIZER_JSON} than"
-                f" SentencePiece from its {TOKENIZER}, for {text[:60]!r}, so nothing was kept: put"
+                f" shards have by its {tokenizer.file}, for {text[:60]!r}, so nothing was kept: put"
                 " the two files back that belong together"
             )
 

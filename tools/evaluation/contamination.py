@@ -15,13 +15,14 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.text.tokenizer import Tokenizer
-from shards.format import TOKENIZER
+from pipeline.text.exclude import Exclusion
+from pipeline.text.json_tokenizer import load_tokenizer
+from pipeline.text.ngrams import BARRIER, N_WORDS, Wanted, grams_of, normalised
+from shards.files import publish_bytes
 from shards.reader import ShardReader, find_sources
 from tools.errors import EvaluationError
 from tools.evaluation.cards import Result
 from tools.evaluation.datasets import read_questions, read_records
-from tools.evaluation.ngrams import BARRIER, N_WORDS, Wanted, grams_of, normalised
 from tools.evaluation.scoring import Progress
 from tools.evaluation.tasks import CORPORA, TASKS, TaskOptions
 from tools.evaluation.wikitext import pages_of, read_text
@@ -70,6 +71,23 @@ def contamination(task: str, options: TaskOptions, progress: Progress | None = N
         about=f"contamination, items that share {N_WORDS} words in a row, of {n_long:,} "
         f"({len(items) - n_long:,} more are shorter)",
         notes=_notes(settings),
+    )
+
+
+def write_exclusion(tasks: Sequence[str], options: TaskOptions, path: Path) -> str:
+    """Write the list for `summer-prep tokenize --exclude` of some tasks' items; says what it is.
+
+    EvaluationError where no item has 13 words.
+    """
+    items = {task: items_of(task, options.data)[: options.limit] for task in tasks}
+    made = Exclusion.of(items)
+    if not len(made.grams.hashes):
+        raise EvaluationError(f"no item of {', '.join(tasks)} has {N_WORDS} words: nothing to list")
+    publish_bytes(path, made.data)
+    return (
+        f"{path}: {len(made.grams.hashes):,} sequences of {N_WORDS} words of "
+        f"{sum(map(len, items.values())):,} items of {', '.join(tasks)}, "
+        f"SHA-256 {made.described['sha256']}"
     )
 
 
@@ -191,7 +209,7 @@ class _Decoder:
     """Ids -> normalised text, by one gather of bytes (joining pieces takes three times as long)."""
 
     def __init__(self, reader: ShardReader) -> None:
-        tokenizer = Tokenizer.load(reader.folder / TOKENIZER)
+        tokenizer = load_tokenizer(reader.folder)
         pieces = [normalised(piece) for piece in tokenizer.token_bytes]
         self.barrier_id = tokenizer.bos_id
         pieces[self.barrier_id] = BARRIER

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,9 +23,10 @@ from torch import Tensor
 import model
 from model.config import ModelConfig
 from pipeline.errors import TokenizerError
+from pipeline.text.json_tokenizer import load_tokenizer
 from pipeline.text.tokenizer import Tokenizer, extend
 from shards.files import publish_bytes, publish_json
-from shards.format import TOKENIZER
+from shards.format import TOKENIZER, TOKENIZER_JSON, tokenizer_path
 from shards.versions import VERSION, WRITER_KEY, writer_of
 from tools.errors import ConversionError
 from tools.models.llama import (
@@ -35,12 +36,7 @@ from tools.models.llama import (
     weights_from_llama,
     weights_to_llama,
 )
-from tools.models.tokenizers import (
-    TOKENIZER_JSON,
-    Vocabulary,
-    tokenizer_config,
-    tokenizer_json,
-)
+from tools.models.tokenizers import Vocabulary, filled_up, tokenizer_files
 from trainer.config.config import from_stored
 from trainer.errors import ConfigError
 
@@ -57,8 +53,6 @@ _THEIRS: Final = frozenset((
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _FILE_BYTES: Final = 5_000_000_000
-_MOST_FILLED_UP: Final = 1024
-"""Weights are padded to a round number of entries, never by more; else they are another's."""
 
 
 def is_hub_folder(folder: Path) -> bool:
@@ -101,29 +95,28 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     ConversionError if there is none.
     """
     if (folder / TOKENIZER).is_file():
-        vocabulary = Vocabulary.of_sentencepiece(read_sentencepiece(folder))
+        vocabulary = Vocabulary.of(read_tokenizer(folder))
     elif (folder / TOKENIZER_JSON).is_file():
         vocabulary = Vocabulary.of_tokenizer_json(folder)
     else:
         raise ConversionError(
             f"{folder}: neither {TOKENIZER} nor {TOKENIZER_JSON} is there: add the tokenizer"
         )
-    if 0 < (missing := vocab_size - len(vocabulary)) < _MOST_FILLED_UP:
-        return replace(vocabulary, pieces=vocabulary.pieces + missing * (b"",))
-    return vocabulary  # which fits, or is rejected
+    return filled_up(vocabulary, vocab_size)
 
 
-def read_sentencepiece(folder: Path) -> Tokenizer:
-    """The folder's tokenizer.model, its user-defined symbols made control pieces if it has any."""
-    path = folder / TOKENIZER
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's tokenizer.model, its user-defined symbols made control pieces if it has any; or
+    else its tokenizer.json, as shards are made with it."""
+    path = tokenizer_path(folder)
     if not path.is_file():
         raise ConversionError(
-            f"{folder}: no {TOKENIZER} there, and shards are made with a SentencePiece model alone,"
-            " so no run could train on from it; evaluate it as it is: summer-eval TASK --hf"
-            f" {folder}"
+            f"{folder}: neither {TOKENIZER} nor {TOKENIZER_JSON} is there: add the tokenizer"
         )
-    model = path.read_bytes()
     try:
+        if path.name == TOKENIZER_JSON:
+            return load_tokenizer(path)
+        model = path.read_bytes()
         with contextlib.suppress(TokenizerError):
             return Tokenizer(model, folder.name)
         return Tokenizer(extend(model, ()), folder.name)
@@ -147,12 +140,11 @@ def write_folder(
         for name, code in model_code().items():
             publish_bytes(folder / name, code.encode())
     publish_json(folder / CONFIG, {**described, **ends, "dtype": "float32", WRITER_KEY: VERSION})
-    drawn = Vocabulary.of_sentencepiece(tokenizer).may_be_drawn(config.vocab_size)
+    drawn = Vocabulary.of(tokenizer).may_be_drawn(config.vocab_size)
     no_text = [number for number, may_be in enumerate(drawn) if not may_be]
     publish_json(folder / "generation_config.json", {**ends, "suppress_tokens": no_text})
-    publish_bytes(folder / TOKENIZER, tokenizer.model)
-    publish_json(folder / TOKENIZER_JSON, tokenizer_json(tokenizer))
-    publish_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config.seq_len))
+    for name, data in tokenizer_files(tokenizer, config.seq_len).items():
+        publish_bytes(folder / name, data)
     save_torch_state_dict(theirs, folder, max_shard_size=_FILE_BYTES)
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:

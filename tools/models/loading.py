@@ -14,11 +14,11 @@ from torch import Tensor
 
 from model.config import MAX_ALIBI_CONTEXT, ModelConfig, count_params
 from model.transformer import Transformer
-from pipeline.text.tokenizer import Tokenizer
-from shards.format import TOKENIZER
+from pipeline.text.json_tokenizer import load_tokenizer
+from shards.format import TOKENIZER, TOKENIZER_JSON, tokenizer_path
 from tools.errors import ToolError
 from tools.models.hf_folder import read_folder
-from tools.models.tokenizers import Vocabulary
+from tools.models.tokenizers import Vocabulary, filled_up
 from trainer.checkpoint.runs import (
     CONFIG,
     checkpoints,
@@ -148,16 +148,19 @@ def newest_intact(run: Path) -> tuple[Path, dict[str, Tensor]]:
 def _described(checkpoint: Path) -> tuple[str, ModelConfig, Vocabulary]:
     """Name, shape and vocabulary of a checkpoint: its run holds configuration and tokenizer."""
     run = checkpoint.resolve().parents[1]
-    for needed in (CONFIG, TOKENIZER):
+    path = tokenizer_path(run)
+    for needed in (CONFIG, path.name):
         if not (run / needed).is_file():
             raise ToolError(
                 f"{checkpoint}: its run {run} has no {needed}: copy {needed} and the checkpoint's "
                 "folder (as checkpoints/step-N) into one folder"
             )
-    vocabulary = Vocabulary.of_sentencepiece(Tokenizer.load(run / TOKENIZER))
+    config, vocabulary = load_config(run).model, Vocabulary.of(load_tokenizer(path))
+    if path.name == TOKENIZER_JSON:
+        vocabulary = filled_up(vocabulary, config.vocab_size)
     shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     name = f"{shown}, step {step_of(checkpoint.resolve()):,}"
-    return name, load_config(run).model, vocabulary
+    return name, config, vocabulary
 
 
 def check_fit(

@@ -8,18 +8,22 @@ dummy prefix in front, and the merges are ordered by the scores that SentencePie
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
 from pipeline.errors import TokenizerError
 from pipeline.text.chat import ChatTemplate
+from pipeline.text.json_tokenizer import JsonTokenizer, piece_bytes
 from pipeline.text.tokenizer import CHAT_PIECES, Tokenizer
+from shards.files import json_bytes
+from shards.format import TOKENIZER_CONFIG, TOKENIZER_JSON
 from tools.errors import ConversionError
 
-TOKENIZER_JSON: Final = "tokenizer.json"
 SPACE: Final = "▁"
+_MOST_FILLED_UP: Final = 1024
+"""Weights are padded to a round number of entries, never by more; else they are another's."""
 
 _CHAT: Final = Path(__file__).with_name("chat.jinja")
 """pipeline/text/chat.py for transformers. There markers are put in by id and texts stay text; here
@@ -55,8 +59,8 @@ class Vocabulary:
         return [text or number == self.eos_id for number, text in enumerate(is_text)]
 
     @classmethod
-    def of_sentencepiece(cls, tokenizer: Tokenizer) -> Self:
-        """The vocabulary of a SentencePiece model."""
+    def of(cls, tokenizer: Tokenizer) -> Self:
+        """The vocabulary of a tokenizer of shards."""
         chat = None
         with contextlib.suppress(TokenizerError):
             chat = ChatTemplate.of(tokenizer)
@@ -68,7 +72,7 @@ class Vocabulary:
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             sha256=tokenizer.info.sha256,
-            space_first=bool(tokenizer.proto.normalizer_spec.add_dummy_prefix),
+            space_first=tokenizer.space_first,
             chat=chat,
         )
 
@@ -105,6 +109,23 @@ class Vocabulary:
         )
 
 
+def filled_up(vocabulary: Vocabulary, n_ids: int) -> Vocabulary:
+    """With ids that stand for nothing where the model has a few more, to have a round number."""
+    missing = n_ids - len(vocabulary)
+    if 0 < missing < _MOST_FILLED_UP:
+        return replace(vocabulary, pieces=vocabulary.pieces + missing * (b"",))
+    return vocabulary  # which fits, or is rejected
+
+
+def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
+    """What a Hugging Face folder holds of a tokenizer, by name; `context` is that of the model."""
+    files = tokenizer.files()
+    files[TOKENIZER_CONFIG] = json_bytes(tokenizer_config(tokenizer, context))
+    if TOKENIZER_JSON not in files:
+        files[TOKENIZER_JSON] = json_bytes(tokenizer_json(tokenizer))
+    return files
+
+
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The vocabulary as a tokenizer.json."""
     from tokenizers import AddedToken, decoders, models, normalizers, processors  # with [hf] alone
@@ -136,13 +157,14 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
     """The tokenizer_config.json that goes with it."""
-    pieces, markers = tokenizer.proto.pieces, _markers(tokenizer)
+    has_unk = not isinstance(tokenizer, JsonTokenizer)
+    markers = _markers(tokenizer) if has_unk else []
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": pieces[tokenizer.bos_id].piece,
-        "eos_token": pieces[tokenizer.eos_id].piece,
-        "unk_token": pieces[tokenizer.pad_id].piece,
-        "pad_token": pieces[tokenizer.pad_id].piece,
+        "bos_token": tokenizer.piece(tokenizer.bos_id),
+        "eos_token": tokenizer.piece(tokenizer.eos_id),
+        **({"unk_token": tokenizer.piece(tokenizer.pad_id)} if has_unk else {}),
+        "pad_token": tokenizer.piece(tokenizer.pad_id),
         "padding_side": "left",
         "model_max_length": context,
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add a third
@@ -172,29 +194,3 @@ def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
         cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         merges += [(left, right) for left, right in cuts if left in scores and right in scores]
     return merges
-
-
-def piece_bytes(description: Mapping[str, Any]) -> dict[int, bytes]:
-    """What each id of a tokenizer.json stands for in a text, in UTF-8; special ids for nothing."""
-    byte_of = _byte_alphabet() if "ByteLevel" in str(description.get("decoder")) else {}
-    pieces = {
-        number: bytes(map(byte_of.__getitem__, piece)) if byte_of else _spelling(piece)
-        for piece, number in description["model"]["vocab"].items()
-    }
-    for added in description.get("added_tokens", ()):
-        pieces[added["id"]] = b"" if added["special"] else added["content"].encode()
-    return pieces
-
-
-def _spelling(piece: str) -> bytes:
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes([int(piece[3:-1], 16)])
-    return piece.replace(SPACE, " ").encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's (Radford et al. 2019): a printable byte is itself, the others follow from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(0x100 + place): byte for place, byte in enumerate(others)}

@@ -20,8 +20,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.text.tokenizer import Tokenizer
-from shards.format import TOKENIZER, Manifest
+from pipeline.text.json_tokenizer import load_tokenizer
+from shards.format import Manifest, tokenizer_path
 from shards.reader import ShardReader, find_sources
 from tools.errors import ToolError
 from trainer.checkpoint.runs import checkpoints
@@ -99,8 +99,8 @@ class RunTrace:
         self._sections = _sections(begun) or [_Section(0, 0, (), shape)]  # has not begun
         anneal = (record or {}).get("anneal")
         self.last_step = min(self.config.max_steps, sum(anneal or [self.config.max_steps]))
-        path = run / TOKENIZER
-        self._tokenizer = Tokenizer.load(path) if path.exists() else None
+        path = tokenizer_path(run)
+        self._tokenizer = load_tokenizer(path) if path.exists() else None
 
     def at_step(self, step: int, rank: int | None = None) -> Iterator[TracedRow]:
         """What the ranks (or one of them) computed on in the step that was number `step`."""

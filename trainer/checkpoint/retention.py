@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from shards.files import fsync_folder, publish_bytes, sha256_file
-from shards.format import TOKENIZER
+from shards.format import TOKENIZER_FILES
 from trainer.checkpoint import storage
 from trainer.checkpoint.runs import CHECKPOINTS, CONFIG, checkpoints, record_path, step_of
 from trainer.checkpoint.storage import CheckpointConfig, Record, remove
@@ -104,7 +104,7 @@ def copy_checkpoint(checkpoint: Path, mirror: Path) -> Path:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if sha256_file(copy) != entry["sha256"]:
             raise CheckpointError(f"{copy} is not what was copied (its digest differs)")
-    for name in (CONFIG, TOKENIZER):  # a mirror explains itself, as a run does
+    for name in (CONFIG, *TOKENIZER_FILES):  # a mirror explains itself, as a run does
         if (source := checkpoint.parents[1] / name).exists():
             publish_bytes(mirror / name, source.read_bytes())
     fsync_folder(folder)

@@ -50,6 +50,7 @@ def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> 
                 n_rows=rows[name],
                 n_val_rows=manifest.n_val_rows,
                 tokens_per_row=manifest.n_tokens / manifest.n_rows,
+                excluded=_excluded(manifest),
             )
             for name, manifest in drawn.items()
         },
@@ -115,6 +116,12 @@ def _fit_model(
         return replace(model, seq_len=seq_len, vocab_size=vocab_size)
     except ModelError as error:
         raise ConfigError(f"{error} (the row length is that of the shards)") from error
+
+
+def _excluded(manifest: Manifest) -> str:
+    """The evaluation tasks whose text was left out of a source, for people."""
+    made = manifest.facts.exclude
+    return f"{', '.join(made['tasks'])} (list {made['sha256']})" if made else ""
 
 
 def _deal_out(

@@ -21,6 +21,7 @@ class SourceFacts:
     n_rows: int  # for training
     n_val_rows: int
     tokens_per_row: float  # padding left out
+    excluded: str = ""  # evaluation tasks whose text was left out, and by which list
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 
 from model.transformer import Transformer
 from shards.files import publish_bytes
-from shards.format import TOKENIZER
+from shards.format import TOKENIZER_FILES
 from shards.reader import ShardReader
 from trainer.checkpoint import storage
 from trainer.checkpoint.retention import invalidate_after, mirror_of, newest_intact, resumable
@@ -106,9 +106,10 @@ def _prepare_folder(plan: TrainPlan, run: Path, step: int) -> tuple[list[str], l
     """The names of later checkpoints, now set aside, and those that stay; config.json is new."""
     set_aside = invalidate_after(run, step, mirror_of(run, plan.config.checkpoint))
     save_config(run, plan.config)
-    tokenizer = next(iter(plan.folders.values())) / TOKENIZER
-    if tokenizer.exists():
-        publish_bytes(run / TOKENIZER, tokenizer.read_bytes())
+    shards = next(iter(plan.folders.values()))
+    for name in TOKENIZER_FILES:
+        if (shards / name).exists():
+            publish_bytes(run / name, (shards / name).read_bytes())
     return set_aside, checkpoints(run)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model.loss import IGNORED
 from model.transformer import Transformer
-from shards.format import TOKEN_BYTES, TOKENIZER
+from shards.format import TOKEN_BYTES, tokenizer_path
 from shards.reader import ShardReader
 from trainer.data.batches import HostBatch, targets_in, to_device
 from trainer.distributed.world import World
@@ -118,12 +118,14 @@ def count_bytes(token_bytes: Ids, ids: Ids, before: Ids) -> Ids:
 
 def read_token_bytes(source: Path, tokenizer_sha256: str) -> Ids | None:
     """[vocab_size, 2] (shards/format.py), from a source's folder; None if of another tokenizer."""
-    path = source / TOKENIZER
+    path = tokenizer_path(source)
     model = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(model).hexdigest() != tokenizer_sha256:
         return None
     with contextlib.suppress(OSError, ValueError):
         return np.asarray(np.load(source / TOKEN_BYTES), np.int64)
+    if path.suffix == ".json":
+        return None
     return token_bytes_of(model)  # a folder of version 0.1
 
 

@@ -14,8 +14,6 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.mixture import splitmix64
-
 Hashes = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
 
@@ -25,17 +23,17 @@ N_WORDS: Final = 13
 BARRIER: Final = b" \xff "
 """Separates documents: a byte that no UTF-8 holds is a word that no text has."""
 
-_BASE: Final = 0x9E3779B97F4A7C15  # odd, so that its powers have inverses modulo 2^64
-_INVERSE: Final = pow(_BASE, -1, 1 << 64)
+BASE: Final = np.uint64(0x9E3779B97F4A7C15)  # odd: its powers have inverses modulo 2^64
+_INVERSE: Final = pow(int(BASE), -1, 1 << 64)
 _FILTER_BITS: Final = 24
-_TABLE: Final = bytes(
+TABLE: Final = bytes(
     byte if byte >= 0x80 or chr(byte).isalnum() else 0x20 for byte in bytes(range(256)).lower()
 )
 
 
 def normalised(text: bytes) -> bytes:
     """The text's words and spaces, byte for byte."""
-    return text.translate(_TABLE)
+    return text.translate(TABLE)
 
 
 class Grams(NamedTuple):
@@ -54,7 +52,7 @@ def grams_of(text: bytes) -> Grams:
     begins, ends = edges[::2], edges[1::2]
     if len(begins) < N_WORDS:
         return Grams(np.empty(0, np.uint64), begins[:0], ends[:0])
-    words = splitmix64(_differences(characters, begins, ends))
+    words = mixed(_differences(characters, begins, ends))
     first = np.arange(len(words) - N_WORDS + 1)
     hashes = _differences(words, first, first + N_WORDS)
     return Grams(hashes, begins[: len(first)], ends[N_WORDS - 1 :])
@@ -64,9 +62,17 @@ def _differences(values: npt.NDArray[np.unsignedinteger], begins: Places, ends: 
     """The polynomial hash of values[begin:end] for each pair, whatever stands before."""
     n = 1 << len(values).bit_length()
     running = np.zeros(len(values) + 1, np.uint64)
-    np.cumsum(values * _powers(_BASE, n)[: len(values)], out=running[1:])
+    np.cumsum(values * _powers(int(BASE), n)[: len(values)], out=running[1:])
     hashes = (running[ends] - running[begins]) * _powers(_INVERSE, n)[begins]
     return np.asarray(hashes, np.uint64)
+
+
+def mixed(words: Hashes) -> Hashes:
+    """The finaliser of splitmix64 (Steele, Lea & Flood 2014): close words, far hashes."""
+    words = words + BASE
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(words ^ (words >> np.uint64(31)), np.uint64)
 
 
 @functools.lru_cache(maxsize=64)
@@ -75,6 +81,27 @@ def _powers(base: int, n: int) -> Hashes:
     factors = np.full(n, base, np.uint64)
     factors[0] = 1
     return np.cumprod(factors)
+
+
+class HashSet:
+    """Sorted hashes, to be found among many others."""
+
+    def __init__(self, hashes: Hashes) -> None:
+        self.hashes = hashes
+        filled = np.zeros(1 << _FILTER_BITS, np.bool_)
+        filled[_filter_place(hashes)] = True
+        self._filter = np.packbits(filled, bitorder="little")  # 2 MB stay in the cache
+
+    def holds(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+        """Which of some hashes are in the set. [n]"""
+        place = _filter_place(hashes)
+        bits = self._filter[place >> np.uint64(3)] >> (place & np.uint64(7)).astype(np.uint8)
+        found: npt.NDArray[np.bool_] = (bits & 1).astype(np.bool_)
+        maybe = np.flatnonzero(found)
+        if len(maybe):
+            place = np.minimum(np.searchsorted(self.hashes, hashes[maybe]), len(self.hashes) - 1)
+            found[maybe] = self.hashes[place] == hashes[maybe]
+        return found
 
 
 class Wanted:
@@ -86,8 +113,7 @@ class Wanted:
         self._items = np.repeat(np.arange(len(items)), self._sizes)
         joined = np.concatenate([np.empty(0, np.uint64), *found])
         self.hashes, self._number = np.unique(joined, return_inverse=True)
-        self._filter = np.zeros(1 << _FILTER_BITS, np.bool_)
-        self._filter[_filter_place(self.hashes)] = True
+        self._set = HashSet(self.hashes)
 
     @property
     def measurable(self) -> npt.NDArray[np.bool_]:
@@ -96,13 +122,8 @@ class Wanted:
 
     def find(self, hashes: Hashes) -> tuple[Places, Places]:
         """Places in `hashes` that are wanted, and the number of each among all wanted."""
-        maybe = np.flatnonzero(self._filter[_filter_place(hashes)])
-        if not len(maybe) or not len(self.hashes):
-            return maybe[:0], maybe[:0]
-        number = np.searchsorted(self.hashes, hashes[maybe])
-        number[number == len(self.hashes)] = 0
-        sure = self.hashes[number] == hashes[maybe]
-        return maybe[sure], number[sure]
+        places = np.flatnonzero(self._set.holds(hashes))
+        return places, np.searchsorted(self.hashes, hashes[places])
 
     def per_item(self, found: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
         """The share of each item's sequences that were found, given which were. [n_items]"""
