@@ -22,7 +22,7 @@ PLAN: Final = "units.json"
 TOKENIZER: Final = "tokenizer.model"
 TOKENIZER_JSON: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
-"""Beside a tokenizer.json: which of its special tokens are BOS, EOS and padding."""
+"""Next to a tokenizer.json: which of its special tokens are BOS, EOS and padding."""
 TOKENIZER_FILES: Final = (TOKENIZER, TOKENIZER_JSON, TOKENIZER_CONFIG)
 """Those that are there are kept together: one of the first two, and the third with the second."""
 TOKEN_BYTES: Final = "token_bytes.npy"

@@ -1,7 +1,7 @@
 """Byte-level BPE from a tokenizer.json (Llama 3, Qwen, SmolLM, GPT-2), through `tokenizers`.
 
 Ids are those of `tokenizers` with special tokens in a text taken as text. Which special tokens are
-BOS and EOS is said by --bos and --eos, by the tokenizer_config.json beside the file, or by their
+BOS and EOS is said by --bos and --eos, by the tokenizer_config.json next to the file, or by their
 customary names. A vocabulary without a BOS of its own has one token between documents: BOS and EOS
 are the same then, and stand in front of a document, not behind it.
 
@@ -183,7 +183,7 @@ class JsonTokenizer(Tokenizer):
         return int(self._special[piece])
 
     def files(self) -> dict[str, bytes]:
-        """What is kept beside shards and weights, by name."""
+        """What is kept next to shards and weights, by name."""
         ends = {
             f"{which}_token": self._fast.id_to_token(number)
             for which, number in {
@@ -244,7 +244,7 @@ def load_tokenizer(path: Path, name: str | None = None, **ends: str) -> Tokenize
 
 
 def _configured(path: Path) -> dict[str, str | None]:
-    """The special tokens that the tokenizer_config.json beside a tokenizer.json names."""
+    """The special tokens that the tokenizer_config.json next to a tokenizer.json names."""
     path = path.with_name(TOKENIZER_CONFIG)
     try:
         config = json.loads(path.read_bytes())
