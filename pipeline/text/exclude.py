@@ -117,7 +117,7 @@ class Exclusion:
             RecursionError,
         ) as error:
             raise PrepareError(
-                f"{name} is no list of `summer-eval contamination --write` ({error}): write it again"
+                f"{name} is no list of `summer-eval contamination --write` ({error}): make one"
             ) from error
         return cls(data, tasks, grams, numbers, spans, probes)
 
