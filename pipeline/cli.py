@@ -112,7 +112,11 @@ def _unescaped(_context: object, _option: object, text: str) -> str:
               help="Take a fair sample of so many documents: 5000, 10M.")  # fmt: skip
 @click.option("--max-tokens", callback=_count, metavar="N",
               help="Stop behind the document that reaches so many: 1.5B.")  # fmt: skip
-@click.option("--val-fraction", type=click.FloatRange(0, 1), help="Held out; default: 0.001.")
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(0, 1),
+    help="Held out; default: 0.001, or more for some 20 documents.",
+)
 @click.option("--check-encoding", type=COUNT, default=8, show_default=True,
               help="Documents of each unit compared with sentencepiece's encoding.")  # fmt: skip
 @click.option("--exclude", type=PATH, metavar="FILE",
@@ -227,8 +231,9 @@ def verify(folder: Path) -> None:
     for source in source_folders(folder):
         found = 0
         for damage in find_damage(source):
-            click.echo(f"{source.name}/{damage}")
-            found += 1
+            note = damage.is_stranger
+            click.echo(f"{source.name}/{damage}{' (a note, no damage)' if note else ''}")
+            found += not note
         click.echo(f"{source}: {f'{found} damaged' if found else 'intact'}")
         bad += found
     if bad:

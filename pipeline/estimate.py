@@ -7,6 +7,7 @@ also shows a wrong column or a damaged file before anything is written.
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.errors import PrepareError, SourceError
+from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.reading import MISSING
 from pipeline.text.chat import ChatTemplate
 from pipeline.text.documents import DocumentMaker, Documents, in_batches
@@ -29,6 +31,8 @@ SAMPLE_BYTES: Final = 1 << 20
 SAMPLE_BATCHES: Final = 4
 MOST_READ: Final = 64
 """Parts, and batches of records of them, that are read at most: small files give one each."""
+HELD_OUT_DOCUMENTS: Final = 20
+_TOKEN_BYTES: Final = 4
 ROOM_FACTOR: Final = 1.05
 """For sidecars, padding, and text that is unlike the sample."""
 
@@ -81,7 +85,7 @@ def take_sample(job: PrepareJob, encoder: Encoder, template: ChatTemplate | None
     read: list[tuple[int, float]] = []  # bytes and seconds of each batch
     encoded: list[tuple[int, float]] = []
     began = time.perf_counter()
-    for documents in _first_documents(job, maker):
+    for documents in _first_documents(job.plan, job.inputs, maker):
         found = time.perf_counter()
         beginning = _beginning(documents)
         ids = encode_documents(encoder, beginning, template).tokens
@@ -99,6 +103,30 @@ def take_sample(job: PrepareJob, encoder: Encoder, template: ChatTemplate | None
     # the first batch is slow: the encoder has not seen the common words yet
     seconds = _seconds_per_byte(read) + _seconds_per_byte(encoded[1:] or encoded)
     return TextSample(n, sum(size for size, _ in encoded), tokens, token_bytes, seconds)
+
+
+def default_val_fraction(plan: PreparePlan, inputs: Inputs, limit: Limit) -> float:
+    """What is held out unless it is said: a thousandth, or some 20 documents, never above a tenth.
+
+    The number of documents is that of the plan's text by the mean length in a first sample.
+    """
+    maker = DocumentMaker(plan.source, val_fraction=0.0)
+    expected, documents, text_bytes = 0.0, 0, 0
+    for some in _first_documents(plan, inputs, maker):
+        documents, text_bytes = documents + len(some), text_bytes + some.texts.nbytes
+        if text_bytes >= SAMPLE_BYTES * SAMPLE_BATCHES:
+            planned = sum(unit.text_bytes for unit in plan.units)
+            expected = documents * planned / text_bytes
+            break
+    else:  # all of a small source has been read
+        share = MOST_READ / max(MOST_READ, len(plan.parts))
+        expected = documents / share
+    if limit.documents is not None:
+        expected = min(expected, limit.documents)
+    if limit.tokens is not None:
+        expected = min(expected, limit.tokens * _TOKEN_BYTES * documents / max(1, text_bytes))
+    thousandths = math.ceil(1000 * HELD_OUT_DOCUMENTS / max(1.0, expected))
+    return float(max(1, min(100, thousandths))) / 1000
 
 
 def estimate(
@@ -136,13 +164,15 @@ def _seconds_per_byte(batches: list[tuple[int, float]]) -> float:
     return sum(seconds for _, seconds in batches) / max(1, sum(size for size, _ in batches))
 
 
-def _first_documents(job: PrepareJob, maker: DocumentMaker) -> Iterator[Documents]:
+def _first_documents(
+    plan: PreparePlan, inputs: Inputs, maker: DocumentMaker
+) -> Iterator[Documents]:
     """Documents from the beginning of the plan, about SAMPLE_BYTES at a time or more.
 
     Where there are none, as in a file of nothing but zeros, the search ends after a while.
     """
-    parts = itertools.chain.from_iterable(map(job.plan.parts_of, range(len(job.plan.units))))
-    found = maker.read(job.inputs, itertools.islice(parts, MOST_READ))
+    parts = itertools.chain.from_iterable(map(plan.parts_of, range(len(plan.units))))
+    found = maker.read(inputs, itertools.islice(parts, MOST_READ))
     yield from in_batches(itertools.islice(found, MOST_READ), SAMPLE_BYTES)
 
 

@@ -19,11 +19,18 @@ import contextlib
 import errno
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.errors import PrepareError
-from pipeline.estimate import PrepareListener, check_disk_space, estimate, take_sample
+from pipeline.estimate import (
+    PrepareListener,
+    check_disk_space,
+    default_val_fraction,
+    estimate,
+    take_sample,
+)
 from pipeline.inputs.hub import HubInputs
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.urls import open_inputs
@@ -57,7 +64,7 @@ from shards.format import (
     tokenizer_path,
     unit_name,
 )
-from shards.reader import read_manifest, read_unit_record
+from shards.reader import check_files, read_manifest, read_unit_record
 from shards.writer import write_manifest
 
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
@@ -142,6 +149,9 @@ def load_or_create_plan(request: PrepareRequest, folder: Path) -> tuple[Inputs, 
         return load_or_create_plan(request, folder)
     if plan is None:
         plan = make_plan(recipe, inputs, request.source, recipe["unit_bytes"])
+        if request.val_fraction is None and request.source.val_fraction < 1:
+            chosen = default_val_fraction(plan, inputs, request.limit)
+            plan = replace(plan, recipe={**recipe, "val_fraction": chosen})
         folder.mkdir(parents=True, exist_ok=True)
         fsync_folder(folder.parent)
         if not create_once(folder / PLAN, plan.to_bytes()):
@@ -166,6 +176,8 @@ def _asked_for(
     )
     recipe = recipe_of(request, inputs)
     if plan is not None:
+        if request.val_fraction is None:
+            recipe["val_fraction"] = plan.recipe["val_fraction"]
         check_same_recipe(plan, recipe, inputs, folder)
     return inputs, recipe
 
@@ -249,7 +261,10 @@ def _finished(job: PrepareJob, done: Mapping[int, UnitRecord], limit: Limit) -> 
     plan = job.plan
     if list(done) != list(range(len(done))) or (limit == NO_LIMIT and len(done) < len(plan.units)):
         return None
-    return manifest if manifest == combine(plan.facts, plan.parts, done.values()) else None
+    if manifest != combine(plan.facts, plan.parts, done.values()):
+        return None
+    check_files(job.folder, manifest)
+    return manifest
 
 
 def _check_not_empty(folder: Path, plan: PreparePlan, n_units: int) -> None:

@@ -143,6 +143,7 @@ class PrepareDisplay(PrepareListener):
             + ("" if ahead.limit == NO_LIMIT else ", as far as the limit reaches"),
             f"  to write   about {ahead.tokens / 1e6:,.1f} M tokens, {decimal(ahead.disk_bytes)} "
             f"into {job.folder}",
+            f"  held out   {facts.val_fraction:.1%} of the documents",
             f"  tokenizer  {facts.tokenizer.name}, {facts.tokenizer.vocab_size:,} entries, {note}",
             f"  time       about {duration(ahead.seconds)}, at the rate of a first sample",
         ):

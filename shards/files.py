@@ -90,16 +90,19 @@ def create_once(path: Path, data: bytes) -> bool:
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """A block that no other process is in for the same file; `waiting` is called if one is."""
-    with path.open("r+b") as file:
+    """A block that no other process is in for a file or folder; `waiting` is called if one is."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
-            _lock(file)
+            _lock(handle)
         except OSError:  # a file system without locks
             pass
         yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -161,7 +164,7 @@ def _temporary(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
             return
 
 
-def _lock(file: IO[bytes]) -> None:
+def _lock(file: IO[bytes] | int) -> None:
     """Wait for the lock, and keep it until the file is closed."""
     with contextlib.suppress(OSError):  # a file system without locks: temporaries stay there
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -148,7 +149,7 @@ class UnitRecord:
     def from_json(cls, value: Any) -> UnitRecord:
         """The record that a JSON object spells; ShardError if it spells none."""
         value = _known_format(value, "the unit record")
-        shards = tuple(_build(ShardInfo, shard) for shard in value.get("shards", ()))
+        shards = tuple(_shard(shard) for shard in value.get("shards", ()))
         return _build(cls, {**value, "shards": shards})
 
 
@@ -207,7 +208,7 @@ class Manifest:
         tokenizer = _build(ManifestTokenizer, value.get("tokenizer"))
         facts = _build(Facts, {**value, "tokenizer": tokenizer})
         parts = tuple(_build(Part, part) for part in value.get("parts", ()))
-        shards = tuple(_build(ShardInfo, shard) for shard in value.get("shards", ()))
+        shards = tuple(_shard(shard) for shard in value.get("shards", ()))
         manifest = _build(cls, {**value, "facts": facts, "parts": parts, "shards": shards})
         if manifest != summarise(facts, parts, shards, manifest.rejected):
             raise ShardError("its counts or its dataset hash (`root`) do not fit what it lists")
@@ -272,6 +273,13 @@ def _known_format(value: Any, what: str) -> dict[str, Any]:
     except VersionError as error:  # of another version, or damaged: verify and repair take it
         raise ShardError(str(error)) from error
     return value
+
+
+def _shard(value: Any) -> ShardInfo:
+    shard = _build(ShardInfo, value)
+    if not re.fullmatch(r"[\w-][\w.-]*\.npy", str(shard.file)):
+        raise ShardError(f"{shard.file!r} is no name of a shard in its own folder")
+    return shard
 
 
 def _build(cls: type[T], value: Any) -> T:

@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import resource
+import stat
 import weakref
 from collections import OrderedDict
 from pathlib import Path
@@ -78,6 +79,17 @@ def read_unit_record(path: Path) -> UnitRecord:
         return UnitRecord.from_json(parse_json(path.read_bytes()))
     except (ShardError, TypeError) as error:
         raise ShardError(f"{path}: {error}; delete it and prepare the source again") from error
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """ShardError if a file that the manifest names is not there."""
+    names = [name for shard in manifest.shards for name in (shard.file, f"{shard.stem}.rows.npy")]
+    there = {path.name for path in folder.iterdir()}
+    if missing := [name for name in names if name not in there]:
+        raise ShardError(
+            f"{folder}: {len(missing):,} files of its shards are missing, {missing[0]} for one: "
+            f"`summer-prep repair {folder}` makes them again"
+        )
 
 
 def find_sources(root: Path) -> dict[str, Manifest]:
@@ -215,8 +227,15 @@ class _Shard:
         return ShardError(f"{self._facts.source}: {what}; {fix}")
 
 
+def check_regular(path: Path) -> None:
+    """ValueError for what is no file: to open a FIFO would wait for a writer, for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")
+
+
 def read_sidecar(path: Path, info: ShardInfo) -> npt.NDArray[np.void]:
     """A shard's row records [n_rows]; ValueError if they are not those that were written."""
+    check_regular(path)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != info.rows_sha256:
         raise ValueError("its SHA-256 is not the manifest's")
@@ -241,6 +260,7 @@ class RowFile:
         self._start, self._row_bytes = header.tell(), self._width * self._dtype.itemsize
         self.n_bytes = self._start + shape[0] * self._row_bytes
         self._path = path
+        check_regular(path)
         self._open()
         size = os.fstat(self._handle).st_size
         if size != self.n_bytes:

@@ -214,7 +214,7 @@ def test_local_copies_and_the_hub_give_the_same_rows(repos: dict[str, Repo], pla
         if "train" in path:
             (files / path).parent.mkdir(parents=True, exist_ok=True)
             (files / path).write_bytes(data)
-    local = prepared(request(place / "local", str(files), unit_bytes=1 << 28, val_fraction=0.001))
+    local = prepared(request(place / "local", str(files), unit_bytes=1 << 28, val_fraction=None))
     with HubServer(repos) as hub:
         summer_prep(hub.environment(place / "home"), tokenize("pg19", place))
     remote = json.loads((place / "shards" / "pg19" / "manifest.json").read_text())

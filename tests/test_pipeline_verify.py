@@ -1,8 +1,12 @@
 """Damage is named and repaired to the same bytes; what `inspect` says of a folder."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +15,18 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline import cli
-from pipeline.checks.inspection import report, report_lines, show_row
+from pipeline.checks.inspection import escaped, report, report_lines, show_row
 from pipeline.checks.repair import repair
-from pipeline.checks.verify import find_damage
+from pipeline.checks.verify import Metadata, _shard_damage, find_damage
 from pipeline.errors import PrepareError
+from pipeline.prepare import load_or_create_plan
 from pipeline.units.executors import Executor
 from pipeline.units.job import Limit
 from pipeline_samples import TEXTS, contents, prepared, request, write_jsonl
+from shards.errors import ShardError, one_line
 from shards.files import json_bytes
 from shards.format import TOKEN_BYTES
-from shards.reader import read_manifest
+from shards.reader import RowFile, read_manifest
 
 FILES = 5
 
@@ -200,3 +206,109 @@ def test_the_commands_say_it_in_one_line(prepared_place: Path, source: Path) -> 
         nowhere = run.invoke(cli.main, [command, str(prepared_place / "nowhere")])
         assert nowhere.exit_code == 1 and nowhere.output.count("\n") == 1
         assert "No such file" not in nowhere.output
+
+
+def verify(source: Path) -> tuple[int, str]:
+    ran = CliRunner().invoke(cli.main, ["verify", str(source)])
+    return ran.exit_code, ran.output
+
+
+def test_a_stranger_is_a_note_for_verify_and_for_repair(source: Path) -> None:
+    (source / ".DS_Store").write_bytes(b"x")
+    code, output = verify(source)
+    assert code == 0 and ".DS_Store: no part of the source (a note, no damage)" in output
+    assert f"{source}: intact" in output
+    assert repair(source, (), Executor()) == [] and (source / ".DS_Store").exists()
+    (source / "00099-000.npy").write_bytes(b"x")  # looks like one of ours
+    assert verify(source)[0] == 1
+
+
+def test_missing_shards_are_noticed_by_the_same_command(prepared_place: Path, source: Path) -> None:
+    wanted = request(source.parent, str(prepared_place / "in"), unit_bytes=1 << 13)
+    prepared(wanted)
+    for path in source.glob("*.npy"):
+        path.unlink()
+    with pytest.raises(ShardError, match=r"files of its shards are missing, 00000.*summer-prep re"):
+        prepared(wanted)
+    assert repair(source, (str(prepared_place / "in"),), Executor(workers=1))
+    prepared(wanted)
+
+
+def test_tokens_beyond_the_vocabulary_are_named(source: Path) -> None:
+    """The digests are right: a writer made them so."""
+    manifest = json.loads((source / "manifest.json").read_bytes())
+    small = manifest["tokenizer"]["vocab_size"]
+    damage = Metadata(source)
+    shard = damage.shards_of("00000")[0]
+    rows = RowFile(source / shard.file, (shard.n_rows, damage.facts.seq_len), damage.facts.dtype)
+    largest = int(rows.read(slice(0, shard.n_rows)).max())
+    assert largest < small
+    facts = replace(damage.facts, tokenizer=replace(damage.facts.tokenizer, vocab_size=largest))
+    (found,) = _shard_damage(source, shard, facts)
+    assert found.what == f"token {largest} is beyond the vocabulary of {largest}"
+
+
+def test_a_fifo_or_a_link_out_of_the_folder_is_damage_and_holds_nothing_up(source: Path) -> None:
+    fifo, link = source / "00000-000.npy", source / "00001-000.npy"
+    fifo.unlink()
+    os.mkfifo(fifo)
+    shutil.move(link, source.parent / "elsewhere.npy")
+    link.symlink_to(source.parent / "elsewhere.npy")
+    found = {damage.file: damage.what for damage in find_damage(source)}
+    assert found == {
+        fifo.name: "damaged (it is not a regular file)",
+        link.name: "a link that leads out of the folder",
+    }
+
+
+@pytest.mark.parametrize("name", ["../x.npy", "/etc/x.npy", "a/b.npy", "..npy/", "x.txt", ".npy"])
+def test_a_manifest_that_names_files_elsewhere_is_rejected(source: Path, name: str) -> None:
+    path = source / "manifest.json"
+    value = json.loads(path.read_bytes())
+    value["shards"][0]["file"] = name
+    path.write_bytes(json_bytes(value))
+    with pytest.raises(ShardError, match="is no name of a shard in its own folder"):
+        read_manifest(source)
+
+
+REPAIR = """
+import sys
+from pathlib import Path
+from pipeline.checks.repair import repair
+from pipeline.units.executors import Executor
+print(len(repair(Path(sys.argv[1]), (sys.argv[2],), Executor(workers=1))))
+"""
+
+
+def test_two_repairs_at_once_do_no_harm(prepared_place: Path, source: Path) -> None:
+    before = contents(source)
+    for path in list(source.glob("*-000.npy"))[::2]:
+        path.unlink()
+    command = [sys.executable, "-c", REPAIR, str(source), str(prepared_place / "in")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [int(each.communicate(timeout=120)[0]) for each in both]
+    assert [each.returncode for each in both] == [0, 0]
+    assert min(outputs) == 0 < max(outputs)  # the second finds it done
+    assert contents(source) == before
+
+
+def test_text_on_a_terminal_has_no_control_characters() -> None:
+    assert escaped("a\x1b[31m\x07\n\tb\u202e漢") == "a\\x1b[31m\\x07\n\tb\\u202e漢"
+    assert one_line(ShardError("a\x1b[2Jb\nc")) == "a\\x1b[2Jb c"
+
+
+@pytest.mark.parametrize(
+    ("documents", "fraction"), [(20, 0.1), (150, 0.1), (1000, 0.02), (4000, 0.005), (50_000, 0.001)]
+)
+def test_small_sources_hold_some_documents_out_by_default(
+    tmp_path: Path, documents: int, fraction: float
+) -> None:
+    texts = [f"{number:06} some text" for number in range(documents)]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    wanted = request(tmp_path / "out", str(tmp_path / "a.jsonl"), val_fraction=None)
+    _, plan = load_or_create_plan(wanted, tmp_path / "out" / "mine")
+    assert plan.recipe["val_fraction"] == fraction
+    fixed = request(tmp_path / "fixed", str(tmp_path / "a.jsonl"), val_fraction=0.25)
+    assert load_or_create_plan(fixed, tmp_path / "fixed")[1].recipe["val_fraction"] == 0.25
+    again = load_or_create_plan(wanted, tmp_path / "out" / "mine")
+    assert again[1] == plan

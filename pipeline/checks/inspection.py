@@ -69,6 +69,11 @@ def _counted(folder: Path, manifest: Manifest) -> tuple[npt.NDArray[np.int64], i
     return counts, cut
 
 
+def escaped(text: str) -> str:
+    """Text as a terminal may show it: control characters are spelled, but line ends and tabs."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def show_row(folder: Path, split: Split, index: int) -> str:
     """A row for a person, documents apart; PrepareError if there are not so many."""
     reader = ShardReader(folder, split)
@@ -88,7 +93,7 @@ def show_row(folder: Path, split: Split, index: int) -> str:
         begins, ends = piece[0] == facts.bos_id, piece[-1] == facts.eos_id
         ends = done < len(tokens) if not tokenizer.closing else ends
         lines += ["--- document begins" if begins else "--- continued from the sequence before"]
-        lines += [tokenizer.decode(piece)]
+        lines += [escaped(tokenizer.decode(piece))]
         lines += ["--- document ends" if ends else "--- runs on into the next sequence"]
     padding = len(tokens) - len(text)
     return "\n".join(lines + [f"--- {padding} places of padding"] * (padding > 0))

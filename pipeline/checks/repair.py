@@ -10,10 +10,11 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
-from pipeline.checks.verify import UNEXPECTED_FILE, Damage, Metadata, digest_of, find_damage
+from pipeline.checks.verify import Damage, Metadata, digest_of, find_damage
 from pipeline.errors import PrepareError
 from pipeline.inputs.hub import HubInputs
 from pipeline.inputs.inputs import INTERPRETER, LOCAL, Inputs
@@ -25,7 +26,7 @@ from pipeline.units.dispatch import amount_of
 from pipeline.units.executors import Executor
 from pipeline.units.job import Limit, PrepareJob
 from pipeline.units.units import PreparePlan
-from shards.files import fsync_folder, publish_bytes, remove_abandoned
+from shards.files import fsync_folder, one_at_a_time, publish_bytes, remove_abandoned
 from shards.format import (
     EXCLUDED,
     MANIFEST,
@@ -43,6 +44,12 @@ SAME_COMMAND: Final = "run the same `summer-prep tokenize` again"
 
 def repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> list[Damage]:
     """The damages found and repaired, with the same local files; PrepareError if one cannot be."""
+    alone = one_at_a_time(folder, lambda: None) if folder.is_dir() else nullcontext()
+    with alone:
+        return _repair(folder, data_files, executor)
+
+
+def _repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> list[Damage]:
     metadata, found = Metadata(folder), _damages(folder)
     for earlier in folder.glob(f"{SCRATCH}*"):
         shutil.rmtree(earlier)
@@ -78,7 +85,7 @@ def repair(folder: Path, data_files: tuple[str, ...], executor: Executor) -> lis
 
 def _damages(folder: Path) -> list[Damage]:
     """The damages, without files that belong to nothing and harm nothing."""
-    return [d for d in find_damage(folder) if d.what != UNEXPECTED_FILE or d.unit is not None]
+    return [damage for damage in find_damage(folder) if not damage.is_stranger]
 
 
 def _restore_tokenizer(folder: Path, metadata: Metadata) -> None:

@@ -61,6 +61,11 @@ class Damage:
         name = self.file.split(".")[0].split("-")[0]
         return name if name.isdigit() else None
 
+    @property
+    def is_stranger(self) -> bool:
+        """Whether the file belongs to nothing and harms nothing, as a .DS_Store does."""
+        return self.what == UNEXPECTED_FILE and self.unit is None
+
     def __str__(self) -> str:
         if not self.rows:
             return f"{self.file}: {self.what}"
@@ -102,6 +107,8 @@ def find_damage(folder: Path) -> Iterator[Damage]:
     for path in sorted(folder.iterdir()):
         if path.name not in expected and not is_temporary(path):
             yield Damage(path.name, UNEXPECTED_FILE)
+        elif not path.resolve().is_relative_to(folder.resolve()):
+            yield Damage(path.name, "a link that leads out of the folder")
 
 
 class Metadata:
@@ -262,7 +269,7 @@ def _shard_damage(folder: Path, shard: ShardInfo, facts: Facts) -> Iterator[Dama
         return
     digests, *files = opened
     bad: list[int] = []
-    n_tokens = n_documents = 0
+    n_tokens = n_documents = largest = 0
     for first in range(0, n, ROWS_AT_ONCE):
         here = slice(first, min(first + ROWS_AT_ONCE, n))
         try:
@@ -271,10 +278,14 @@ def _shard_damage(folder: Path, shard: ShardInfo, facts: Facts) -> Iterator[Dama
             yield Damage(shard.file, f"cannot be read ({error.strerror})")
             return
         bad += (first + np.flatnonzero(row_digests(rows, *masks) != digests[here])).tolist()
-        n_tokens += int(np.count_nonzero(rows != facts.tokenizer.pad_id))
+        text = rows[rows != facts.tokenizer.pad_id]
+        n_tokens, largest = n_tokens + len(text), max(largest, int(text.max(initial=0)))
         n_documents += int(np.count_nonzero(rows == facts.tokenizer.bos_id))
     found = (n_tokens, n_documents, files[0].n_bytes, "val" if "-val-" in shard.file else "train")
     if bad:
         yield Damage(shard.file, "damaged (digests differ)", tuple(bad))
+    elif largest >= facts.tokenizer.vocab_size:
+        size = facts.tokenizer.vocab_size
+        yield Damage(shard.file, f"token {largest} is beyond the vocabulary of {size}")
     elif found != (shard.n_tokens, shard.n_documents, shard.bytes, shard.split):
         yield Damage(shard.file, "its tokens, documents, bytes or split are not those listed")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from model.config import ModelConfig, ModelError
 from shards.format import Manifest
-from shards.reader import find_sources
+from shards.reader import check_files, find_sources
 from trainer.config import memory
 from trainer.config.config import Configured, RunConfig, configure, presets
 from trainer.config.shares import choose_weights
@@ -26,6 +26,8 @@ def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> 
     """The plan of a run on so many ranks, `sharers` a machine; ConfigError, ShardError."""
     config, explicit = configured
     manifests = find_sources(Path(config.shards))
+    for name, manifest in manifests.items():
+        check_files(Path(config.shards) / name, manifest)
     fixed = {n: s for n, s in config.mixture.items() if f"mixture.{n}" in explicit}
     preset = {n: s for n, s in config.mixture.items() if n not in fixed}
     rows = {name: m.n_rows - m.n_val_rows for name, m in manifests.items()}
