@@ -31,6 +31,7 @@ SAMPLE_BYTES: Final = 1 << 20
 SAMPLE_BATCHES: Final = 4
 MOST_READ: Final = 64
 """Parts, and batches of records of them, that are read at most: small files give one each."""
+LEAST_SAMPLE_S: Final = 1.0
 HELD_OUT_DOCUMENTS: Final = 20
 _TOKEN_BYTES: Final = 4
 ROOM_FACTOR: Final = 1.05
@@ -46,6 +47,9 @@ class TextSample:
     tokens: int
     token_bytes: int
     seconds_per_byte: float
+    text_share: float
+    """Bytes of text in one that was planned: records have other fields, compression is guessed."""
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Estimate:
     tokens: int
     disk_bytes: int
     seconds: float
+    sample_s: float = LEAST_SAMPLE_S
+    """What the sample took; below LEAST_SAMPLE_S nothing is known of the speed."""
 
 
 class PrepareListener:
@@ -102,7 +108,18 @@ def take_sample(job: PrepareJob, encoder: Encoder, template: ChatTemplate | None
         )
     # the first batch is slow: the encoder has not seen the common words yet
     seconds = _seconds_per_byte(read) + _seconds_per_byte(encoded[1:] or encoded)
-    return TextSample(n, sum(size for size, _ in encoded), tokens, token_bytes, seconds)
+    planned = sum(s * _planned_bytes(job.plan, number) for number, s in maker.shares.items())
+    share = sum(size for size, _ in read) / planned if planned else 1.0
+    took = sum(seconds for _, seconds in (*read, *encoded))
+    text_bytes = sum(size for size, _ in encoded)
+    return TextSample(n, text_bytes, tokens, token_bytes, seconds, share, took)
+
+
+def _planned_bytes(plan: PreparePlan, number: int) -> float:
+    """The bytes of text that a part was planned with: its share of its unit's."""
+    unit = next(unit for unit in plan.units if unit.first <= number < unit.last)
+    sizes = [max(1, part.last - part.first) for part in plan.parts[unit.first : unit.last]]
+    return unit.text_bytes * sizes[number - unit.first] / sum(sizes)
 
 
 def default_val_fraction(plan: PreparePlan, inputs: Inputs, limit: Limit) -> float:
@@ -134,7 +151,8 @@ def estimate(
 ) -> Estimate:
     """What the units at these positions of a plan will take, going by the sample."""
     units = {position: plan.units[position].text_bytes for position in positions}
-    text_bytes, workers = sum(units.values()), max(1, min(workers, len(units)))
+    text_bytes = sum(units.values()) * sample.text_share
+    workers = max(1, min(workers, len(units)))
     tokens = text_bytes * sample.tokens / max(1, sample.text_bytes)
     wanted = tokens if limit.tokens is None else min(tokens, limit.tokens)
     if limit.documents is not None:
@@ -147,6 +165,7 @@ def estimate(
         tokens=round(wanted),
         disk_bytes=round(wanted * sample.token_bytes * ROOM_FACTOR),
         seconds=share * text_bytes * sample.seconds_per_byte / workers,
+        sample_s=sample.seconds,
     )
 
 

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.estimate import Estimate, PrepareListener
+from pipeline.estimate import LEAST_SAMPLE_S, Estimate, PrepareListener
 from pipeline.inputs.inputs import listing_summary
 from pipeline.units.job import NO_LIMIT, Amount, PrepareJob, UnitProgress
 
@@ -145,7 +145,9 @@ class PrepareDisplay(PrepareListener):
             f"into {job.folder}",
             f"  held out   {facts.val_fraction:.1%} of the documents",
             f"  tokenizer  {facts.tokenizer.name}, {facts.tokenizer.vocab_size:,} entries, {note}",
-            f"  time       about {duration(ahead.seconds)}, at the rate of a first sample",
+            f"  time       about {duration(ahead.seconds)}, at the rate of a first sample"
+            if ahead.sample_s >= LEAST_SAMPLE_S
+            else "  time       estimating: the first sample took less than a second",
         ):
             self._console.print(line, markup=False)
         self._estimator, self._ahead = ProgressEstimator(ahead), ahead

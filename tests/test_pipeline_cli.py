@@ -76,7 +76,7 @@ def test_a_source_is_prepared_and_described(tmp_path: Path) -> None:
     first = run(*arguments)
     assert first.exit_code == 0, first.output
     for message in ("files      1 file,", "to read", "to write   about", "columnar enc",
-                 "at the rate of a first sample", "300 documents", "MB/s"):  # fmt: skip
+                 "time       estimating: the first", "300 documents", "MB/s"):  # fmt: skip
         assert message in first.stderr, message
     assert "300 documents" in first.stdout and "rejected: 1 records, wrong type" in first.stdout
     assert "held out   6.7% of the documents" in first.stderr  # some 20 of 300

@@ -1,7 +1,9 @@
 """Progress: how far the work is, what is left, and how that is written."""
 
+import gzip
 import heapq
 import io
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -11,12 +13,13 @@ from typing import Any
 import pytest
 
 from pipeline import progress
-from pipeline.estimate import Estimate
-from pipeline.prepare import prepare
+from pipeline.estimate import Estimate, estimate, take_sample
+from pipeline.prepare import load_or_create_plan, prepare
 from pipeline.progress import PrepareDisplay, ProgressEstimator
+from pipeline.text.encode import make_encoder
 from pipeline.units.executors import Executor
-from pipeline.units.job import NO_LIMIT, Amount, Limit, UnitProgress
-from pipeline_samples import corpus, request
+from pipeline.units.job import NO_LIMIT, Amount, Limit, PrepareJob, UnitProgress
+from pipeline_samples import WORDS, corpus, request, tokenizer, write_jsonl, write_parquet
 
 MB = 1_000_000
 
@@ -158,3 +161,29 @@ def test_under_a_limit_the_units_have_no_number(tmp_path: Path) -> None:
     lines = output_of(tmp_path, io.StringIO(), limit=Limit(documents=40)).splitlines()
     assert "as far as the limit reaches" in lines[3] and " units, 40 documents" in lines[-1]
     assert "/" not in lines[-1].split(" units")[0]
+
+
+@pytest.mark.parametrize("kind", ["fields", "gz", "parquet", "plain"])
+def test_the_text_is_estimated_from_what_the_sample_held(tmp_path: Path, kind: str) -> None:
+    """79 MB of lines with 0.1 MB of text were announced as 50 MB of work."""
+    texts = [f"{number} {WORDS}" for number in range(4000)]
+    path = tmp_path / "a.jsonl"
+    if kind == "parquet":
+        path = write_parquet(tmp_path / "a.parquet", texts * 20)  # a dictionary of 4,000 texts
+        texts = texts * 20
+    elif kind == "plain":
+        write_jsonl(path, texts)
+    else:
+        other = "x" * 3000 if kind == "fields" else "x"
+        lines = [json.dumps({"other": other, "text": text}) + "\n" for text in texts]
+        path.write_text("".join(lines))
+    if kind == "gz":
+        path = tmp_path / "a.jsonl.gz"
+        path.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    wanted = request(tmp_path / "out", str(path), unit_bytes=1 << 28)
+    inputs, plan = load_or_create_plan(wanted, tmp_path / "out" / "mine")
+    job = PrepareJob(tmp_path / "out" / "mine", plan, inputs)
+    sample = take_sample(job, make_encoder(tokenizer()), None)
+    found = estimate(plan, range(len(plan.units)), sample, NO_LIMIT, 1)
+    held = sum(len(text) for text in texts) * sample.tokens / sample.text_bytes
+    assert 0.8 < found.tokens / held < 1.25

@@ -73,6 +73,7 @@ class PartReader:
 
     def __init__(self, inputs: Inputs, source: Source) -> None:
         self._inputs, self._source = inputs, source
+        self.share = 0.0  # of the part at work, how much has been read; 0: unknown
         self._files = {file.path: file for file in inputs.files}
         self._parquet: tuple[str, BinaryIO, pq.ParquetFile] | None = None
 
@@ -83,6 +84,7 @@ class PartReader:
             raise SourceError(f"{part.file} is not among the files given: give the same ones again")
         self._inputs.check(file)
         try:
+            self.share = 0.0
             for records in self._records(part, file):
                 if self._inputs.local:
                     self._inputs.check(file)
@@ -102,21 +104,23 @@ class PartReader:
             whole = part.first == 0 and part.last == file.bytes
             array = kind == "jsonl" and whole and is_array(self._inputs, file)
             parse = functools.partial(parse_lines, source=source)
+            last = None if file.layout.compression else part.last
             with self._inputs.open(part.file) as raw:
                 stream = decompressed(raw, file)
                 if array:
-                    yield from _numbered(map(parse, array_lines(stream, file.path), repeat(0)))
+                    found = _numbered(map(parse, array_lines(stream, file.path), repeat(0)))
                 elif kind == "jsonl":
-                    last = None if file.layout.compression else part.last
-                    yield from _read_lines(stream, part.first, last, parse)
+                    found = _read_lines(stream, part.first, last, parse)
                 elif ending := source.separator.encode():
-                    last = None if file.layout.compression else part.last
                     parse = functools.partial(split_texts, ending=ending)
-                    yield from _read_lines(stream, part.first, last, parse, ending)
+                    found = _read_lines(stream, part.first, last, parse, ending)
                 elif source.shape == "lines":
-                    yield from _read_lines(stream, 0, None, raw_lines)
+                    found = _read_lines(stream, 0, None, raw_lines)
                 else:
-                    yield from _read_whole(stream)
+                    found = _read_whole(stream)
+                for records in found:
+                    self.share = (raw.tell() - part.first) / max(1, part.last - part.first)
+                    yield records
 
     def _read_table(self, file: InputFile) -> Iterator[Records]:
         first = 0
@@ -144,6 +148,7 @@ class PartReader:
         for batch in parquet.iter_batches(
             batch_size=batch_rows, row_groups=list(groups), columns=[column], use_threads=False
         ):
+            self.share = (first + batch.num_rows) / max(1, rows)
             yield Records(first, column_of(batch, self._source))
             first += batch.num_rows
 

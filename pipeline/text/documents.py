@@ -106,12 +106,15 @@ class DocumentMaker:
         self._source, self._screens = source, screens
         self._held_below = round(val_fraction * (1 << 16))
         self.rejected: list[Rejected] = []
+        self.shares: dict[int, float] = {}
+        """Of each part that was begun, by its number, how much of it has been read."""
 
     def read(self, inputs: Inputs, parts: Iterable[tuple[int, Part]]) -> Iterator[Documents]:
         """The documents of parts, given with their numbers in the plan, in order."""
         with contextlib.closing(PartReader(inputs, self._source)) as reader:
             for number, part in parts:
                 for documents in self.documents(number, part, reader.read(part)):
+                    self.shares[number] = min(1.0, reader.share)
                     yield self._screened(part, documents)
 
     def documents(self, number: int, part: Part, batches: Iterable[Records]) -> Iterator[Documents]:
