@@ -156,6 +156,17 @@ def test_more_ranks_than_devices_is_not_ready(
     assert (bad.verdict, bad.fix) == ("fail", "--nproc 4")
 
 
+def test_a_gpu_that_torch_ignores_is_not_ready(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "unused_gpu", lambda: "torch is built for the CPU")
+    assert [found.detail for found in only(machine.devices, context)][1:] == [
+        "torch is built for the CPU"
+    ]
+    monkeypatch.setattr(machine, "unused_gpu", lambda: "")
+    assert [found.verdict for found in only(machine.devices, context)] == ["note"]
+
+
 def test_the_slowest_of_several_devices_counts(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from torch.utils import collect_env
 from model.self_test import self_test
 from trainer.config import memory
 from trainer.config.config import RunConfig
-from trainer.distributed.devices import device_memory_bytes
+from trainer.distributed.devices import device_memory_bytes, unused_gpu
 
 OLDEST_TORCH: Final = (2, 9)
 NUMA_BALANCING: Final = Path("/proc/sys/kernel/numa_balancing")
@@ -96,6 +96,8 @@ def devices(context: Context) -> Iterator[CheckResult]:
     if context.device != "cuda":
         threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
         yield CheckResult("note", "devices", f"{context.device}, {threads}, {size}")
+        if idle := unused_gpu():
+            yield CheckResult("fail", "devices", idle)
         return
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     if len(names) < context.nproc:
