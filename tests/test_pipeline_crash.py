@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import lzma
 import os
 import random
 import shutil
@@ -110,10 +111,18 @@ def make_stage(place: Path, kind: str) -> Iterator[Stage]:
         rows: list[Any] = [*(TURNS if chat else TEXTS)[number * 20 :][: 10 if chat else 20], 7]
         name = place / "in" / f"{number}.jsonl"
         write_jsonl(name, rows[number == 1 :], "conversations" if chat else "text")
+        if number == 4 and kind == "formats":  # other formats are killed, too
+            name.with_suffix(".jsonl.xz").write_bytes(lzma.compress(name.read_bytes()))
+            name.unlink()
+        elif number == 0 and kind == "formats":
+            records = [json.loads(line) for line in name.read_text().splitlines()]
+            name.with_suffix(".json").write_text(json.dumps(records))
+            name.unlink()
     options = {"chat": ["--loss-mask"], "limited": ["--max-documents", "47"]}.get(kind, [])
     source = "slimorca" if chat else "mine"
     made = Stage(place, "--source", source, "--data-files", str(place / "in"), *options)
-    assert "00001.rejected.jsonl" in made.expected and "00001-val-000.npy" in made.expected
+    if kind != "formats":
+        assert "00001.rejected.jsonl" in made.expected and "00001-val-000.npy" in made.expected
     assert ("00001-000.mask.npy" in made.expected) == chat
     with made.server:
         yield made
@@ -132,7 +141,13 @@ def limited(tmp_path_factory: Any) -> Iterator[Stage]:
     yield from make_stage(tmp_path_factory.mktemp("limited"), "limited")
 
 
-@pytest.fixture(params=["masked", "limited"])
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory: Any) -> Iterator[Stage]:
+    """Lines, lines in xz, and an array of JSON."""
+    yield from make_stage(tmp_path_factory.mktemp("formats"), "formats")
+
+
+@pytest.fixture(params=["masked", "limited", "formats"])
 def stage(request: Any) -> Any:
     return request.getfixturevalue(request.param)
 
