@@ -113,8 +113,9 @@ class ShardReader:
     """Rows of one source and split, numbered 0 .. n_rows-1 in the manifest's order.
 
     Files are opened when they are first needed, so a reader can be sent to worker processes. Each
-    sidecar is verified once, and its digests are kept (8 bytes a row; mapped, it would take one of
-    the process' open files); an eighth of the files that the process may open are shards. Rows are
+    sidecar is verified once, and its digests are kept (8 bytes a row, 164 MB for the 20 M rows of
+    2,500 shards; mapped, it would take one of the process' open files); an eighth of the files that
+    the process may open are shards, the one read longest ago making room for the next. Rows are
     fetched with pread(2), not through a mapping, which costs the same (2 us for 8 KiB): a file that
     shrinks under a mapping ends the process with SIGBUS.
     """
@@ -125,7 +126,7 @@ class ShardReader:
         self.folder, self.split = folder, split
         self.manifest = manifest or read_manifest(folder)
         self._shards = self.manifest.split(split)
-        self._ends = list(itertools.accumulate(shard.n_rows for shard in self._shards))
+        self._starts = [0, *itertools.accumulate(shard.n_rows for shard in self._shards)]
         self._open: OrderedDict[int, _Shard] = OrderedDict()
         self._known: dict[int, _Shard] = {}
         self._most_open = most_open_shards()
@@ -136,7 +137,7 @@ class ShardReader:
     @property
     def n_rows(self) -> int:
         """Rows in this split."""
-        return self._ends[-1] if self._ends else 0
+        return self._starts[-1]
 
     @property
     def seq_len(self) -> int:
@@ -170,16 +171,23 @@ class ShardReader:
     def _find(self, index: int) -> tuple[_Shard, int]:
         if not 0 <= index < self.n_rows:
             raise IndexError(f"row {index} of {self.n_rows}")
-        number = bisect.bisect_right(self._ends, index)  # numpy takes five times as long for one
+        number = bisect.bisect_right(self._starts, index) - 1  # numpy takes five times as long
         shard = self._known.get(number)
-        if shard is None:
-            info = self._shards[number]
-            shard = self._known[number] = _Shard(self.folder, self.manifest, info)
-        self._open[number] = shard
-        self._open.move_to_end(number)
-        if len(self._open) > self._most_open:
+        if shard is None or shard.closed:
+            shard = self._opened(number)
+        elif self._most_open < len(self._shards):  # or none is ever closed
+            self._open.move_to_end(number)
+        return shard, index - self._starts[number]
+
+    def _opened(self, number: int) -> _Shard:
+        if len(self._open) == self._most_open:
             self._open.popitem(last=False)[1].close()
-        return shard, index - self._ends[number] + self._shards[number].n_rows
+        if number in self._known:
+            self._known[number].open()
+        else:
+            self._known[number] = _Shard(self.folder, self.manifest, self._shards[number])
+        shard = self._open[number] = self._known[number]
+        return shard
 
 
 class _Shard:
@@ -200,23 +208,31 @@ class _Shard:
             raise self._error(f"{path} is missing") from None
         except ValueError as error:
             raise self._error(f"{path} is damaged ({error})") from error
+        self._files = (self._data,) if self._mask is None else (self._data, self._mask)
+        self.closed = False
 
     def read(self, row: int, tokens: Tokens, mask: Masks | None) -> None:
         """Fill tokens [seq_len] and mask [seq_len / 8]; ShardError if damaged."""
-        try:
-            complete = self._data.read_into(row, tokens)
-            if self._mask is not None and mask is not None:
-                complete = self._mask.read_into(row, mask) and complete
-        except FileNotFoundError as error:
-            raise self._error(f"{error.filename} is missing") from None
+        complete = self._data.read_into(row, tokens)
+        if self._mask is not None and mask is not None:
+            complete = self._mask.read_into(row, mask) and complete
         if not complete or row_digest(tokens, mask) != self._digests[row]:
             raise self._error(f"{self._path} row {row} is damaged (its digest differs)")
 
+    def open(self) -> None:
+        """Open the files again."""
+        try:
+            for file in self._files:
+                file.open()
+        except FileNotFoundError as error:
+            raise self._error(f"{error.filename} is missing") from None
+        self.closed = False
+
     def close(self) -> None:
-        """Let go of the files; the next row that is read opens them again."""
-        self._data.close()
-        if self._mask is not None:
-            self._mask.close()
+        """Let go of the files."""
+        self.closed = True
+        for file in self._files:
+            file.close()
 
     def records(self) -> npt.NDArray[np.void]:
         """The row records [n_rows] of the sidecar, read again."""
@@ -261,19 +277,20 @@ class RowFile:
         self.n_bytes = self._start + shape[0] * self._row_bytes
         self._path = path
         check_regular(path)
-        self._open()
+        self.open()
         size = os.fstat(self._handle).st_size
         if size != self.n_bytes:
             raise ValueError(f"{size:,} bytes where {self.n_bytes:,} should be")
         if os.pread(self._handle, self._start, 0) != header.getvalue():
             raise ValueError(f"its header is not that of {shape} {dtype}")
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Open the file, again after a close."""
         self._handle = os.open(self._path, os.O_RDONLY)
         self._closing = weakref.finalize(self, os.close, self._handle)
 
     def close(self) -> None:
-        """Let go of the file; the next read opens it again."""
+        """Let go of the file."""
         self._closing()
 
     def read(self, rows: slice) -> npt.NDArray[Any]:
@@ -284,7 +301,5 @@ class RowFile:
 
     def read_into(self, row: int, out: npt.NDArray[Any]) -> bool:
         """Fill `out` with the bytes from a row on; whether there were enough of them."""
-        if not self._closing.alive:
-            self._open()
         at = self._start + row * self._row_bytes
         return os.preadv(self._handle, [out.data], at) == out.nbytes

@@ -12,12 +12,14 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from measure import cpu_seconds, machine, parse, spread, write_shards
+from shards import writer
 from shards.reader import ShardReader
 from trainer.config.shares import REFERENCE_SHARES
 from trainer.data.batches import MicroBatches, StepRange
@@ -79,6 +81,23 @@ def waits(folder: Path, n_rows: int, step_s: float) -> float:
     return share
 
 
+def ratios_of_many_shards(folder: Path, tokens: np.ndarray) -> list[float]:
+    """Time of random rows over 2,500 shards by that over 100, interleaved; the rows are equal."""
+    readers = []
+    for n_shards in (2500, 100):
+        rows = -(-len(tokens) // n_shards)
+        writer.SHARD_BYTES = rows * tokens[0].nbytes  # type: ignore[misc]
+        write_shards(folder / f"{n_shards}", tokens, 32_768)
+        readers.append(ShardReader(folder / f"{n_shards}"))
+        readers[-1].rows(np.arange(len(tokens)))  # the first row of a shard verifies its sidecar
+    found = []
+    for turn in range(TIMES):
+        indices = np.random.default_rng(turn).permutation(len(tokens))[:4096]
+        many, few = (cpu_seconds(partial(reader.rows, indices)) for reader in readers)
+        found.append(many / few)
+    return found
+
+
 def main() -> None:
     """Measure the data order and the loader."""
     n_rows = parse(__doc__, rows=20_000).rows
@@ -97,8 +116,10 @@ def main() -> None:
         write_shards(source, tokens, 32_768)
         rates = loader_rates(source, n_rows)
         waited = waits(source, min(n_rows, 1600), 0.05)
+        ratios = ratios_of_many_shards(Path(folder), tokens)
     lines += [
         ("rows read, verified, stacked, GB/s a process", ">= 1.5", spread(rates, "")),
+        ("a random row of 2,500 shards, by one of 100", "<= 1.5", spread(ratios, "")),
         ("steps of 50 ms and 8 rows wait", "< 1 %", f"{waited:.2%} of the time"),
     ]
     print(f"{machine('numpy', 'torch')}\n")
