@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from trainer.checkpoint import storage
 from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.cli import main
+from trainer.distributed.world import STOP_SIGNALS
 from trainer.metrics.metrics import read_metrics
 from trainer_samples import make_shards, set_texts
 
@@ -110,7 +111,7 @@ def test_two_processes_draw_the_same_samples_and_agree(shards: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_asked_to_stop_two_ranks_checkpoint_and_say_75(
     shards: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,7 @@ def start(request: Request, stream: TextIO) -> int:
     parse_faults()  # a mistake in it is reported once, here
     run = request.out or _default_run(Path("runs") / configured.config.preset, request.resume)
     if EXIT_REASON in os.environ:
+        launching.end_with_launcher()
         return launching.write_exit_reason(lambda: _train_as_rank(configured, run, request, stream))
     if launched_by_torchrun():
         return _train_as_rank(configured, run, request, stream)
@@ -86,6 +88,11 @@ def start(request: Request, stream: TextIO) -> int:
             raise ConfigError(
                 f"--nnodes {request.nnodes}: say where the machines meet, "
                 "--rdzv-backend c10d --rdzv-endpoint HOST:29500"
+            )
+        if request.nnodes != "1" and "rdzv_id" not in request.torchrun:
+            raise ConfigError(
+                f"--nnodes {request.nnodes}: give the machines of this job a name that others "
+                f"cannot guess, on each the same: --rdzv-id {secrets.token_hex(8)}"
             )
         n_bytes = 4 + optimizer_bytes(plan.config.optim)  # a parameter and its moments, fp32
         state_bytes = n_bytes * count_params(plan.config.model)

@@ -7,9 +7,12 @@ asked to stop, and has saved, must not look like one that failed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import shlex
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +24,7 @@ from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, get_args_parser
 
 from shards.errors import SummerError, one_line
+from trainer.distributed.rendezvous import MACHINES, ONE_MACHINE, local_address
 from trainer.errors import LostRankError, TrainingError
 
 ASKED_TO_STOP: Final = 75
@@ -29,6 +33,8 @@ ASKED_TO_STOP: Final = 75
 EXIT_REASON: Final = "SUMMER_EXIT_REASON"
 """Variable with the file in which the first rank of a machine says how the run ended."""
 
+_HANDED_ON: Final = ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2")  # signals, to the ranks
+_PARENT_DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG
 _RESTARTS: Final = 3
 _SLOW_DISK: Final = 100e6  # bytes a second, of a state that is saved before the end
 
@@ -93,14 +99,28 @@ def write_exit_reason(train: Callable[[], int], *also: type[Exception]) -> int:
     return 0
 
 
+def end_with_launcher() -> None:
+    """Have the kernel ask this rank to stop when its launcher has ended, even by SIGKILL (Linux).
+
+    Else it would train on for ever, with the devices and the lock of the run.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
 def _run_on_all(launch: Launch, arguments: Sequence[str]) -> None:
     # what torchrun would set to 1, with a warning; each rank sets its own number later anyway
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.nproc)))
     parser = get_args_parser()
     parser.allow_abbrev = False  # it would take a command's --run for the beginning of --run-path
     args = parser.parse_args(torchrun_arguments(launch, arguments))
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(f"SIG{n}" for n in _HANDED_ON))
     if args.standalone:
-        args.rdzv_backend, args.rdzv_endpoint = "c10d", "localhost:0"
+        args.rdzv_backend, args.standalone = ONE_MACHINE, False
+    elif args.rdzv_backend in ("c10d", "static") and args.rdzv_endpoint:
+        args.rdzv_backend = MACHINES
+        args.local_addr = args.local_addr or local_address(args.rdzv_endpoint.rpartition(":")[0])
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # it would listen on all interfaces
     # torchrun gives ranks 30 seconds between SIGTERM and SIGKILL
     grace_s = 60 + round(launch.state_bytes / _SLOW_DISK)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(grace_s))

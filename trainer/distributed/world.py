@@ -20,10 +20,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from trainer.distributed.devices import pick_device
+from trainer.distributed.rendezvous import meet_ranks
 from trainer.errors import ConfigError, LostRankError
 
 T = TypeVar("T")
@@ -31,6 +31,17 @@ T = TypeVar("T")
 _RELEASE_S: Final = 0.05
 _NUMBERS: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 """What torchrun sets in the environment of each process."""
+
+STOP_SIGNALS: Final = tuple(
+    getattr(signal, name)
+    for name in (
+        "SIGTERM",
+        "SIGINT",
+        "SIGHUP",
+        "SIGUSR1",
+        "SIGUSR2",
+    )  # sbatch --signal, a closed ssh
+)
 
 _TRANSPORTS: Final = ("gloo", "NCCL", "Connection", "ProcessGroup")
 
@@ -152,7 +163,7 @@ def join_world(device: str, hang_timeout_s: float = 0.0) -> Iterator[World]:
     if world_size > 1:
         # objects and flags travel on gloo, so that they never queue behind gradients
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        _join(backend, rank, world_size, hang_timeout_s)
+        _join(backend, rank, world_size, world_size == local_world_size, hang_timeout_s)
     try:
         yield World(rank, local_rank, world_size, local_world_size, place)
     finally:
@@ -160,7 +171,9 @@ def join_world(device: str, hang_timeout_s: float = 0.0) -> Iterator[World]:
             _leave()
 
 
-def _join(backend: str, rank: int, world_size: int, hang_timeout_s: float) -> None:
+def _join(
+    backend: str, rank: int, world_size: int, one_machine: bool, hang_timeout_s: float
+) -> None:
     """Join the process group, under names of this start alone.
 
     torchrun (2.13) keeps one store over its restarts, with the addresses of the former ranks, which
@@ -168,7 +181,7 @@ def _join(backend: str, rank: int, world_size: int, hang_timeout_s: float) -> No
     """
     # its functions keep, as a default, the group that is there when it is first imported: none yet
     importlib.import_module("torch.distributed.nn.functional")
-    store, _, _ = next(rendezvous("env://", timeout=default_pg_timeout))
+    store = meet_ranks(rank, one_machine)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     named = PrefixStore(f"attempt-{attempt}", store)
     timeout = max(default_pg_timeout, timedelta(seconds=2 * hang_timeout_s))
@@ -188,13 +201,12 @@ def _leave() -> None:
 
 @contextlib.contextmanager
 def listen_for_stop() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM or Ctrl-C has asked this process to stop."""
+    """A function that says whether one of `STOP_SIGNALS` has asked this process to stop."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # handlers belong to the main thread; here there are none
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *of: asked.set()) for number in numbers}
+    before = {number: signal.signal(number, lambda *of: asked.set()) for number in STOP_SIGNALS}
     try:
         yield asked.is_set
     finally:

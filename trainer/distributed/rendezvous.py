@@ -1,0 +1,167 @@
+"""Where launchers and ranks meet: on loopback on one machine, else on the one named address.
+
+torch's stores listen on every interface of a machine, and whoever reaches one can write into it:
+what torchrun unpickles from there (2.13) is then a stranger's code. So each store here is given a
+socket that is bound already, and on one machine nothing is unpickled at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import Final
+
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+from trainer.errors import ConfigError
+
+ONE_MACHINE: Final = "summer-one-machine"
+"""Name of a rendezvous, as --rdzv-backend takes it, of one launcher with itself."""
+
+MACHINES: Final = "summer-machines"
+"""torchrun's c10d, whose store listens on the address of --rdzv-endpoint alone."""
+
+_LOOPBACK: Final = "127.0.0.1"
+_PORT: Final = 29500  # torchrun's own
+
+
+def bound_store(host: str, port: int) -> TCPStore:
+    """The store at `host`, served by this process on that address alone if it is free here.
+
+    Port 0 is any free one. ConfigError for a name that nobody knows.
+    """
+    try:
+        listening = _bind(host, port)
+    except OSError as error:
+        where = f"{host}:{port}"
+        raise ConfigError(f"{where}, where ranks meet: {error.strerror or error}") from error
+    if listening is None:
+        return TCPStore(host, port, is_master=False)
+    port = listening.getsockname()[1]
+    return TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
+
+
+def meet_ranks(rank: int, one_machine: bool) -> TCPStore:
+    """The store of all ranks, at MASTER_ADDR:MASTER_PORT: torchrun's, or else rank 0 serves it.
+
+    gloo and NCCL listen on loopback from now on, or on the interface that leads to MASTER_ADDR,
+    unless their variables name one already.
+    """
+    master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _use_one_interface(master, one_machine)
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return bound_store(master, port)
+    return TCPStore(master, port, is_master=False)
+
+
+def _use_one_interface(master: str, one_machine: bool) -> None:
+    name = _interface_of(_LOOPBACK if one_machine else local_address(master))
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name else ():
+        os.environ.setdefault(variable, name)
+
+
+def local_address(master: str) -> str:
+    """This machine's address on the way to `master`; "" where there is no way."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(master, _PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # of a datagram socket: nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
+
+
+def _bind(host: str, port: int) -> socket.socket | None:
+    """A socket at an address; None where it is taken, or belongs to another machine."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, kind)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+            return None
+        raise
+    return bound
+
+
+def _interface_of(address: str) -> str:
+    """The name of the interface that has an IPv4 address, or "" (of macOS and IPv6: unknown)."""
+    import fcntl
+
+    asked_for_address = 0x8915  # SIOCGIFADDR
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, asked_for_address, name.encode().ljust(256, b"\0"))
+            except OSError:  # it has none
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return ""
+
+
+class _OneMachine(RendezvousHandler):
+    """A launcher that meets nobody: its ranks find its store on loopback."""
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        self._run_id = parameters.run_id
+        self._store = bound_store(_LOOPBACK, 0)
+
+    def get_backend(self) -> str:
+        return ONE_MACHINE
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        where = RendezvousStoreInfo(_LOOPBACK, self._store.port)
+        return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, where)
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        pass
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        return True
+
+
+class _Machines(C10dRendezvousBackend):
+    """torchrun's own way to meet over a store."""
+
+    @property
+    def name(self) -> str:
+        return MACHINES
+
+
+def _meet_machines(parameters: RendezvousParameters) -> RendezvousHandler:
+    host, port = parse_rendezvous_endpoint(parameters.endpoint, _PORT)
+    backend = _Machines(store := bound_store(host, port), parameters.run_id)
+    return create_handler(store, backend, parameters)
+
+
+rendezvous_handler_registry.register(ONE_MACHINE, _OneMachine)
+rendezvous_handler_registry.register(MACHINES, _meet_machines)
