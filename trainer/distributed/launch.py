@@ -114,9 +114,9 @@ def _run_on_all(launch: Launch, arguments: Sequence[str]) -> None:
     parser = get_args_parser()
     parser.allow_abbrev = False  # it would take a command's --run for the beginning of --run-path
     args = parser.parse_args(torchrun_arguments(launch, arguments))
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(f"SIG{n}" for n in _HANDED_ON))
+    args.signals_to_handle = ",".join(f"SIG{name}" for name in _HANDED_ON)
     if args.standalone:
-        args.rdzv_backend, args.standalone = ONE_MACHINE, False
+        args.rdzv_backend, args.rdzv_endpoint, args.standalone = ONE_MACHINE, "127.0.0.1:0", False
     elif args.rdzv_backend in ("c10d", "static") and args.rdzv_endpoint:
         args.rdzv_backend = MACHINES
         args.local_addr = args.local_addr or local_address(args.rdzv_endpoint.rpartition(":")[0])
