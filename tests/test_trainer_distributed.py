@@ -14,6 +14,7 @@ import torch._inductor.config
 from shards.errors import SummerError
 from trainer.config.config import configure
 from trainer.distributed import devices, world
+from trainer.errors import ConfigError
 from trainer.session.network import _prepare_compiler, build_network
 from trainer_samples import ALONE, free_ports, set_texts
 
@@ -105,10 +106,12 @@ def test_a_block_of_the_same_size_comes_without_page_faults() -> None:
 def joined_with(timeouts: list[timedelta], hang_timeout_s: float) -> None:
     """A process group of one rank that pretends to be one of two."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "2")
+        for name, value in {**RANK_3, "RANK": "0", "WORLD_SIZE": "2"}.items():
+            patch.setenv(name, value)
         patch.setattr(world, "_leave", lambda: None)
         patch.setattr(world, "meet_ranks", lambda *of: None)
         patch.setattr(world, "PrefixStore", lambda *of: None)
+        patch.setattr(world, "_wait_for_peers", lambda *of: None)
         patch.setattr(
             torch.distributed,
             "init_process_group",
@@ -163,3 +166,53 @@ def test_ranks_share_the_cores_to_compile_on(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")
         _prepare_compiler(ALONE)
         assert torch._inductor.config.compile_threads == 1  # as it was: the variable counts
+
+
+MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+RANK_3 = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {
+    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}  # fmt: skip
+MPIRUN = {
+    f"OMPI_COMM_WORLD_{name}": value
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("SIZE", "4"), ("LOCAL_SIZE", "2"))
+}
+
+
+@pytest.mark.parametrize("launcher", [RANK_3, SRUN, MPIRUN])
+def test_a_launchers_complete_variables_are_obeyed(launcher: dict[str, str]) -> None:
+    environment = MASTER | launcher
+    assert world.adopt_launcher(environment) == ""
+    assert environment == MASTER | launcher | RANK_3
+
+
+@pytest.mark.parametrize(
+    ("given", "note"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE=2 without RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MAST",
+        ),
+        (
+            MASTER | {"RANK": "0", "WORLD_SIZE": "2"},
+            "out LOCAL_RANK, LOCAL_WORLD_SIZE: ignored",
+        ),
+        (RANK_3, "without MASTER_ADDR, MASTER_PORT: ignored, this process trains on its own"),
+        (SRUN, ""),  # a script of sbatch, or srun without a place to meet: one process
+        (MASTER, ""),
+    ],
+)
+def test_incomplete_variables_are_named_and_ignored(given: dict[str, str], note: str) -> None:
+    environment = dict(given)
+    assert note in world.adopt_launcher(environment)
+    assert not environment.keys() & RANK_3.keys()
+
+
+def test_who_waits_for_ranks_that_do_not_come_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "_PEERS_S", 0.2)
+    for name, value in {**RANK_3, "RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
+    with pytest.raises(ConfigError, match="1 of 4 ranks came within"), world.join_world("cpu"):
+        pass

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from listening import family, listening
+from shards.errors import SummerError
 from test_trainer_processes import LIMIT_S, command, started, wait_for_step
 from trainer.checkpoint.runs import checkpoints
 from trainer.distributed.rendezvous import bound_store, local_address
-from trainer.errors import ConfigError
 from trainer_samples import free_ports, make_shards, set_texts
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -29,7 +29,7 @@ def test_a_store_listens_where_it_is_told_to(tmp_path: Path) -> None:
     assert listening(os.getpid()) == LOOPBACK
     store.set("key", "value")
     assert bound_store("127.0.0.1", store.port).get("key") == b"value"  # taken: a client of it
-    with pytest.raises(ConfigError, match=r"nowhere\.invalid:29500, where ranks meet: "):
+    with pytest.raises(SummerError, match=r"nowhere\.invalid:29500, where ranks meet: "):
         bound_store("nowhere.invalid", 29500)
 
 

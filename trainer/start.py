@@ -21,7 +21,7 @@ from trainer.config.train_plan import TrainPlan
 from trainer.distributed import launch as launching
 from trainer.distributed.devices import pick_device
 from trainer.distributed.launch import ASKED_TO_STOP, EXIT_REASON, Launch
-from trainer.distributed.world import launched_by_torchrun
+from trainer.distributed.world import adopt_launcher, launched_by_torchrun
 from trainer.errors import ConfigError
 from trainer.faults.inject import parse_faults
 from trainer.metrics.display import Display
@@ -61,6 +61,7 @@ class Request:
 
 def start(request: Request, stream: TextIO) -> int:
     """The exit code: 0 when the run is complete, 75 when it was asked to stop and has saved."""
+    note = adopt_launcher(os.environ)
     preset, file = request.preset, request.file
     configured = configure(preset=preset, file=file, sets=request.sets, shards=request.shards)
     parse_faults()  # a mistake in it is reported once, here
@@ -77,6 +78,8 @@ def start(request: Request, stream: TextIO) -> int:
     plan = make_plan(configured, n_local * int(request.nnodes), n_local)
     display = Display(stream)
     with contextlib.closing(display):
+        if note:
+            display.print(note)
         if request.dry_run:
             state = peek_state(plan, run, request.resume)
             show_plan(plan, state, measured_rate(run), display)

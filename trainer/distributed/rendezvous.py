@@ -12,6 +12,7 @@ import os
 import socket
 from typing import Final
 
+from torch import distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
@@ -24,7 +25,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from trainer.errors import ConfigError
+from shards.errors import SummerError
 
 ONE_MACHINE: Final = "summer-one-machine"
 """Name of a rendezvous, as --rdzv-backend takes it, of one launcher with itself."""
@@ -39,15 +40,15 @@ _PORT: Final = 29500  # torchrun's own
 def bound_store(host: str, port: int) -> TCPStore:
     """The store at `host`, served by this process on that address alone if it is free here.
 
-    Port 0 is any free one. ConfigError for a name that nobody knows.
+    Port 0 is any free one. SummerError for a name that nobody knows.
     """
     try:
         listening = _bind(host, port)
     except OSError as error:
         where = f"{host}:{port}"
-        raise ConfigError(f"{where}, where ranks meet: {error.strerror or error}") from error
+        raise SummerError(f"{where}, where ranks meet: {error.strerror or error}") from error
     if listening is None:
-        return TCPStore(host, port, is_master=False)
+        return _client(host, port)
     port = listening.getsockname()[1]
     return TCPStore(
         host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
@@ -64,7 +65,16 @@ def meet_ranks(rank: int, one_machine: bool) -> TCPStore:
     _use_one_interface(master, one_machine)
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return bound_store(master, port)
-    return TCPStore(master, port, is_master=False)
+    return _client(master, port)
+
+
+def _client(host: str, port: int) -> TCPStore:
+    try:
+        return TCPStore(host, port, is_master=False)
+    except dist.DistError as error:  # after 300 s
+        raise SummerError(
+            f"nobody answers at {host}:{port}, where ranks meet: start rank 0 there first"
+        ) from error
 
 
 def _use_one_interface(master: str, one_machine: bool) -> None:

@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final, TypeVar
@@ -29,8 +29,16 @@ from trainer.errors import ConfigError, LostRankError
 T = TypeVar("T")
 
 _RELEASE_S: Final = 0.05
+_PEERS_S: Final = 600.0  # how long a rank waits for the others to come
 _NUMBERS: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-"""What torchrun sets in the environment of each process."""
+"""What torchrun sets in the environment of each process, besides `_MASTER`."""
+
+_MASTER: Final = ("MASTER_ADDR", "MASTER_PORT")
+_ALIKE: Final = (
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")),
+)
+"""The same numbers as srun and mpirun set them."""
 
 STOP_SIGNALS: Final = tuple(
     getattr(signal, name)
@@ -127,9 +135,30 @@ def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
+def adopt_launcher(environment: MutableMapping[str, str]) -> str:
+    """Spell what srun or mpirun says as torchrun does; drop what is incomplete, and return a note.
+
+    A complete set is a launcher's four numbers with MASTER_ADDR and MASTER_PORT.
+    """
+    given = {name: environment[name] for name in _NUMBERS if name in environment}
+    absent = [name for name in (*_NUMBERS, *_MASTER) if name not in environment]
+    if not given and absent == list(_NUMBERS):
+        for names in _ALIKE:
+            values = [environment.get(name, "").partition("(")[0] for name in names]
+            if all(value.isdigit() for value in values):  # "4(x2)" is Slurm's 4 on each of 2
+                environment.update(zip(_NUMBERS, values, strict=True))
+                return ""
+    if not given or not absent:
+        return ""
+    for name in given:
+        del environment[name]
+    spelled = " ".join(f"{name}={value}" for name, value in given.items())
+    return f"! {spelled} without {', '.join(absent)}: ignored, this process trains on its own"
+
+
 def launched_by_torchrun() -> bool:
-    """Whether this process is one of several that torchrun started."""
-    return "RANK" in os.environ and "LOCAL_RANK" in os.environ
+    """Whether this process is one of several that torchrun, or the like, started."""
+    return all(name in os.environ for name in _NUMBERS)
 
 
 def restarted_by_torchrun() -> bool:
@@ -145,7 +174,7 @@ def join_world(device: str, hang_timeout_s: float = 0.0) -> Iterator[World]:
     that hangs before NCCL or RCCL, whose own limit is 600 s, ends them all without a name.
     """
     rank, local_rank, world_size, local_world_size = (
-        int(os.environ.get(name, default))
+        int(os.environ[name]) if launched_by_torchrun() else default
         for name, default in zip(_NUMBERS, (0, 0, 1, 1), strict=True)
     )
     kind = pick_device(device)
@@ -184,8 +213,22 @@ def _join(
     store = meet_ranks(rank, one_machine)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     named = PrefixStore(f"attempt-{attempt}", store)
+    _wait_for_peers(named, world_size)
     timeout = max(default_pg_timeout, timedelta(seconds=2 * hang_timeout_s))
     dist.init_process_group(backend, store=named, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _wait_for_peers(store: PrefixStore, world_size: int) -> None:
+    """Return when every rank is here; ConfigError after `_PEERS_S`. Can be interrupted."""
+    here, deadline = store.add("here", 1), time.monotonic() + _PEERS_S
+    while here < world_size:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{here} of {world_size} ranks came within {_PEERS_S:.0f} s: start the others too, "
+                "and see whether their machines reach MASTER_ADDR and MASTER_PORT"
+            )
+        time.sleep(_RELEASE_S)
+        here = store.add("here", 0)
 
 
 def _leave() -> None:
