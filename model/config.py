@@ -3,10 +3,17 @@
 The defaults are SummerLM-4B. No tensor is made here, and torch is not imported.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
 
 MAX_ALIBI_CONTEXT = 16_448  # 64 * 257: the last position whose block number is exact in bf16
+
+
+_MOST = {
+    "vocab_size": 1 << 24, "seq_len": 1 << 24, "n_layers": 4096, "d_model": 1 << 20,
+    "n_heads": 1 << 14, "d_ff": 1 << 22,
+}  # fmt: skip
+"""No model so far comes near; beyond, a file is damaged or means harm, and memory would run out."""
 
 
 class ModelError(ValueError):
@@ -46,8 +53,11 @@ class ModelConfig:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "seq_len", "n_layers", "d_model", "n_heads", "d_ff"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
+        for field in fields(self):
+            _require_type(field.name, getattr(self, field.name), field.default)
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            _require(1 <= value <= most, name, value, f"give at least 1, at most {most:,}")
         exact_alibi = f"ALiBi is exact up to {MAX_ALIBI_CONTEXT}: stay below, or set alibi=false"
         for name, holds, fix in (
             ("d_model", self.d_model % self.n_heads == 0,
@@ -66,6 +76,18 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps", "init_std"):
             value = getattr(self, name)
             _require(isfinite(value) and value > 0.0, name, value, "give a number above 0")
+
+
+def _require_type(name: str, value: object, default: object) -> None:
+    """ModelError unless a value, perhaps from a stranger's file, is of its default's type."""
+    number = type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]
+    holds, fix = {
+        bool: (type(value) is bool, "give true or false"),
+        float: (number, "give a number"),
+        int: (type(value) is int, "give a whole number"),
+        type(None): (value is None or type(value) is int, "give a whole number, or auto"),
+    }[type(default)]
+    _require(holds, name, value if number else repr(value), fix)
 
 
 def _require(holds: bool, name: str, value: object, fix: str) -> None:

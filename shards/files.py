@@ -11,17 +11,23 @@ for people: pids come back, in containers within seconds.)
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import itertools
 import json
+import math
 import os
 import re
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Final
 
+_LARGEST_TEXT: Final = 256 << 20  # a manifest of 2,500 shards has 1 MB
+_OWN_FILES: Final = "only regular files are read and written here; put the file itself there"
 _TEMPORARY = re.compile(r"^\..+\.tmp-[\w.]*-\d+-\d+$")
 _count = itertools.count()
 
@@ -124,6 +130,85 @@ def is_in_use(path: Path) -> bool:
     except OSError:  # no such file, or a file system without locks
         return False
     return False
+
+
+def read_plain(path: Path, limit: int = _LARGEST_TEXT) -> bytes:
+    """The bytes of a regular file; ValueError for a link, a pipe, or more than `limit` bytes.
+
+    A folder may come from a stranger: a link in it would read, or change, what lies elsewhere.
+    """
+    with open_plain(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
+            raise ValueError(f"{path} has {size:,} bytes, more than the {limit:,} it may have")
+        return file.read()
+
+
+def open_plain(path: Path, flags: int = os.O_RDONLY) -> io.FileIO:
+    """A regular file opened without following a link; ValueError if it is anything else."""
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is a link: {_OWN_FILES}") from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{path} is no regular file: {_OWN_FILES}")
+    return io.FileIO(handle, "rb" if flags == os.O_RDONLY else "r+b")
+
+
+def read_json(path: Path, limit: int = _LARGEST_TEXT) -> Any:
+    """The JSON value of a regular file; ValueError if it holds none, or one that nests deeply."""
+    try:
+        return json.loads(read_plain(path, limit))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def check_shape(value: object, shape: object, name: str = "it") -> None:
+    """ValueError, naming the place, where a JSON value has not the shape.
+
+    A shape is a type (float takes whole numbers too, and neither NaN nor infinity), a list of the
+    one shape of all items, a tuple of one for each, a set of alternatives, or a dict: of a shape
+    for each key that may be there, or under "*" of the one shape of all values. Whole numbers are
+    not negative and fit 8 bytes.
+    """
+    if isinstance(shape, frozenset):
+        if not any(_has_shape(value, one) for one in shape):
+            raise ValueError(f"{name} is {_short(value)}")
+    elif isinstance(shape, (list, tuple)):
+        n = len(value) if isinstance(value, list) else -1
+        shapes = shape * n if isinstance(shape, list) else shape
+        if n != len(shapes):
+            raise ValueError(f"{name} is {_short(value)}")
+        for i, (item, one) in enumerate(zip(value, shapes, strict=True)):  # type: ignore[call-overload]
+            check_shape(item, one, f"{name}[{i}]")
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is {_short(value)}")
+        for key, item in value.items():
+            if (one := shape.get(key, shape.get("*"))) is not None:
+                check_shape(item, one, f"{name}.{key}")
+    elif not _is(value, shape):
+        raise ValueError(f"{name} is {_short(value)}")
+
+
+def _has_shape(value: object, shape: object) -> bool:
+    with contextlib.suppress(ValueError):
+        check_shape(value, shape)
+        return True
+    return False
+
+
+def _is(value: object, kind: object) -> bool:
+    if kind is float and type(value) in (int, float):
+        return math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) is kind and (kind is not int or 0 <= value < 1 << 63)  # type: ignore[operator]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def sha256_file(path: Path) -> str:

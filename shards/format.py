@@ -261,7 +261,7 @@ def parse_json(data: bytes) -> Any:
     """The JSON value, or ShardError."""
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: nested by thousands
         raise ShardError(f"it is no JSON ({error})") from error
 
 

@@ -50,6 +50,7 @@ _THEIRS: Final = frozenset((
     "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
 ))  # fmt: skip
 """Keys of a config.json that are the library's, or are for it: none changes what is computed."""
+_NAME: Final = re.compile(r"[\w-][\w.-]*\.safetensors")
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _FILE_BYTES: Final = 5_000_000_000
@@ -199,7 +200,12 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ConversionError(
             f"no {_SINGLE} and no {_INDEX} there: only safetensors are read (a pickle can run code)"
         )
-    names = sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))
+    index = _read_json(folder / _INDEX).get("weight_map")
+    names = sorted({str(name) for name in index.values()}) if isinstance(index, dict) else [""]
+    if strange := [name for name in names if not _NAME.fullmatch(name)]:
+        raise ConversionError(
+            f"{_INDEX} names {strange[0]!r}, no file of the folder: fetch it again"
+        )
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise ConversionError(f"{absent[0]} is missing: the folder is incomplete, fetch it again")
     return [folder / name for name in names]
@@ -207,12 +213,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        described = json.loads(path.read_bytes())
+        described = json.loads(path.read_bytes())  # a link in the Hub's cache
     except FileNotFoundError:
         raise ConversionError(
             f"no {path.name} there: name a folder with config.json, safetensors and a tokenizer"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path.name} is no JSON ({error}): fetch it again") from error
     if not isinstance(described, dict):
         raise ConversionError(f"{path.name} holds no JSON object: fetch it again")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig, ModelError
+from shards.files import check_shape
 from tools.errors import ConversionError
 
 FAMILY: Final = ("llama", "mistral")
@@ -36,6 +37,11 @@ _KNOWN: Final = {
     *_SHAPE, *_OPTIONS, "rope", "rope_theta", "alibi", "layer_scale", "dropout",
     "attention_dropout", "z_loss",
 }  # fmt: skip
+_TABLE: Final = frozenset({dict, type(None)})
+_THEIR_SHAPE: Final = {
+    "hidden_size": int, "num_attention_heads": int,
+    "rope_scaling": _TABLE, "rope_parameters": _TABLE,
+}  # fmt: skip
 _LAYER: Final = {  # a matrix of ours, and theirs that it is made of, one below the other
     "attention_norm.weight": ("input_layernorm.weight",),
     "ffn_norm.weight": ("post_attention_layernorm.weight",),
@@ -49,13 +55,17 @@ _SCALED: Final = (".out.weight", ".down.weight")  # what LayerScale follows
 
 def config_from_llama(theirs: Mapping[str, Any]) -> ModelConfig:
     """Our shape for a config.json; ConversionError for what this model cannot compute."""
+    try:
+        check_shape(theirs, _THEIR_SHAPE, "config.json")
+    except ValueError as error:
+        raise ConversionError(f"{error}, which cannot be: fetch it again") from error
     _check_computable(theirs)
     try:
         given = {our: theirs[their] for our, their in _SHAPE.items()}
         given |= {our: theirs.get(their, default) for our, (their, default) in _OPTIONS.items()}
         return ModelConfig(
             **given,
-            rope_theta=float(_rope(theirs).get("rope_theta", _DEFAULT_THETA)),
+            rope_theta=_rope(theirs).get("rope_theta", _DEFAULT_THETA),
             alibi=False,
             layer_scale=False,
             dropout=0.0,
@@ -96,16 +106,21 @@ def config_to_llama(ours: ModelConfig) -> dict[str, Any]:
 def weights_from_llama(config: ModelConfig, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict, fp32, from theirs; ConversionError names a tensor missing or left over."""
     left = {n: t for n, t in theirs.items() if not n.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
-        left.pop("lm_head.weight", None)
+    head = left.pop("lm_head.weight", None) if config.tie_embeddings else None
+    if head is not None and not torch.equal(head, left.get("model.embed_tokens.weight", head)):
+        raise ConversionError(
+            "config.json says tie_word_embeddings, and lm_head.weight is not the embedding: "
+            "set it to false there, or remove that tensor"
+        )
 
     def take(name: str) -> Tensor:
-        try:
-            return left.pop(name).float()
-        except KeyError:
+        if (tensor := left.pop(name, None)) is None:
             raise ConversionError(
                 f"the weights have no {name}: the folder is incomplete, or no Llama"
-            ) from None
+            )
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ConversionError(f"{name} holds whole numbers, NaN or infinity: fetch it again")
+        return tensor.float()
 
     ours = {our: torch.cat([*map(take, parts)]) for our, parts in _names(config)}
     if left:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -34,12 +35,21 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 
-from shards.files import fsync_folder, json_bytes, publish_bytes, sha256_file
+from shards.files import (
+    check_shape,
+    fsync_folder,
+    json_bytes,
+    open_plain,
+    publish_bytes,
+    read_plain,
+    sha256_file,
+)
 from shards.versions import CHECKPOINT, STAMP, check_format, check_keys, stamp, writer_of
 from trainer.checkpoint.runs import RECORD, checkpoint_path, record_path
 from trainer.distributed.world import World, local_tensor
 from trainer.errors import CheckpointError, at_least
 
+_NAME: Final = re.compile(r"[\w-]+\.safetensors")
 _WEIGHTS, _MOMENTS = 1, 2  # the files that tensors of each kind go to
 _NEEDED: Final = ("step", "files")
 _OF_TRAINING: Final = (
@@ -51,6 +61,17 @@ _KNOWN: Final = frozenset((*STAMP, *_NEEDED, *_OF_TRAINING, "versions", "convert
 """What a record may hold; trainer/session/state.py has a default for each key added later."""
 
 Record = dict[str, Any]
+
+_COUNTS: Final = {"*": {"rows": int, "tokens": int, "epochs": float}}
+_SHAPE: Final = {
+    "step": int, "next_index": int, "refused_in_a_row": int, "world_size": int, "bit_exact": bool,
+    "time_s": float, "unix_s": float, "norms": [float], "spent_s": {"*": float},
+    "skipped": [(int, int)], "phases": [(int, {"*": float})], "ledger": _COUNTS,
+    "files": {"*": {"bytes": int, "sha256": str}}, "config": {},
+    "data": {"*": {"*": frozenset({int, float, str})}}, "tokenizer_sha256": str,
+    "versions": {"*": frozenset({str, type(None)})}, "anneal": frozenset({type(None), (int, int)}),
+}  # fmt: skip
+"""Of each key the type; what a configuration holds is checked when one is made of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +198,7 @@ def read_record(checkpoint: Path) -> Record:
     """The record of a checkpoint; CheckpointError if it is damaged, VersionError if unknown."""
     path = record_path(checkpoint)
     try:
-        data = path.read_bytes()
+        data = read_plain(path)
         record = json.loads(data)
         as_written = json_bytes(record) == data  # spaces too
         digest = record.pop("sha256")
@@ -186,7 +207,7 @@ def read_record(checkpoint: Path) -> Record:
             f"{checkpoint}: no {RECORD} there, so nothing was saved; name a folder "
             "runs/NAME/checkpoints/step-N that holds one"
         ) from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged; use another checkpoint") from error
     if not as_written or hashlib.sha256(json_bytes(record)).hexdigest() != digest:
         raise CheckpointError(f"{path} is damaged (its digest differs); use another checkpoint")
@@ -194,6 +215,10 @@ def read_record(checkpoint: Path) -> Record:
     check_keys(record, _KNOWN, path, writer_of(record))
     if absent := [key for key in _NEEDED if key not in record]:
         raise CheckpointError(f"{path} lacks {absent[0]}; use another checkpoint")
+    try:
+        check_shape(record, _SHAPE, "")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}, which cannot be; use another") from error
     return dict(record)
 
 
@@ -258,11 +283,19 @@ def _publish_record(folder: Path, record: Record) -> None:
 
 
 def _damage(checkpoint: Path, record: Record, names: list[str]) -> str:
-    """What is wrong with one of these files of a checkpoint, or nothing."""
+    """What is wrong with one of these files of a checkpoint, or with what else is there."""
+    listed = record["files"]
+    for path in sorted(checkpoint.glob("*.safetensors")):  # torch would load any that is there
+        if path.name not in listed:
+            return f"{path} is not listed in {RECORD}; remove it, or use another checkpoint"
     for name in names:
         path = checkpoint / name
-        with contextlib.suppress(FileNotFoundError):
-            if sha256_file(path) == record["files"][name]["sha256"]:
+        if not _NAME.fullmatch(name):
+            return f"{checkpoint}: {name!r} is no file of a checkpoint; use another"
+        with contextlib.suppress(FileNotFoundError, ValueError), open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if {"bytes": size, "sha256": digest} == listed[name]:
                 continue
         return f"{path} is damaged or missing (its digest differs); use another checkpoint"
     return ""

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from model.config import ModelConfig, ModelError
-from shards.files import publish_json
+from shards.files import publish_json, read_json
 from shards.versions import FORMAT_KEY, RUN, STAMP, check_format, check_keys, stamp, writer_of
 from trainer.checkpoint.runs import CONFIG, newest_run, runs_by_age
 from trainer.checkpoint.storage import CheckpointConfig
@@ -140,7 +141,7 @@ def load_config(run: Path) -> RunConfig:
     """The resolved configuration of a run, from its config.json."""
     path = run / CONFIG
     try:
-        table = {FORMAT_KEY: RUN, **json.loads(path.read_bytes())}  # 0.1.0 did not name it
+        table = {FORMAT_KEY: RUN, **read_json(path)}  # 0.1.0 did not name it
     except FileNotFoundError:
         raise ConfigError(f"{run}: no {CONFIG} there, so it is no run of summer-train") from None
     except (ValueError, TypeError) as error:
@@ -292,12 +293,13 @@ def _fit(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     if hint is int and type(value) is float and value.is_integer():
         return int(value)  # 1e6 is how people write a million
-    if type(value) is hint:
+    if type(value) is hint and value == value and value not in _INFINITE:
         return value
     kind = "a table" if dataclasses.is_dataclass(hint) or not isinstance(hint, type) else None
     raise ConfigError(f"{name}={value!r}: must be {kind or _KINDS[hint]}")
 
 
+_INFINITE: Final = (math.inf, -math.inf)
 _KINDS: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +15,9 @@ from typing import Any, Final
 import numpy as np
 from torch.optim import Optimizer
 
+from shards.files import open_plain
 from shards.versions import writer_of
+from trainer.checkpoint.runs import CHECKPOINTS
 from trainer.checkpoint.storage import Record
 from trainer.config.config import differences, from_stored, spell_value
 from trainer.config.train_plan import SourceFacts, TrainPlan
@@ -138,11 +142,14 @@ def claim(run: Path, world: World) -> Iterator[None]:
 
         def lock() -> None:
             run.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((run / ".lock").open("w"))
+            _check_own_files(run)
+            file = stack.enter_context(open_plain(run / ".lock", os.O_RDWR | os.O_CREAT))
             try:
                 # of the process: a lock of the file handle would be inherited by loader workers
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return  # a file system without locks: NFS, Lustre
                 raise ConfigError(
                     f"{run} is being trained by another process: wait for it, stop it, "
                     "or give another --out"
@@ -150,6 +157,16 @@ def claim(run: Path, world: World) -> Iterator[None]:
 
         world.on_main(lock)
         yield
+
+
+def _check_own_files(run: Path) -> None:
+    """ConfigError for a link in a run's folder: what is written or removed would lie elsewhere."""
+    for path in [*run.iterdir(), *(run / CHECKPOINTS).glob("*"), *(run / CHECKPOINTS).glob("*/*")]:
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path} is a link, and a run writes and removes in its own folder alone: put what "
+                "it names there, or give another --out"
+            )
 
 
 def initial_state(plan: TrainPlan) -> State:
@@ -164,7 +181,7 @@ def state_from(record: Record, plan: TrainPlan) -> tuple[State, list[str]]:
     ConfigError for what must not differ: the model, the seed, the tokenizer, a source's content.
     """
     for key in ("config", "next_index", "tokenizer_sha256", "data", "phases"):
-        if key not in record:
+        if key not in record or record[key] == []:
             raise ConfigError(
                 f"this checkpoint (it has no {key}) holds weights and no training state: start "
                 "from it with --set init_from=ITS_RUN and another --out"
