@@ -134,3 +134,28 @@ def test_a_terminal_gets_a_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "[a] word" in text
     assert "step 4/60" in text
     assert "held-out 3.0000" in text
+
+
+def test_a_torn_line_ends_before_the_next_and_damaged_ones_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Power lost, or copied while it was written: a later start, report or trace goes on."""
+    good = b'{"event": "start", "unix_s": 1.0}\n'
+    torn = [b'{"event": "che', b"\0" * 700 + b"\n", b"[1]\n", b'{"event": 3, "unix_s": 1}\n']
+    torn += [b"[" * 100_000 + b"\n", b'{"unix_s": 2.0}\n', b"\xff\xfe\n"]
+    for number, tail in enumerate(torn):
+        run = tmp_path / str(number)
+        run.mkdir()
+        (run / "events.jsonl").write_bytes(good + tail)
+        journal = Journal(run, 0, writes=True, tensorboard=False)
+        journal.event("done")
+        assert [event["event"] for event in read_events(run)] == ["start", "done"], tail[:20]
+    assert "damaged lines left out: 1" in caplog.text
+
+
+def test_nothing_is_said_of_a_line_under_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    assert caplog.text == ""

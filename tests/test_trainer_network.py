@@ -1,7 +1,9 @@
 """Nobody outside reaches a job: what each command listens on; ranks end with their launcher."""
 
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ from shards.errors import SummerError
 from test_trainer_processes import LIMIT_S, command, started, wait_for_step
 from trainer.checkpoint.runs import checkpoints
 from trainer.distributed.rendezvous import bound_store, local_address
+from trainer.metrics.metrics import read_metrics
 from trainer_samples import free_ports, make_shards, set_texts
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -82,3 +85,39 @@ def test_launchers_that_meet_listen_on_the_named_address_alone(
         for one in both:
             one.kill()
             one.wait()
+
+
+@pytest.mark.slow
+def test_a_job_that_was_suspended_goes_on(shards: Path, tmp_path: Path) -> None:
+    """Ctrl-Z, a moved virtual machine: longer than the hang timeout, and nobody hung."""
+    run = tmp_path / "run"
+    sets = set_texts(max_steps=5000, loader__num_workers=0, guard__hang_timeout_s=2)
+    process = started(command(shards, run, "--nproc", "2", sets=sets), tmp_path / "log")
+    try:
+        wait_for_step(process, run, 2)
+        every = family(process.pid)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in every:
+                os.kill(pid, number)
+            last = read_metrics(run)[-1]["step"]
+            time.sleep(5 if number == signal.SIGSTOP else 0)
+        wait_for_step(process, run, last + 20)
+        assert family(process.pid) == every, (tmp_path / "log").read_text()
+    finally:
+        for pid in family(process.pid)[::-1]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    assert "no sign of life" not in (tmp_path / "log").read_text()
+
+
+def test_a_reader_that_has_seen_enough_does_not_end_the_run(shards: Path, tmp_path: Path) -> None:
+    """`summer-train ... | head -1`"""
+    run = tmp_path / "run"
+    line = shlex.join(command(shards, run, sets=set_texts(max_steps=3)))
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{line} | head -1"],
+        capture_output=True, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    assert done.stdout.startswith("run: preset=tiny")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert checkpoints(run)[-1].name == "step-3"

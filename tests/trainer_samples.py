@@ -67,12 +67,14 @@ class RecordingDisplay(Display):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
+        self.values: list[Any] = []
 
     def print(self, text: str) -> None:
         self.lines.append(text)
 
     def step(self, values: Any) -> None:
         self.lines.append(f"step {values['step']}")
+        self.values.append(values)
 
     def __contains__(self, part: str) -> bool:
         return any(part in line for line in self.lines)

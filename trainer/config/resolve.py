@@ -22,9 +22,19 @@ from trainer.distributed.devices import device_memory_bytes, device_name, pick_d
 from trainer.errors import ConfigError
 
 
-def make_plan(configured: Configured, world_size: int = 1, sharers: int = 1) -> TrainPlan:
-    """The plan of a run on so many ranks, `sharers` a machine; ConfigError, ShardError."""
+def make_plan(
+    configured: Configured,
+    world_size: int = 1,
+    sharers: int = 1,
+    mixture: Mapping[str, float] | None = None,
+) -> TrainPlan:
+    """The plan of a run on so many ranks, `sharers` a machine; ConfigError, ShardError.
+
+    A run that goes on keeps its `mixture`, whatever has been prepared since, unless one was set.
+    """
     config, explicit = configured
+    if mixture and not any(key.startswith("mixture.") for key in explicit):
+        config = replace(config, mixture=dict(mixture))
     manifests = find_sources(Path(config.shards))
     for name, manifest in manifests.items():
         check_files(Path(config.shards) / name, manifest)

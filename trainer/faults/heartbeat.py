@@ -80,9 +80,18 @@ class Watchdog:
     def run(self) -> None:
         """Write and read lines until the run ends."""
         self._write()  # a rank that stops before its second line is missed too
+        woke = time.monotonic()
         while not self._ending.wait(self._period_s):
+            slept_s, woke = time.monotonic() - woke, time.monotonic()
+            if slept_s > 3 * self._period_s:  # suspended itself: nobody else is to blame
+                self._forgive(slept_s - self._period_s)
             self._write()
             self._check()
+
+    def _forgive(self, seconds: float) -> None:
+        """Leave time in which this process did not run out of every account."""
+        self._moved_at += seconds
+        self._seen = {rank: (beat, since + seconds) for rank, (beat, since) in self._seen.items()}
 
     def end(self, thread: threading.Thread) -> None:
         """End the thread, if it runs; a rank that has left in order is not missed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Final, TextIO
@@ -32,8 +33,10 @@ class Display:
             elif self._stream is not None:
                 self._stream.write(f"{text}\n")
                 self._stream.flush()
-        except BrokenPipeError:
-            raise
+        except BrokenPipeError:  # `| head` has seen enough: the run goes on, and says no more
+            if self._stream is not None:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._stream = None
         except OSError:
             pass
 

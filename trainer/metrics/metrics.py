@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import os
 import sys
 import time
@@ -12,8 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from shards.errors import SummerError
-from shards.files import publish_bytes
+from shards.files import check_shape, publish_bytes
 from trainer.checkpoint.runs import EVENTS, METRICS
 
 Values = Mapping[str, Any]
@@ -97,6 +98,8 @@ class _Lines:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._pending: list[bytes] = []
+        if path.exists() and not (data := path.read_bytes()).endswith(b"\n") and data:
+            self._pending.append(b"\n")  # what a power cut has torn ends before what is added
 
     def append(self, value: Values) -> None:
         self._pending.append(json.dumps(value).encode() + b"\n")
@@ -113,23 +116,40 @@ class _Lines:
             os.close(handle)
 
 
+_LINE: Final[dict[str, dict[str, object]]] = {
+    METRICS: {"step": int, "tokens_per_s": float, "time_s": float},
+    EVENTS: {"event": str, "unix_s": float, "first_index": int, "skipped": list},
+}
+"""What is read of a line; the first key must be there."""
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """What a run logged of its steps, in order; SummerError for a line that is damaged."""
+    """What a run logged of its steps, in order."""
     return _read_log(run / METRICS)
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log; a last line cut short by a kill is left out."""
-    lines: list[dict[str, Any]] = []
+    """The lines of a log that can be read; how many cannot (power lost, copied while written) is
+    said once. A last line that is being written is not one of them."""
+    shape = _LINE[path.name]
+    needed, lines, damaged = next(iter(shape)), list[dict[str, Any]](), 0
     data = path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+    for text in data.split(b"\n")[:-1]:
         try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise SummerError(
-                f"{path}: line {number} is damaged; correct or delete that line"
-            ) from error
+            line = json.loads(text)
+            check_shape(line, shape)
+            line[needed]
+            lines.append(line)
+        except (ValueError, KeyError, RecursionError):
+            damaged += bool(text.strip(b"\0 \r"))
+    if damaged:
+        _say_damaged(path, damaged)
     return lines
+
+
+@functools.cache
+def _say_damaged(path: Path, n_lines: int) -> None:
+    logging.getLogger(__name__).warning("! %s: damaged lines left out: %d", path, n_lines)
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:

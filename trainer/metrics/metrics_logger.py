@@ -165,7 +165,9 @@ class MetricsLogger:
         last_step = state.last_step(config.max_steps)
         elapsed = max(1e-9, state.time_s - time_s)
         rate = (state.step - step) * self._plan.step_tokens / elapsed
+        apart_s = sum(state.spent_s.get(kind, 0.0) for kind in ("checkpoint", "evaluation"))
         left_s = (last_step - state.step) * self._plan.step_tokens / rate
+        left_s *= 1 + apart_s / max(1e-9, state.time_s)
         seconds = goodput.parts(state.time_s, state.spent_s)
         scores = entry.scores.items()
         bits = {name: s.bits_per_byte for name, s in scores if s.bits_per_byte is not None}
@@ -176,7 +178,7 @@ class MetricsLogger:
             **{name: _finite(value) for name, value in metrics.logged.items()},
             "n_targets": metrics.n_targets,
             "next_index": state.next_index,
-            "tokens": state.next_index * config.model.seq_len,
+            "tokens": state.n_samples * config.model.seq_len,
             "tokens_per_s": round(rate, 1),
             "time_s": round(state.time_s, 3),
             "data_wait": round(min(1.0, (entry.waited_s - waited_s) / elapsed), 5),

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from model.transformer import Transformer
-from shards.files import publish_bytes
-from shards.format import TOKENIZER_FILES
+from shards.files import publish_bytes, sha256_file
+from shards.format import TOKENIZER_FILES, tokenizer_path
 from shards.reader import ShardReader
 from trainer.checkpoint import storage
 from trainer.checkpoint.retention import invalidate_after, mirror_of, newest_intact, resumable
@@ -74,7 +74,7 @@ def begin(
     if point.checkpoint is not None:
         storage.restore(point.checkpoint, network.bare, optimizer, world)
     elif config.init_from:
-        _load_initial_weights(Path(config.init_from), network.bare)
+        _load_initial_weights(Path(config.init_from), network.bare, plan.tokenizer_sha256)
     state.leave_out(history.guard.left_out)
     set_aside, saved = world.on_main(lambda: _prepare_folder(plan, run, state.step))
     session = Session(
@@ -113,9 +113,18 @@ def _prepare_folder(plan: TrainPlan, run: Path, step: int) -> tuple[list[str], l
     return set_aside, checkpoints(run)
 
 
-def _load_initial_weights(source: Path, model: Transformer) -> None:
-    """Give the model the weights of another run's newest checkpoint."""
-    weights = storage.load_weights(newest_checkpoint(source))
+def _load_initial_weights(source: Path, model: Transformer, tokenizer_sha256: str) -> None:
+    """Give the model the weights of another run's newest checkpoint, made for the same ids."""
+    checkpoint, path = newest_checkpoint(source), tokenizer_path(source)
+    theirs = storage.read_record(checkpoint).get("tokenizer_sha256")
+    if theirs is None and path.exists():  # weights from elsewhere
+        theirs = sha256_file(path)
+    if theirs not in (None, tokenizer_sha256):
+        raise ConfigError(
+            f"init_from={source}: its tokenizer is not that of the shards, so its ids mean other "
+            f"text; prepare them with --tokenizer {path}"
+        )
+    weights = storage.load_weights(checkpoint)
     with torch.no_grad(), fill_shards():
         for name, parameter in model.named_parameters():
             stored = weights.get(name)

@@ -33,6 +33,7 @@ DataUse = dict[str, dict[str, Any]]
 """Of each source: rows, tokens, epochs."""
 
 
+_MAY_CHANGE: Final = ("model.dropout", "model.attention_dropout")  # no weight depends on them
 _AS_IT_IS: Final = ("step", "next_index", "time_s", "refused_in_a_row", "norms", "skipped")
 """Fields that a record holds under their names."""
 
@@ -66,6 +67,13 @@ class State:
     def first_index(self) -> int:
         """The sample that the next step begins with: `next_index`, unless that is left out."""
         return self._place(0)
+
+    @property
+    def n_samples(self) -> int:
+        """Samples drawn so far; those left out were not."""
+        return self.next_index - sum(
+            end - begin for begin, end in self.skipped if end <= self.next_index
+        )
 
     def _place(self, number: int) -> int:
         return int(leave_out(self.next_index, np.array(number), self.skipped))
@@ -190,7 +198,7 @@ def state_from(record: Record, plan: TrainPlan) -> tuple[State, list[str]]:
     before = from_stored(type(plan.config), record["config"], where, writer)
     changes = differences(before, plan.config)
     for key, (old, new) in changes.items():
-        if key.startswith("model.") or key in ("seed", "optim.name"):
+        if (key.startswith("model.") and key not in _MAY_CHANGE) or key in ("seed", "optim.name"):
             raise ConfigError(
                 f"{key} is {spell_value(new)} and was {spell_value(old)} in this run: go on with "
                 f"--set {key}={spell_value(old)} (or the same --preset: it was {before.preset}), "
@@ -243,6 +251,11 @@ def _check_data(record: Record, data: dict[str, SourceFacts], plan: TrainPlan) -
 
 def _order(plan: TrainPlan, data: dict[str, SourceFacts], phases: tuple[Phase, ...]) -> DataOrder:
     rows = {name: facts.n_rows for name, facts in data.items()}
+    if unknown := {name for phase in phases for name in phase.weights} - rows.keys():
+        raise ConfigError(
+            f"the checkpoint's record draws {unknown.pop()!r} and says nothing of it: it is "
+            "damaged, use another"
+        )
     return DataOrder(seed=plan.config.seed, rows=rows, phases=phases)
 
 

@@ -1,0 +1,90 @@
+"""Resuming means the same run: its mixture, its tokenizer; and its figures are true."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from shards.files import json_bytes
+from trainer.checkpoint import storage
+from trainer.checkpoint.runs import newest_checkpoint
+from trainer.cli import main
+from trainer.config.config import load_config
+from trainer.errors import ConfigError
+from trainer.metrics.metrics import read_metrics
+from trainer.session.state import initial_state
+from trainer.train import train
+from trainer_samples import RecordingDisplay, make_shards, set_texts, small_plan
+
+
+def summer_train(shards: Path, run: Path, *sets: str, max_steps: int = 2) -> Result:
+    changes = [*set_texts(max_steps=max_steps), *sets]
+    flags = [text for change in changes for text in ("--set", change)]
+    options = ["--shards", str(shards), "--out", str(run), "--preset", "tiny"]
+    return CliRunner().invoke(main, [*options, *flags])
+
+
+def test_a_source_prepared_meanwhile_is_listed_and_not_drawn(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", fineweb=60)
+    assert summer_train(shards, tmp_path / "run").exit_code == 0
+    make_shards(tmp_path / "shards", fineweb=60, the_stack=30)
+    result = summer_train(shards, tmp_path / "run", max_steps=4)
+    assert result.exit_code == 0, result.stderr
+    assert "! prepared but not drawn: the-stack (--set mixture.the-stack=SHARE" in result.stdout
+    record = storage.read_record(newest_checkpoint(tmp_path / "run"))
+    assert record["phases"] == [[0, {"fineweb": 1}]]
+    asked = ("mixture.fineweb=3", "mixture.the-stack=1")
+    result = summer_train(shards, tmp_path / "run", *asked, max_steps=6)
+    assert result.exit_code == 0, result.stderr
+    record = storage.read_record(newest_checkpoint(tmp_path / "run"))
+    assert record["phases"][1][1] == {"fineweb": 3, "the-stack": 1}
+    assert load_config(tmp_path / "run").mixture == {"fineweb": 3, "the-stack": 1}
+
+
+def test_dropout_may_change_and_what_weights_depend_on_may_not(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", fineweb=60)
+    assert summer_train(shards, tmp_path / "run").exit_code == 0
+    result = summer_train(
+        shards, tmp_path / "run", "model.dropout=0.0", "model.attention_dropout=0", max_steps=3
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "changed: model.dropout was 0.1, is 0.0" in result.stdout
+    result = summer_train(shards, tmp_path / "run", "model.n_layers=1", max_steps=4)
+    assert "model.n_layers is 1 and was 2 in this run" in result.stderr
+
+
+def test_weights_of_another_tokenizer_of_the_same_size_are_refused(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", fineweb=60)
+    train(small_plan(shards, max_steps=1), tmp_path / "base")
+    record_file = newest_checkpoint(tmp_path / "base") / "checkpoint.json"
+    record = json.loads(record_file.read_bytes())
+    record["tokenizer_sha256"] = "1" * 64
+    del record["sha256"]
+    storage._publish_record(record_file.parent, record)
+    assert json_bytes(record) != record_file.read_bytes()
+    with pytest.raises(ConfigError, match="its tokenizer is not that of the shards"):
+        train(small_plan(shards, max_steps=1, init_from=tmp_path / "base"), tmp_path / "tuned")
+
+
+def test_samples_that_were_left_out_are_not_counted_as_trained_on(tmp_path: Path) -> None:
+    plan = small_plan(make_shards(tmp_path / "shards", fineweb=60))
+    state = initial_state(plan)
+    state.leave_out([(8, 40)])
+    for _ in range(3):
+        state.advance(8, 0.1)
+    assert state.next_index == 56
+    assert state.n_samples == 24
+
+
+def test_the_eta_knows_of_evaluations_and_checkpoints(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", fineweb=60)
+    display = RecordingDisplay()
+    plan = small_plan(shards, max_steps=4, checkpoint__interval_steps=1)
+    train(plan, tmp_path / "run", display=display)
+    last = read_metrics(tmp_path / "run")[-2]
+    spent_s = last["spent_s"]["checkpoint"] + last["spent_s"]["evaluation"]
+    assert spent_s > 0
+    steps_s = plan.step_tokens / last["tokens_per_s"]
+    expected = steps_s * (1 + spent_s / last["time_s"])
+    assert display.values[-2]["eta_s"] == pytest.approx(expected, rel=0.05)
