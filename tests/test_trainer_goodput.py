@@ -69,29 +69,37 @@ def events(*named: tuple[str, float]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("past", "saved", "kind", "lost"),
+    ("past", "saved", "alive", "kind", "lost"),
     [
-        ([], None, "start", 5),
-        ([], 900, "start", 5),  # resumed from another run
-        ([("start", 100)], None, "restarts", 905),  # killed before its first checkpoint
-        ([("start", 100), ("checkpoint", 501)], 500, "restarts", 505),  # killed
-        ([("start", 100), ("checkpoint", 501), ("stopped", 502)], 500, "restarts", 7),
+        ([], None, 0, "start", 5),
+        ([], 900, 0, "start", 5),  # resumed from another run
+        ([("start", 100)], None, 950, "restarts", 855),  # killed before its first checkpoint
+        ([("start", 100), ("checkpoint", 501)], 500, 950, "restarts", 455),  # killed
+        ([("start", 100), ("checkpoint", 501), ("stopped", 502)], 500, 502, "restarts", 7),
         (
             [("start", 1), ("stopped", 502), ("resume", 702), ("checkpoint", 801)],
             800,
+            950,
             "restarts",
-            205,
+            155,
         ),
-        ([("start", 1), ("stopped", 502), ("resume", 702)], 500, "restarts", 305),
+        ([("start", 1), ("stopped", 502), ("resume", 702)], 500, 950, "restarts", 255),
+        ([("start", 1), ("checkpoint", 501)], 500, 2000, "restarts", 505),  # a copied log
     ],
 )
-def test_time_between_sessions_is_lost_unless_the_run_was_stopped(
-    clock: Clock, past: list[tuple[str, float]], saved: float | None, kind: str, lost: float
+def test_time_in_which_nothing_ran_is_not_lost(
+    clock: Clock,
+    past: list[tuple[str, float]],
+    saved: float | None,
+    alive: float,
+    kind: str,
+    lost: float,
 ) -> None:
+    """A machine that was away for a weekend used up max_dollars."""
     clock.now += 1005  # the process came at 1000 and is about to make its first step
     spent: dict[str, float] = {}
     since = None if saved is None else 1e9 + saved
-    count_start(spent, 1e9 + 1000, since, events(*past))
+    count_start(spent, 1e9 + 1000, since, events(*past), 1e9 + alive)
     assert spent == {kind: lost}
 
 

@@ -7,9 +7,8 @@ communication  waiting for other ranks: gradients that the backward pass did not
 checkpoint     checkpoints, as long as training waited for them
 evaluation     held-out sequences
 start          from the run's first start to its first step
-restarts       lost to every further start: from the checkpoint that it went on from to its first
-               step, so the steps made again, the time the machine was away, and starting up; not
-               the time after a stop that was asked for
+restarts       lost to every further start: the steps made again and starting up; not the time in
+               which nothing ran, from the last sign of life on, that nobody is paid for
 
 All is read off the host's clock: what a device still has to do when a checkpoint or an evaluation
 begins is counted there, at most one step each time.
@@ -75,22 +74,27 @@ def parts(time_s: float, spent_s: Mapping[str, float]) -> Spent:
 
 
 def count_start(
-    spent_s: Spent, began: float, saved: float | None, events: Sequence[Mapping[str, Any]]
+    spent_s: Spent,
+    began: float,
+    saved: float | None,
+    events: Sequence[Mapping[str, Any]],
+    alive: float,
 ) -> None:
     """Count the time up to now as that of a start, or as lost to a restart.
 
     `began` is when this process was started, `saved` when the checkpoint that it resumes was
-    written, `events` are the run's so far. All in Unix seconds.
+    written, `events` are the run's so far, `alive` when it last wrote a log. All in Unix seconds.
     """
-    kind, since = "start", began
+    kind, lost_s = "start", 0.0
     if events:
         kind, since = "restarts", events[0]["unix_s"] if saved is None else saved
-    away = sum(
-        after["unix_s"] - before["unix_s"]
-        for before, after in pairwise([*events, {"event": "", "unix_s": began}])
-        if before["event"] in _ENDS and before["unix_s"] >= since
-    )
-    spent_s[kind] = spent_s.get(kind, 0.0) + max(0.0, time.time() - since - away)
+        away_s = sum(
+            after["unix_s"] - before["unix_s"]
+            for before, after in pairwise(events)
+            if before["event"] in _ENDS and before["unix_s"] >= since
+        )
+        lost_s = max(0.0, min(alive, began) - since - away_s)
+    spent_s[kind] = spent_s.get(kind, 0.0) + lost_s + max(0.0, time.time() - began)
 
 
 def time_shares(seconds: Mapping[str, float]) -> str:

@@ -16,7 +16,14 @@ from shards.format import TOKENIZER_FILES, tokenizer_path
 from shards.reader import ShardReader
 from trainer.checkpoint import storage
 from trainer.checkpoint.retention import invalidate_after, mirror_of, newest_intact, resumable
-from trainer.checkpoint.runs import CONFIG, checkpoints, is_checkpoint, newest_checkpoint
+from trainer.checkpoint.runs import (
+    CONFIG,
+    EVENTS,
+    METRICS,
+    checkpoints,
+    is_checkpoint,
+    newest_checkpoint,
+)
 from trainer.config.config import differences, load_config, save_config
 from trainer.config.train_plan import TrainPlan, describe_plan
 from trainer.data.batches import MicroBatches, StepRange
@@ -41,6 +48,7 @@ class RunHistory(NamedTuple):
     fallbacks: list[str]  # why none is taken from the run itself
     events: list[dict[str, Any]]
     guard: GuardHistory  # skipped updates and rollbacks that hold for the steps to come
+    alive_unix_s: float  # when a log was last written
     new_history: bool  # what events.jsonl says of earlier steps need not hold for them
 
 
@@ -89,7 +97,9 @@ def begin(
         first_index=state.next_index,
         saved=saved,
     )
-    goodput.count_start(state.spent_s, began, point.saved_unix_s, history.events)
+    goodput.count_start(
+        state.spent_s, began, point.saved_unix_s, history.events, history.alive_unix_s
+    )
     aside = [f"! {name} is set aside: the run goes on from before it" for name in set_aside]
     mark = {NEW_HISTORY: True} if history.new_history else {}
     _announce(session, point, [*network.notes, *point.notes, *aside], mark)
@@ -180,7 +190,9 @@ def read_run_history(plan: TrainPlan, run: Path, resume: str, *, restarted: bool
         new_history = bool(differences(load_config(run), plan.config))
     guard = GuardHistory() if new_history else metrics.read_history(run)
     found = _candidates(plan, run, resume)
-    return RunHistory(*found, metrics.read_events(run), guard, new_history)
+    logs = [run / name for name in (METRICS, EVENTS) if (run / name).exists()]
+    alive = max((log.stat().st_mtime for log in logs), default=0.0)
+    return RunHistory(*found, metrics.read_events(run), guard, alive, new_history)
 
 
 def find_checkpoint(plan: TrainPlan, history: RunHistory, world: World) -> ResumePoint:
