@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from conftest import REPOSITORY
+from listening import listening
 from pipeline_samples import TEXTS, contents, tokenizer, write_jsonl
 
 N_UNITS = 40
@@ -319,6 +320,18 @@ def test_ray_loses_a_worker_and_a_node_and_gives_the_same_bytes(stage: Stage, cl
     assert process.returncode == 0, stderr
     assert contents(stage.folder / "ray") == stage.expected
     assert f"{N_UNITS}/{N_UNITS} units, 180,000 documents" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_our_own_listens_on_loopback(stage: Stage) -> None:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    process = stage.start("own-ray", "--executor", "ray")
+    stage.wait_for("own-ray", 1, process)
+    heard = listening(process.pid)
+    process.terminate()
+    process.communicate(timeout=120)
+    assert heard and heard <= {"127.0.0.1", "::ffff:127.0.0.1"}
 
 
 @pytest.mark.slow

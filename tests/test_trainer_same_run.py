@@ -1,6 +1,7 @@
 """Resuming means the same run: its mixture, its tokenizer; and its figures are true."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from shards.files import json_bytes
 from trainer.checkpoint import storage
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.cli import main
-from trainer.config.config import load_config
+from trainer.config.config import configure, load_config
+from trainer.config.deadline import parse_duration, stop_time
 from trainer.errors import ConfigError
 from trainer.metrics.metrics import read_metrics
 from trainer.session.state import initial_state
@@ -40,6 +42,17 @@ def test_a_source_prepared_meanwhile_is_listed_and_not_drawn(tmp_path: Path) -> 
     record = storage.read_record(newest_checkpoint(tmp_path / "run"))
     assert record["phases"][1][1] == {"fineweb": 3, "the-stack": 1}
     assert load_config(tmp_path / "run").mixture == {"fineweb": 3, "the-stack": 1}
+
+
+def test_what_is_seldom_meant_is_one_line_each(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", fineweb=60)
+    result = summer_train(shards, tmp_path / "run", "optim.warmup_steps=100", max_steps=40)
+    assert "! optim.warmup_steps=100 is not over at max_steps=40" in result.stdout
+    assert "! fineweb is seen 5.33 times: beyond 4" in result.stdout  # 40 steps of 8 of 60 rows
+    result = summer_train(shards, tmp_path / "run", "optim.warmup_steps=100", max_steps=80)
+    assert "jumps" not in result.stdout  # still warming up
+    result = summer_train(shards, tmp_path / "run", "optim.warmup_steps=10", max_steps=81)
+    assert "! the learning rate jumps: 0.00243 was next, 0.000301 is" in result.stdout
 
 
 def test_dropout_may_change_and_what_weights_depend_on_may_not(tmp_path: Path) -> None:
@@ -88,3 +101,33 @@ def test_the_eta_knows_of_evaluations_and_checkpoints(tmp_path: Path) -> None:
     steps_s = plan.step_tokens / last["tokens_per_s"]
     expected = steps_s * (1 + spent_s / last["time_s"])
     assert display.values[-2]["eta_s"] == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("23h50m", 85_800), ("90m", 5400), ("1d12h", 129_600), ("", math.inf)]
+)
+def test_a_duration_is_read(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["1.5h", "h", "1h 30", "-1h", "1h!"])
+def test_another_duration_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="write it as 23h50m, 90m or 1d12h"):
+        configure(preset="tiny", sets=[f"stop_after={text}"])
+
+
+def test_a_job_stops_before_its_time_is_up() -> None:
+    """The earlier of what was asked for and the allocation's end, less what saving takes."""
+    job = {"SUMMER_START_UNIX_S": "1000"}
+    assert stop_time("1h", 0, job) == 4600
+    assert stop_time("", 0, job) == math.inf
+    slurm = {**job, "SLURM_JOB_END_TIME": "5000"}
+    assert stop_time("", int(1e9), slurm) == 5000 - 60 - 10
+    assert stop_time("1h", 0, slurm) == 4600
+
+
+def test_a_run_whose_time_is_up_saves_and_says_75(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", fineweb=60)
+    result = summer_train(shards, tmp_path / "run", "stop_after=1s", max_steps=5000)
+    assert result.exit_code == 75
+    assert "saved: the same command goes on" in result.stdout

@@ -67,3 +67,23 @@ def test_the_least_rate_may_be_the_rate() -> None:
 def test_a_warmup_as_long_as_the_run_ends_it_at_the_rate() -> None:
     assert lr_at(10, OPTIM, 10) == pytest.approx(1.0)
     assert lr_at(10, OPTIM, 11) == 1.0 and lr_at(11, OPTIM, 11) == pytest.approx(0.1)
+
+
+def test_a_run_is_extended_or_branched_from_its_stable_part_without_a_jump() -> None:
+    trunk = OptimConfig(lr=1.0, warmup_steps=10, schedule="constant")
+    branch = OptimConfig(lr=1.0, warmup_steps=10, schedule="wsd", decay_steps=50)
+    assert [lr_at(step, trunk, 1000) for step in (0, 9, 10, 999)] == [0.1, 1, 1, 1]
+    # 200 steps of the trunk, then down in 50: --set max_steps=250 optim.decay_steps=50
+    assert [lr_at(step, branch, 250) for step in (10, 199, 200)] == [1, 1, 1]
+    assert lr_at(225, branch, 250) == pytest.approx(0.55)
+    assert lr_at(250, branch, 250) == pytest.approx(0.1)
+    assert lr_at(199, branch, 500) == lr_at(449, branch, 500) == 1
+
+
+def test_wsd_falls_in_the_last_tenth_and_any_schedule_in_the_steps_it_is_given() -> None:
+    wsd = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=0, schedule="wsd")
+    assert [lr_at(step, wsd, 100) for step in (89, 90, 95)] == [1, 1, pytest.approx(0.5)]
+    cosine = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=20, decay_steps=40)
+    assert [lr_at(step, cosine, 100) for step in (59, 60, 80)] == [1, 1, pytest.approx(0.5)]
+    late = OptimConfig(lr=1.0, warmup_steps=80, decay_steps=40)  # warmup comes first
+    assert lr_at(80, late, 100) == 1

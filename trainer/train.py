@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from shards.errors import ShardError
 from trainer.checkpoint.retention import invalidate_after, mirror_of
 from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.checkpoint.storage import read_record
+from trainer.config.deadline import stop_time
 from trainer.config.train_plan import TrainPlan
 from trainer.data.loader import Loader
 from trainer.distributed.devices import keep_freed_memory
@@ -86,8 +88,10 @@ def train(
     display = display or Display()
     orders, restarted = parse_faults(), restarted_by_torchrun()
     check_reachable(orders, plan.shape.world_size, plan.config.max_steps)
+    state_bytes = plan.memory["weights"] + plan.memory["moments"]
+    until = stop_time(plan.config.stop_after, state_bytes)
     with (
-        listen_for_stop() as asked_to_stop,
+        listen_for_stop() as asked,
         join_world(plan.config.device, plan.config.guard.hang_timeout_s) as world,
         translate_comm_errors(world),
         claim(run, world),
@@ -96,6 +100,10 @@ def train(
         if world.device.type == "cpu":
             keep_freed_memory()
         faults = Faults(orders, run, world.rank)
+
+        def asked_to_stop() -> bool:
+            return asked() or time.time() > until
+
         while True:
             try:
                 with (

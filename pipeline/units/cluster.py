@@ -91,13 +91,15 @@ def _collect(
 
 def _connected(address: str) -> Any:
     """The module `ray`, connected; PrepareError if it is not there or nobody answers."""
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    if not address:  # a cluster of our own: read when Ray is imported, it listens on loopback
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:
         raise PrepareError(
             "--executor ray needs Ray: `pip install 'summerlm[ray]'`, or leave --executor out"
         ) from error
-    address = address or os.environ.get("RAY_ADDRESS", "")
     if ":" in address and "://" not in address and not _answers(address):
         raise PrepareError(
             f"no Ray cluster answers at {address}: give the HOST:PORT that `ray start` printed"

@@ -27,6 +27,7 @@ from shards.files import publish_json, read_json
 from shards.versions import FORMAT_KEY, RUN, STAMP, check_format, check_keys, stamp, writer_of
 from trainer.checkpoint.runs import CONFIG, newest_run, runs_by_age
 from trainer.checkpoint.storage import CheckpointConfig
+from trainer.config.deadline import parse_duration
 from trainer.config.shares import REFERENCE_SHARES
 from trainer.data.loader import LoaderConfig
 from trainer.errors import ConfigError, at_least, did_you_mean
@@ -75,6 +76,7 @@ class RunConfig:
     tensorboard: bool = True
     dollars_per_hour: float = 0.0  # of all devices together; 0: nothing is said about money
     max_dollars: float = 0.0  # anneal in time to checkpoint inside this budget; 0: there is none
+    stop_after: str = ""  # "23h50m" after the start: checkpoint and end with 75, as SIGTERM does
     profile_steps: str = ""  # "10" or "10-12": these steps are profiled into the run's folder
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -93,6 +95,7 @@ class RunConfig:
                 f"max_dollars={self.max_dollars}: give the price too, --set dollars_per_hour="
             )
         parse_steps(self.profile_steps)
+        parse_duration(self.stop_after)
         if self.micro_batch_size is not None:
             at_least("", self, micro_batch_size=1)
 

@@ -6,11 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Final
 
 from model.config import count_params, flops_per_token
 from trainer.config.config import RunConfig
 from trainer.data.mixture import BatchShape
 from trainer.distributed.devices import find_accelerator
+
+_MANY_EPOCHS: Final = 4
+"""Muennighoff et al., Scaling data-constrained language models (2023)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ def describe_plan(plan: TrainPlan, tokens_per_s: float | None = None) -> Iterato
     for name, table in {**run, **keys}.items():
         if isinstance(table, dict) and table:
             yield f"{name}: " + " ".join(f"{key}={_spell(value)}" for key, value in table.items())
-    yield from (f"! {note}" for note in plan.notes)
+    yield from (f"! {note}" for note in (*plan.notes, *_warnings(plan)))
     yield from _describe_sources(plan)
     yield (
         f"model: {n_params:,} parameters, {flops_per_token(model, model.seq_len) / 1e9:.4g} GFLOP "
@@ -87,6 +91,25 @@ def describe_plan(plan: TrainPlan, tokens_per_s: float | None = None) -> Iterato
     if tokens_per_s:
         duration = timedelta(seconds=round(tokens / tokens_per_s))
         yield f"time: {duration} at the {tokens_per_s:,.0f} tokens/s that this run has measured"
+
+
+def _warnings(plan: TrainPlan) -> Iterator[str]:
+    """What is allowed, and seldom meant."""
+    config, total = plan.config, sum(plan.weights.values())
+    if config.optim.warmup_steps >= config.max_steps:
+        yield (
+            f"optim.warmup_steps={config.optim.warmup_steps} is not over at max_steps="
+            f"{config.max_steps}: the learning rate never reaches optim.lr"
+        )
+    samples = config.max_steps * plan.shape.global_batch_size
+    for name, facts in plan.sources.items():
+        if (epochs := samples * plan.weights[name] / total / facts.n_rows) > _MANY_EPOCHS:
+            yield (
+                f"{name} is seen {epochs:.3g} times: beyond {_MANY_EPOCHS} repeated text teaches "
+                "little; prepare more of it, or train for fewer steps"
+            )
+    if not any(facts.n_val_rows for facts in plan.sources.values()):
+        yield "nothing is held out: prepare with --val-fraction to see what the model has learned"
 
 
 def _spell(value: object) -> str:

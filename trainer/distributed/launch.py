@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -24,6 +25,7 @@ from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, get_args_parser
 
 from shards.errors import SummerError, one_line
+from trainer.config.deadline import STARTED
 from trainer.distributed.rendezvous import MACHINES, ONE_MACHINE, local_address
 from trainer.errors import LostRankError, TrainingError
 
@@ -121,6 +123,7 @@ def _run_on_all(launch: Launch, arguments: Sequence[str]) -> None:
         args.rdzv_backend = MACHINES
         args.local_addr = args.local_addr or local_address(args.rdzv_endpoint.rpartition(":")[0])
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # it would listen on all interfaces
+    os.environ.setdefault(STARTED, str(time.time()))
     # torchrun gives ranks 30 seconds between SIGTERM and SIGKILL
     grace_s = 60 + round(launch.state_bytes / _SLOW_DISK)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(grace_s))

@@ -26,7 +26,7 @@ from trainer.distributed.world import World
 from trainer.errors import ConfigError
 from trainer.metrics.display import Display
 from trainer.metrics.metrics import GuardHistory, Journal, add_left_out
-from trainer.optimizer.optimizer import Anneal
+from trainer.optimizer.optimizer import Anneal, lr_at
 from trainer.session.network import Network
 
 DataUse = dict[str, dict[str, Any]]
@@ -230,7 +230,13 @@ def state_from(record: Record, plan: TrainPlan) -> tuple[State, list[str]]:
         anneal=Anneal(*anneal) if anneal else None,
         spent_s=dict(record.get("spent_s", {})),
     )
-    return state, [f"changed: {key} was {old}, is {new}" for key, (old, new) in changes.items()]
+    notes = [f"changed: {key} was {old}, is {new}" for key, (old, new) in changes.items()]
+    was, now = (
+        lr_at(state.step, c.optim, c.max_steps, state.anneal) for c in (before, plan.config)
+    )
+    if was != now:
+        notes.append(f"! the learning rate jumps: {was:.3g} was next, {now:.3g} is")
+    return state, notes
 
 
 def _check_data(record: Record, data: dict[str, SourceFacts], plan: TrainPlan) -> None:
