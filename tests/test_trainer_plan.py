@@ -13,10 +13,10 @@ from shards.format import Manifest
 from shards.reader import find_sources
 from shards_samples import make_source
 from trainer.config import resolve as plan_module
-from trainer.config.config import configure
+from trainer.config.config import RunConfig, configure
 from trainer.config.memory import fits, largest_micro_batch, memory_by_part
 from trainer.config.resolve import make_plan
-from trainer.config.train_plan import describe_plan
+from trainer.config.train_plan import TrainPlan, describe_plan
 from trainer.data.mixture import BatchShape
 from trainer.distributed.devices import find_accelerator
 from trainer.errors import ConfigError
@@ -100,7 +100,7 @@ def test_the_reference_run_is_refused_with_the_arithmetic(
     monkeypatch.setattr(plan_module, "device_memory_bytes", lambda kind, sharers: 16 * 10**9)
     make_source(tmp_path / "fineweb", n_rows=4, seq_len=256, vocab_size=32_768)
     with pytest.raises(ConfigError) as caught:
-        make_plan(configure(shards=str(tmp_path), sets=["device=cpu"]))
+        make_plan(configure(shards=str(tmp_path), sets=["device=cpu", "precision=bf16"]))
     message = str(caught.value)
     assert message.startswith("summer-4b does not fit cpu with 16.0 GB (92% of it usable)")
     assert (
@@ -204,3 +204,33 @@ def test_devices_are_known_by_their_drivers_names(driver: str, name: str) -> Non
 def test_an_unknown_device_has_no_peak() -> None:
     assert find_accelerator("NVIDIA L40") is None
     assert find_accelerator("cpu") is None
+
+
+def test_a_cpu_without_bf16_trains_in_fp32_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a product in bf16 takes 72 times as long: a demo of minutes would take hours."""
+    make_source(tmp_path / "fineweb", n_rows=60, seq_len=32)
+
+    def plan(*sets: str, earlier: RunConfig | None = None, file: Path | None = None) -> TrainPlan:
+        preset = None if file else "tiny"
+        configured = configure(
+            preset=preset, file=file, sets=["device=cpu", *sets], shards=str(tmp_path)
+        )
+        return make_plan(configured, earlier=earlier)
+
+    monkeypatch.setattr(plan_module, "emulates_bf16", lambda: True)
+    chosen = plan()
+    assert chosen.config.precision == "fp32"
+    assert "this CPU has no bf16 arithmetic: precision is fp32" in chosen.notes[-1]
+    asked = plan("precision=bf16")
+    assert asked.config.precision == "bf16" and not any("bf16" in note for note in asked.notes)
+    file = tmp_path / "own.toml"
+    shape = "n_layers = 2\nd_model = 32\nn_heads = 2\nd_ff = 64\n"
+    file.write_text(f'precision = "bf16"\n[model]\n{shape}')
+    assert plan(file=file).config.precision == "bf16"
+    # a run that goes on stays what it is, wherever it goes on
+    assert plan(earlier=asked.config).config.precision == "bf16"
+    monkeypatch.setattr(plan_module, "emulates_bf16", lambda: False)
+    assert plan().config.precision == "bf16"
+    assert plan(earlier=chosen.config).config.precision == "fp32"

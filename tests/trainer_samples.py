@@ -32,6 +32,7 @@ SMALL = {
     "global_batch_tokens": 256,  # 8 rows of 32
     "compile": "false",
     "device": "cpu",
+    "precision": "bf16",  # whatever this CPU would choose
     "loader.num_workers": 0,
     "validation.interval": 0,
     "checkpoint.interval_steps": 0,

@@ -7,7 +7,7 @@ import itertools
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -15,7 +15,7 @@ import torch
 
 from model.config import count_params
 from trainer.checkpoint.runs import CONFIG, checkpoints
-from trainer.config.config import Configured, configure, load_config
+from trainer.config.config import Configured, RunConfig, configure, load_config
 from trainer.config.resolve import make_plan
 from trainer.config.train_plan import TrainPlan
 from trainer.distributed import launch as launching
@@ -75,8 +75,8 @@ def start(request: Request, stream: TextIO) -> int:
     n_local = request.nproc or (torch.cuda.device_count() if on_cuda else 1)
     if not request.nnodes.isdigit() or int(request.nnodes) < 1:
         raise ConfigError(f"--nnodes {request.nnodes}: give the number of machines")
-    mixture = _mixture_so_far(run, request)
-    plan = make_plan(configured, n_local * int(request.nnodes), n_local, mixture)
+    earlier = _earlier(run, request)
+    plan = make_plan(configured, n_local * int(request.nnodes), n_local, earlier)
     display = Display(stream)
     with contextlib.closing(display):
         if note:
@@ -108,19 +108,20 @@ def start(request: Request, stream: TextIO) -> int:
 
 def _train_as_rank(configured: Configured, run: Path, request: Request, stream: TextIO) -> int:
     ranks, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    plan = make_plan(configured, ranks, here, _mixture_so_far(run, request))
+    plan = make_plan(configured, ranks, here, _earlier(run, request))
     display = Display(stream if os.environ["RANK"] == "0" else None)
     return _train(plan, run, request, display)
 
 
-def _mixture_so_far(run: Path, request: Request) -> Mapping[str, float] | None:
-    """The mixture of the run that goes on; None at a beginning, and where a file gives one."""
+def _earlier(run: Path, request: Request) -> RunConfig | None:
+    """The configuration of the run that goes on, without its mixture where a file gives one."""
     if request.resume not in ("auto", "never"):
         place = Path(request.resume)
         run = place if (place / CONFIG).exists() else place.resolve().parent.parent
-    if request.file or not (run / CONFIG).exists() or not checkpoints(run):
+    if not (run / CONFIG).exists() or not checkpoints(run):
         return None
-    return load_config(run).mixture
+    config = load_config(run)
+    return replace(config, mixture={}) if request.file else config
 
 
 def _train(plan: TrainPlan, run: Path, request: Request, display: Display) -> int:

@@ -20,6 +20,7 @@ from shards.reader import find_sources
 from tools.diagnosis import data, machine, speed
 from tools.diagnosis.machine import CheckResult, Context
 from trainer.config.config import configure
+from trainer.config.resolve import fit_precision
 from trainer.distributed.devices import pick_device
 
 Check = Callable[[Context], Iterator[CheckResult]]
@@ -37,7 +38,8 @@ def make_context(
 
     With shards, sequence length and vocabulary are theirs.
     """
-    config, kind = configure(preset=preset).config, pick_device(device)
+    kind = pick_device(device)
+    config, _ = fit_precision(configure(preset=preset, sets=[f"device={kind}"]))
     n_ranks = nproc or (torch.cuda.device_count() if kind == "cuda" else 1)
     if shards is not None:
         with contextlib.suppress(SummerError):  # what is wrong with them, a check will report

@@ -101,7 +101,7 @@ class RunConfig:
 
 
 class Configured(NamedTuple):
-    """A configuration, and the keys that `--set` gave: those are never bent to fit the data."""
+    """A configuration, and the keys that `--set` gave: those are never bent to fit data or CPU."""
 
     config: RunConfig
     explicit: frozenset[str]
@@ -128,6 +128,7 @@ def configure(
         near = did_you_mean(preset, presets())
         raise ConfigError(f"no preset {preset!r}; {near}there are: {', '.join(presets())}")
     table = _read_toml(file or PRESETS / f"{preset or REFERENCE}.toml")
+    explicit |= table.keys() & {"precision"}  # a file's own choice is meant
     table = {"preset": file.stem if file else preset or REFERENCE, **table}
     if shards is not None:
         table["shards"] = str(Path(shards))

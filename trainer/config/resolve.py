@@ -18,7 +18,12 @@ from trainer.config.config import Configured, RunConfig, configure, presets
 from trainer.config.shares import choose_weights
 from trainer.config.train_plan import SourceFacts, TrainPlan, describe_bytes
 from trainer.data.mixture import BatchShape
-from trainer.distributed.devices import device_memory_bytes, device_name, pick_device
+from trainer.distributed.devices import (
+    device_memory_bytes,
+    device_name,
+    emulates_bf16,
+    pick_device,
+)
 from trainer.errors import ConfigError
 
 
@@ -26,15 +31,17 @@ def make_plan(
     configured: Configured,
     world_size: int = 1,
     sharers: int = 1,
-    mixture: Mapping[str, float] | None = None,
+    earlier: RunConfig | None = None,
 ) -> TrainPlan:
     """The plan of a run on so many ranks, `sharers` a machine; ConfigError, ShardError.
 
-    A run that goes on keeps its `mixture`, whatever has been prepared since, unless one was set.
+    A run that goes on keeps the mixture (if it has one) and the precision of its `earlier`
+    configuration, whatever was prepared since and wherever it goes on, unless they were set.
     """
     config, explicit = configured
-    if mixture and not any(key.startswith("mixture.") for key in explicit):
-        config = replace(config, mixture=dict(mixture))
+    if earlier and earlier.mixture and not any(key.startswith("mixture.") for key in explicit):
+        config = replace(config, mixture=earlier.mixture)
+    config, slow = fit_precision(configured._replace(config=config), earlier)
     manifests = find_sources(Path(config.shards))
     for name, manifest in manifests.items():
         check_files(Path(config.shards) / name, manifest)
@@ -73,9 +80,24 @@ def make_plan(
         device_name=device_name(device),
         device_bytes=limit,
         memory=memory.memory_by_part(config, shape.micro_batch_size, device),
-        notes=(*notes, *left),
+        notes=(*notes, *left, *slow),
         evaluated=evaluated,
     )
+
+
+def fit_precision(
+    configured: Configured, earlier: RunConfig | None = None
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """The configuration in fp32, and a note, where bf16 was not asked for and the CPU has none."""
+    config, explicit = configured
+    if "precision" in explicit:
+        return config, ()
+    if earlier is not None:
+        return replace(config, precision=earlier.precision), ()
+    if config.precision == "fp32" or pick_device(config.device) != "cpu" or not emulates_bf16():
+        return config, ()
+    note = "this CPU has no bf16 arithmetic: precision is fp32 (--set precision=bf16 is far slower)"
+    return replace(config, precision="fp32"), (note,)
 
 
 def _find_evaluated(
