@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.text.tokenizer import Tokenizer, train
+from pipeline.text.tokenizer import Tokenizer
+from pipeline.text.tokenizer import train as learn
 from shards.reader import read_manifest
+from shards_samples import make_source
 from tools.errors import EvaluationError
 from tools.evaluation.cards import to_text
 from tools.evaluation.heldout import (
@@ -19,6 +21,8 @@ from tools.evaluation.heldout import (
     count_training_ids,
     evaluate_heldout,
     held_out_documents,
+    not_known_unseen,
+    shards_of,
     unigram_nats,
 )
 from tools.evaluation.tasks import TaskOptions
@@ -31,6 +35,9 @@ from tools_samples import (
     write_shards,
     write_two_sources,
 )
+from trainer.checkpoint.runs import newest_checkpoint
+from trainer.train import train
+from trainer_samples import make_shards, small_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,7 +109,7 @@ def test_limit_takes_the_first_documents_of_each_source(shards: Path) -> None:
 
 
 def test_shards_of_another_tokenizer_are_rejected(shards: Path) -> None:
-    other = Vocabulary.of(Tokenizer(train(sample_text().splitlines()[:200], 400), "other"))
+    other = Vocabulary.of(Tokenizer(learn(sample_text().splitlines()[:200], 400), "other"))
     loaded = dataclasses.replace(sample_loaded(), vocabulary=other)
     with pytest.raises(EvaluationError, match="made with the tokenizer sample"):
         evaluate_heldout(loaded, TaskOptions(shards=shards))
@@ -140,3 +147,27 @@ def test_compressed_sizes_are_those_of_the_joined_text() -> None:
     text = b"".join(pieces)
     xz = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
     assert compressed_sizes(pieces).tolist() == [len(text), len(gzip.compress(text, 9)), len(xz)]
+
+
+def test_what_a_run_may_have_read_is_not_called_unseen(tmp_path: Path) -> None:
+    """Documents that a run had trained on were scored as held out, from another preparation."""
+    own = make_shards(tmp_path / "shards", fineweb=60)
+    train(small_plan(own, max_steps=1), tmp_path / "runs" / "main")
+    checkpoint = newest_checkpoint(tmp_path / "runs" / "main")
+    assert shards_of(checkpoint) == own
+    assert not_known_unseen(checkpoint, own) == []
+    other = make_shards(tmp_path / "other", pg19=1, fineweb=60)  # other text by its seed
+    assert not_known_unseen(checkpoint, other) == ["fineweb", "pg19"]
+    assert not_known_unseen(None, own) == ["fineweb"]
+    make_source(own / "wikitext2", n_rows=0, n_val_rows=8, seq_len=32)
+    assert not_known_unseen(checkpoint, own) == []
+    (tmp_path / "moved").mkdir()
+    own.rename(tmp_path / "moved" / "shards")
+    (tmp_path / "runs" / "main").rename(tmp_path / "moved" / "main")
+    assert shards_of(newest_checkpoint(tmp_path / "moved" / "main")) == tmp_path / "moved/shards"
+
+
+def test_the_result_says_so(shards: Path) -> None:
+    result = evaluate_heldout(sample_loaded(), TaskOptions(shards=shards))  # of no run
+    assert result.settings["not_known_unseen"] == ["code", "more"]
+    assert any("is NOT known to be unseen" in note for note in result.notes)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,26 +135,57 @@ def test_windows_end_with_the_continuation_and_lose_ids_on_the_left() -> None:
     vocabulary = Vocabulary.of(sample_tokenizer())
     pair = ("def parse_args(self, args=None", ", namespace=None):")
     ids, n_scored = encode_pair(vocabulary.encode, *pair)
-    (window,), truncated = windows_of(vocabulary, [pair], 100)
+    (window,), truncated, _ = windows_of(vocabulary, [pair], 100)
     assert list(window.inputs) == ids[:-1] and truncated == 0
     assert list(window.targets[-n_scored:]) == ids[-n_scored:]
     assert set(window.targets[:-n_scored].tolist()) == {IGNORED}
-    (short,), truncated = windows_of(vocabulary, [pair], n_scored + 2)
+    (short,), truncated, _ = windows_of(vocabulary, [pair], n_scored + 2)
     assert list(short.inputs) == ids[-n_scored - 3 : -1] and truncated == 1
-    (with_bos,), _ = windows_of(vocabulary, [pair], 100, bos_id=1)
+    (with_bos,), *_ = windows_of(vocabulary, [pair], 100, bos_id=1)
     assert list(with_bos.inputs) == [1, *ids[:-1]]
-    (alone,), _ = windows_of(vocabulary, [("", "a word")], 100)
+    (alone,), *_ = windows_of(vocabulary, [("", "a word")], 100)
     assert alone.inputs[0] == vocabulary.bos_id
     assert IGNORED not in alone.targets
     for context, lost in ((len(ids) - 1, 0), (len(ids) - 2, 1)):  # its last id is not fed
         assert windows_of(vocabulary, [pair, pair], context)[1] == 2 * lost
-    with pytest.raises(EvaluationError, match="nothing is left to score of '' behind 'a word'"):
+    with pytest.raises(EvaluationError, match="nothing to score of '' behind 'a word'"):
         windows_of(vocabulary, [("a word", "")], 100)
     without_bos = dataclasses.replace(vocabulary, bos_id=None)
     assert windows_of(without_bos, [("", "a word")], 100)[0][0].inputs[0] == vocabulary.eos_id
     headless = dataclasses.replace(vocabulary, bos_id=None, eos_id=None)
     with pytest.raises(EvaluationError, match="neither BOS nor EOS"):
         windows_of(headless, [("", "a word")], 100)
+
+
+def test_a_continuation_that_merges_with_its_context_is_encoded_alone() -> None:
+    """As the harness does: one such pair ended the whole task."""
+    ids = {"ab": [7], "abc": [8], "c": [9], "ab ": [7, 4], "ab c": [8], " c": [5, 6]}
+    merging: Any = SimpleNamespace(encode=ids.__getitem__, bos_id=1, eos_id=2, name="merging")
+    (window, spaced), _, merged = windows_of(merging, [("ab", "c"), ("ab ", "c")], 9)
+    assert (window.inputs.tolist(), window.targets.tolist()) == ([7], [9])
+    assert (spaced.inputs.tolist(), spaced.targets.tolist()) == ([7, 5], [5, 6])
+    assert merged == 2
+
+
+def test_a_choice_longer_than_the_context_is_named_with_its_row(tmp_path: Path) -> None:
+    """It was scored in part, and divided by its whole length."""
+    rows = [
+        {"query": "Which?", "choices": ["a", "b"], "gold": 0},
+        {"query": "Which?", "choices": ["a", "word " * 40], "gold": 0},
+    ]
+    path = tmp_path / "arc.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(EvaluationError, match=r"arc\.jsonl: row 1: a choice of \d+ tokens is long"):
+        evaluate_task(sample_loaded(), TASKS["arc_easy"], TaskOptions(data=path, context=16))
+
+
+@pytest.mark.parametrize("gold", [-1, 2])
+def test_a_split_without_answers_is_not_scored(tmp_path: Path, gold: int) -> None:
+    """Of a test split whose labels are -1 the accuracy was 0.0000."""
+    path = tmp_path / "arc.jsonl"
+    path.write_text(json.dumps({"query": "Which?", "choices": ["a", "b"], "gold": gold}) + "\n")
+    with pytest.raises(EvaluationError, match=f"row 0 is no arc_easy question .*label {gold}"):
+        evaluate_task(sample_loaded(), TASKS["arc_easy"], TaskOptions(data=path))
 
 
 def test_metrics_are_those_worked_out_by_hand() -> None:

@@ -44,7 +44,7 @@ _COUNT = click.IntRange(min=1)
 @model_options
 @click.option("--follow", type=FOLDER, help="Score each checkpoint of a run as it appears.")
 @click.option("--data", type=FOLDER, help="A local copy (.parquet, .jsonl; wikitext: .raw).")
-@click.option("--shards", type=FOLDER, default=Path("shards"), help="Prepared sources.")
+@click.option("--shards", type=FOLDER, help="Prepared sources.  [default: the run's, or shards]")
 @click.option("--contamination", is_flag=True, help="Add the overlap with --shards to each card.")
 @click.option(
     "--task", "of", type=click.Choice(NAMES), multiple=True, help="The tasks of `contamination`."
@@ -53,8 +53,8 @@ _COUNT = click.IntRange(min=1)
     "--protocol", type=click.Choice(PROTOCOLS), default="disjoint", help="For perplexities."
 )
 @click.option("--all-protocols", is_flag=True, help="Perplexities under each, side by side.")
-@click.option("--context", type=int, help="Tokens in a window.  [default: as in training]")
-@click.option("--stride", type=int, help="Tokens from window to window.  [default: half a window]")
+@click.option("--context", type=_COUNT, help="Tokens in a window.  [default: as in training]")
+@click.option("--stride", type=_COUNT, help="Tokens from window to window.  [default: half]")
 @click.option(
     "--bos",
     type=click.Choice(["never", "start", "window"]),
@@ -140,6 +140,7 @@ def _follow(run: Path, tasks: Sequence[str], options: dict[str, Any]) -> Iterato
 
 def _results(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Sequence[Result]]:
     """The results of each task for the model that the options choose."""
+    from tools.evaluation.heldout import shards_of
     from tools.models.loading import ModelSpec, load
 
     named = {name: options[name] for name in ("run", "checkpoint", "hf", "device", "dtype")}
@@ -150,6 +151,7 @@ def _results(tasks: Sequence[str], options: dict[str, Any]) -> Iterator[Sequence
     own = {name: value for name, value in options.items() if name not in (*named, "of")}
     loaded = None if search else load(choice)
     trained = loaded.checkpoint if loaded else choice.checkpoint_dir
+    own["shards"] = own["shards"] or shards_of(trained)
     given = TaskOptions(**own, seen_by=trained if has_run else None)
     for task in of if search else tasks:
         with _progress_bar(task) as progress:

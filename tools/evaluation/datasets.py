@@ -38,7 +38,8 @@ def read_questions(task: Task, records: EvaluationSet) -> list[Question]:
     for number, row in enumerate(records.rows):
         try:
             question = task.read(row)
-            question.choices[question.gold]
+            if not 0 <= question.gold < len(question.choices):
+                raise ValueError(f"label {question.gold}: a split without answers?")
         except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise EvaluationError(
                 f"{records.where}: row {number} is no {task.name} question "

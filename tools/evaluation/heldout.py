@@ -29,6 +29,9 @@ from tools.evaluation.scoring import Progress, Scorer, check_context, score
 from tools.evaluation.tasks import TaskOptions
 from tools.models.loading import LoadedModel
 from tools.models.tokenizers import Vocabulary
+from trainer.checkpoint.runs import CONFIG
+from trainer.checkpoint.storage import read_record
+from trainer.config.config import load_config
 
 _ROWS_AT_ONCE: Final = 256
 _COMPRESSORS_SEE: Final = "the documents of a source run together"
@@ -86,6 +89,7 @@ def evaluate_heldout(
             f"{shards}: no document is held out in {', '.join(manifests)}: prepare them again "
             "with a larger --val-fraction"
         )
+    unknown = not_known_unseen(loaded.checkpoint, shards)
     together = _HeldOut(
         source="all",
         windows=[window for each in held_out for window in each.windows],
@@ -104,6 +108,7 @@ def evaluate_heldout(
     settings = {
         "sources": sources,
         "total": total,
+        "not_known_unseen": unknown,
         "without": [name for name, manifest in manifests.items() if not manifest.n_val_rows],
         "context": context,
         "compressors_see": _COMPRESSORS_SEE,
@@ -119,6 +124,35 @@ def evaluate_heldout(
         table=_table(sources if len(sources) == 1 else [*sources, total]),
         notes=_notes(below, settings),
     )
+
+
+def shards_of(checkpoint: Path | None) -> Path:
+    """The shards that a checkpoint's run was trained on, if it says so and they are there."""
+    run = checkpoint.resolve().parents[1] if checkpoint else None
+    if run is not None and (run / CONFIG).exists():
+        named = Path(load_config(run).shards)
+        for folder in (named, run.parent / named.name, run.parent.parent / named.name):
+            if folder.is_dir():
+                return folder
+    return Path("shards")
+
+
+def not_known_unseen(checkpoint: Path | None, shards: Path) -> list[str]:
+    """The sources whose held-out documents the model may have been trained on.
+
+    Known to be unseen is what the very preparation held out that the run has read (its dataset
+    hash is in the checkpoint's record), and a source of the run's own shards that is all held out.
+    """
+    data = read_record(checkpoint).get("data", {}) if checkpoint else {}
+    read = {facts["root"] for facts in data.values()}
+    own = shards.resolve() == shards_of(checkpoint).resolve() and bool(data)
+    return [
+        name
+        for name, manifest in find_sources(shards).items()
+        if manifest.n_val_rows
+        and manifest.root not in read
+        and not (own and manifest.n_rows == manifest.n_val_rows)
+    ]
 
 
 def held_out_documents(folder: Path, manifest: Manifest) -> Iterator[Ids]:
@@ -214,5 +248,10 @@ def _notes(below_unigram: float, found: dict[str, Any]) -> list[str]:
     return [
         f"The model is {abs(below_unigram):.1%} {side} the unigram. It scores each document from "
         f"its BOS, context {found['context']:,}; gzip -9 and xz -9e see {_COMPRESSORS_SEE}.",
+        *(
+            f"! {name} is NOT known to be unseen: it is no preparation that this model's run has "
+            "read, so its documents may have been trained on."
+            for name in found["not_known_unseen"]
+        ),
         *without,
     ]

@@ -2,7 +2,8 @@
 
 A pair of texts is encoded as the harness does it: context and continuation as one text, of which
 the tokens beyond those of the context alone are scored; spaces that end the context go over to the
-continuation. Too long a pair loses tokens on the left. Then, over the choices of a question,
+continuation, which is encoded alone where it has no token of its own in the whole. Too long a pair
+loses tokens of its context. Then, over the choices of a question,
 
     acc        the continuation with the highest log-likelihood is the right one
     acc_norm   the same after division by the continuation's length in characters
@@ -29,6 +30,14 @@ from tools.evaluation.scoring import Progress, Scorer, check_context, score
 from tools.evaluation.tasks import Question, Task, TaskOptions
 from tools.models.loading import LoadedModel
 from tools.models.tokenizers import Vocabulary
+
+
+class PairError(EvaluationError):
+    """A pair, by its number, that cannot be scored."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 class Answer(NamedTuple):
@@ -84,7 +93,12 @@ def evaluate_task(
     bos_id = loaded.vocabulary.bos_id if options.bos in ("start", "window") else None
     if bos_id is None and options.bos in ("start", "window"):
         raise EvaluationError("bos 'start': this tokenizer has no BOS; choose never")
-    windows, truncated = windows_of(loaded.vocabulary, pairs, context, bos_id)
+    numbers = [number for number, q in enumerate(questions) for _ in q.choices]
+    try:
+        windows, truncated, merged = windows_of(loaded.vocabulary, pairs, context, bos_id)
+    except PairError as error:
+        where = f"{records.where}: row {numbers[error.number]}"
+        raise EvaluationError(f"{where}: {error}") from error
     scorer = Scorer.of(loaded)
     scored = score(scorer, windows, batch_tokens=options.batch_tokens, progress=progress)
     ends = np.cumsum([len(question.choices) for question in questions])[:-1]
@@ -98,6 +112,7 @@ def evaluate_task(
         "context": context,
         "bos": "never" if bos_id is None else "start",
         "truncated": truncated,
+        "merged": merged,
         "data": records.where,
         "items_sha256": sha256_of_rows(records.rows[: options.limit]),
         "limit": options.limit,
@@ -129,19 +144,30 @@ def windows_of(
     pairs: Sequence[tuple[str, str]],
     context: int,
     bos_id: int | None = None,
-) -> tuple[list[Window], int]:
-    """A window for each pair, and how many of them lost tokens on the left.
+) -> tuple[list[Window], int, int]:
+    """A window for each pair, how many lost tokens of their context, and how many continuations
+    were encoded alone. PairError for one that is empty, or longer than a window.
 
     `bos_id` goes in front of every pair. An empty context becomes BOS in any case (EOS where the
     vocabulary has none), for the first scored token needs an input.
     """
     encode = functools.lru_cache(maxsize=64)(vocabulary.encode)  # contexts come back
     in_front = [bos_id, vocabulary.bos_id, vocabulary.eos_id]
-    windows, truncated = [], 0
-    for before, after in pairs:
+    windows, truncated, merged = [], 0, 0
+    for number, (before, after) in enumerate(pairs):
         ids, n_scored = encode_pair(encode, before, after)
+        if not n_scored:  # its text is part of the context's last token
+            merged += 1
+            kept = before.rstrip()
+            alone = encode(before[len(kept) :] + after)
+            ids, n_scored = [*encode(kept), *alone], len(alone)
         if not n_scored:
-            raise EvaluationError(f"nothing is left to score of {after!r} behind {before[-40:]!r}")
+            raise PairError(number, f"nothing to score of {after!r} behind {before[-40:]!r}")
+        if n_scored > context:
+            raise PairError(
+                number, f"a choice of {n_scored} tokens is longer than the context of {context}: "
+                "give a longer --context"
+            )  # fmt: skip
         if bos_id is not None or not before:
             first = next((number for number in in_front if number is not None), None)
             if first is None:
@@ -151,7 +177,7 @@ def windows_of(
             ids = [first, *ids]
         truncated += len(ids) > context + 1
         windows.append(pair_window(ids, n_scored, context))
-    return windows, truncated
+    return windows, truncated, merged
 
 
 def pair_window(ids: Sequence[int], n_scored: int, context: int) -> Window:
@@ -210,6 +236,7 @@ def _examples(
 def _notes(found: Mapping[str, Any]) -> list[str]:
     examples = f" (examples: {found['examples_from']})" if found["num_fewshot"] else ""
     cut = f", {found['truncated']:,} pairs cut on the left" if found["truncated"] else ""
+    cut += f", {found['merged']:,} continuations encoded alone" if found["merged"] else ""
     return [
         f"asked     {found['num_fewshot']}-shot{examples}, context {found['context']:,}, "
         f"BOS {found['bos']}{cut}",

@@ -32,7 +32,7 @@ from tools.evaluation.protocols import (
 )
 from tools.evaluation.scoring import Progress, Scorer, check_context, score
 from tools.evaluation.tasks import TaskOptions
-from tools.evaluation.wikitext import READ_AS, EvaluationText, read_text
+from tools.evaluation.wikitext import OFFICIAL_SHA256, READ_AS, EvaluationText, read_text
 from tools.models.loading import LoadedModel
 from tools.models.tokenizers import Vocabulary
 
@@ -91,6 +91,7 @@ def measure_perplexity(
         "bos": protocol.resolved_bos,
         "read_as": READ_AS[protocol.name],
         "text_sha256": text.sha256,
+        "official_text": text.sha256 == OFFICIAL_SHA256,
         "text_bytes": text.n_bytes,
         "text_words": text.n_words,
         "text_tokens": len(plan.ids),
@@ -161,6 +162,10 @@ def _notes(found: dict[str, Any], trained_context: int) -> list[str]:
         f"{found['scored_share']:.4%} of the text's bytes; "
         f"tail of {found['tail_dropped']:,} tokens dropped",
     ]
+    if not found["official_text"]:
+        notes.append("note      this is NOT WikiText's raw test split: compare no published figure")
+    if found["limit"]:
+        notes.append("note      with a limit each protocol scores another stretch of the text")
     if found["beyond_training"]:
         notes.append(
             f"note      context {found['context']:,} is beyond training, where sequences had "

@@ -27,6 +27,9 @@ from tools.errors import EvaluationError
 from tools.evaluation.datasets import EvaluationSet, read_records
 from tools.evaluation.tasks import CORPORA
 
+OFFICIAL_SHA256: Final = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+"""Of wiki.test.raw, which WikiText-2 and WikiText-103 share: 1,290,590 bytes."""
+
 JOIN: Final = "\n\n"
 _BLANK_LINE: Final = " \n"
 
