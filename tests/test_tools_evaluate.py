@@ -25,7 +25,7 @@ PERPLEXITY_KEYS = {
     "token_perplexity_error", "bits_per_byte_error", "protocol", "context", "stride", "bos",
     "read_as", "text_sha256", "text_bytes", "text_words", "text_tokens", "limit", "windows",
     "scored_tokens", "tail_dropped", "scored_share", "scored_bytes", "scored_words",
-    "beyond_training", "model", "time_s",
+    "beyond_training", "model", "time_s", "official_text",
 }  # fmt: skip
 pytestmark = pytest.mark.usefixtures("one_thread")
 

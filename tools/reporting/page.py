@@ -63,8 +63,12 @@ class RunLog:
 
     def series(self, field: str) -> Points:
         """(step, value) of each step that logged the field with a finite value."""
-        logged = [(s["step"], float(s[field])) for s in self.steps if s.get(field) is not None]
-        return [(step, value) for step, value in logged if math.isfinite(value)]
+        logged = [(line["step"], line.get(field)) for line in self.steps]
+        return [
+            (step, value)
+            for step, value in logged
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        ]
 
     @property
     def spent(self) -> dict[str, float]:

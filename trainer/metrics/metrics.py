@@ -117,7 +117,7 @@ class _Lines:
 
 
 _LINE: Final[dict[str, dict[str, object]]] = {
-    METRICS: {"step": int, "tokens_per_s": float, "time_s": float},
+    METRICS: {"step": int},
     EVENTS: {"event": str, "unix_s": float, "first_index": int, "skipped": list},
 }
 """What is read of a line; the first key must be there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,7 +219,8 @@ def peek_state(plan: TrainPlan, run: Path, resume: str) -> State:
 def measured_rate(run: Path) -> float | None:
     """Tokens a second of a run's last logged step, if it has one."""
     lines = metrics.read_metrics(run)
-    return float(lines[-1]["tokens_per_s"]) if lines else None
+    rate = lines[-1].get("tokens_per_s") if lines else None
+    return rate if isinstance(rate, float) and 0 < rate < math.inf else None
 
 
 def _candidates(plan: TrainPlan, run: Path, resume: str) -> tuple[list[Path], list[str]]:
