@@ -1,6 +1,7 @@
 """Drawing tokens, and writing with a small model: seeded, stopped, cut at characters, cached."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def test_damaged_logits_are_named() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"temperature": value} for value in (-1.0, float("inf"), float("nan"))),
+        *({"temperature": value} for value in (-1.0, 1e-320, float("inf"), float("nan"))),
+        *({"seed": value} for value in (-1, 1 << 63)),
         {"top_k": -1},
         *({"top_p": value} for value in (-0.1, 0.0, 1.01)),
     ],
@@ -269,6 +271,19 @@ def test_the_command_goes_on_from_the_prompt(run: Path) -> None:
     assert command(*arguments, "--seed", 1).stdout != result.stdout
 
 
+def test_the_prompt_may_be_a_file_or_stdin_and_the_answer_json(run: Path, tmp_path: Path) -> None:
+    named = ("--run", run, "--max-tokens", 12, "--device", "cpu")
+    plain = command(*named, "--prompt", "def f").stdout
+    (tmp_path / "prompt.txt").write_text("def f")
+    assert command(*named, "--prompt-file", tmp_path / "prompt.txt").stdout == plain
+    found = json.loads(command(*named, "--prompt-file", "-", "--json", typed="def f").stdout)
+    assert found["prompt"] + found["text"] + "\n" == plain
+    assert "step 4" in found["model"]
+    (tmp_path / "prompt.txt").write_bytes(b"\xff")
+    result = command(*named, "--prompt-file", tmp_path / "prompt.txt")
+    assert result.exit_code == 1 and "the prompt is no UTF-8" in result.stderr
+
+
 def test_an_older_checkpoint_can_be_named(run: Path) -> None:
     older = run / "checkpoints" / "step-2"
     result = command("--checkpoint", older, "--prompt", "a", "--max-tokens", 4)
@@ -288,6 +303,10 @@ def test_the_command_answers_what_is_typed(run: Path) -> None:
     [
         (("--temperature", "-1"), 1, "temperature -1.0"),
         (("--max-tokens", "0"), 1, "max_tokens 0"),
+        (("--seed", str(1 << 63)), 1, "seed 9223372036854775808: choose 0 or more, below 2^63"),
+        (("--prompt", "\udcff"), 1, "the prompt is no UTF-8"),
+        (("--prompt-file", "nowhere"), 2, "nowhere"),
+        (("--chat", "--json"), 2, "give it with --prompt"),
         (("--checkpoint", "nowhere"), 1, "nowhere"),
         (("--max-tokens", "many"), 2, "--max-tokens"),
     ],

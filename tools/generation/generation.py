@@ -19,6 +19,7 @@ from tools.errors import ToolError
 from tools.models.loading import DTYPES, LoadedModel, max_context
 from tools.models.tokenizers import Vocabulary
 
+_COLDEST = 1e-6
 OnText = Callable[[str], None]
 
 
@@ -38,6 +39,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ToolError(f"temperature {self.temperature}: choose 0 (greedy) or more")
+        if 0 < self.temperature < _COLDEST:
+            raise ToolError(f"temperature {self.temperature}: below {_COLDEST}, choose 0 (greedy)")
+        if not 0 <= self.seed < 1 << 63:
+            raise ToolError(f"seed {self.seed}: choose 0 or more, below 2^63")
         if self.top_k < 0:
             raise ToolError(f"top_k {self.top_k}: choose 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
