@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tools.errors import ToolError
 from tools.generate import main
+from tools.generation import until
 from tools.generation.generation import (
     Conversation,
     Generation,
@@ -22,6 +23,7 @@ from tools.generation.generation import (
     draw,
     generate,
 )
+from tools.generation.until import read_settings, write_until
 from tools.models.loading import LoadedModel
 from tools.models.tokenizers import Vocabulary
 from tools_samples import SEQ_LEN, sample_loaded, sample_tokenizer, write_run
@@ -319,3 +321,51 @@ def test_wrong_input_is_one_clear_line(
     assert result.exit_code == code and words in result.stderr
     if code == 1:
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+# ---- what a harness asks for
+
+
+def test_repeats_of_a_question_are_drawn_with_other_seeds(loaded: LoadedModel) -> None:
+    """Four sampled repeats were the same text, so that pass@k was pass@1."""
+    settings = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12, "until": ["\n\n"]}
+
+    def written(number: int) -> str:
+        return write_until(loaded, [1, 40, 50], *read_settings(settings, number, 100))
+
+    assert len({written(number) for number in range(4)}) == 4
+    assert written(2) == written(2)
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
+def test_settings_of_a_harness_are_read(name: str) -> None:
+    asked = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "seed": 5, name: 30, "until": "\n"}
+    options, stops = read_settings(asked, 3, 100)
+    wanted = Sampling(temperature=0.7, top_k=40, top_p=0.9, seed=8)
+    assert options == Generation(max_tokens=30, sampling=wanted)
+    assert stops == ("\n",)
+    assert read_settings({}, 0, 100)[0].sampling.temperature == 0  # greedy
+    assert read_settings({**asked, "do_sample": False}, 0, 100)[0].sampling.temperature == 0
+    assert read_settings({name: 300}, 0, 100)[0].max_tokens == 100
+    neutral = {"repetition_penalty": 1.0, "num_beams": 1, "min_p": 0.0, "schema": None}
+    assert read_settings(neutral, 0, 9)[0].max_tokens == 9
+    for unknown in ({"repetition_penalty": 1.2}, {"num_beams": 4}, {"min_p": 0.1}):
+        with pytest.raises(ToolError, match=f"{next(iter(unknown))}=.* is not computed here"):
+            read_settings(unknown, 0, 100)
+
+
+def test_drawing_ends_where_a_stop_text_is_complete(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = list[int]()
+
+    def write(model: Any, prompt: Any, options: Any, on_text: Any, *, opens_text: bool) -> None:
+        for number, text in enumerate(["one t", "wo STO", "P three", " four"]):
+            drawn.append(number)
+            on_text(text)
+
+    monkeypatch.setattr(until, "write", write)
+    options = Generation()
+    assert write_until(loaded, [1], options, ["END", "STOP"]) == "one two "
+    assert drawn == [0, 1, 2]
+    assert write_until(loaded, [1], options, []) == "one two STOP three four"

@@ -251,7 +251,7 @@ def test_wikitext_has_the_harness_perplexities(
 def test_our_model_in_the_harness_goes_on_with_a_text(harness: Any, folder: Path) -> None:
     model = harness.api.registry.get_model("summerlm")(hf=str(folder), device="cpu")
     settings = {"until": ["\n"], "max_gen_toks": 5}
-    first, second = (model._complete("def parse", settings) for _ in range(2))
+    first, second = (model._complete(0, "def parse", settings) for _ in range(2))
     assert first == second and "\n" not in first
     with pytest.raises(Exception, match="summerlm has no such argument"):
         harness.api.registry.get_model("summerlm")(hf=str(folder), device="cpu", colour="red")

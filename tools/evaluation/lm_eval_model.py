@@ -35,7 +35,7 @@ from tools.errors import EvaluationError
 from tools.evaluation.multiple_choice import pair_window
 from tools.evaluation.protocols import Protocol, plan_windows
 from tools.evaluation.scoring import Scorer, check_context, score
-from tools.generation.generation import Generation, Sampling, write
+from tools.generation.until import read_settings, write_until
 from tools.models.loading import ModelSpec, Precision, load
 
 Pair = tuple[tuple[str, str], list[int], list[int]]  # texts and ids of context and continuation
@@ -117,24 +117,17 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         return [-float(part.sum()) for part in np.split(nats, ends)]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, greedily, up to a stop text."""
-        return [self._complete(*request.args) for request in requests]
+        """What the model writes after each context, up to a stop text; a seed for each request."""
+        return [self._complete(number, *each.args) for number, each in enumerate(requests)]
 
-    def _complete(self, context: str, settings: Mapping[str, Any]) -> str:
-        sampled = settings.get("do_sample")
-        temperature = float(settings.get("temperature", 0.0)) if sampled else 0.0
-        room = min(int(settings.get("max_gen_toks", 256)), self.max_length - 1)
-        ids = self.tok_encode(context)[room - self.max_length :]
+    def _complete(self, number: int, context: str, settings: Mapping[str, Any]) -> str:
+        options, stops = read_settings(settings, number, self.max_length - 1)
+        ids = self.tok_encode(context)[options.max_tokens - self.max_length :]
         if not ids:
             if self.prefix_token_id is None:
                 raise EvaluationError("this tokenizer has no BOS to start an empty context with")
             ids = [self.prefix_token_id]
-        options = Generation(max_tokens=room, sampling=Sampling(temperature=temperature))
-        text = write(self.loaded, ids, options, opens_text=False).text
-        stops = settings.get("until") or ()
-        for stop in [stops] if isinstance(stops, str) else stops:
-            text = text.partition(stop)[0] if stop else text
-        return text
+        return write_until(self.loaded, ids, options, stops)
 
 
 @one_line_failures(ModelError)
