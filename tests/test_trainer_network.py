@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,16 @@ def test_a_store_listens_where_it_is_told_to(tmp_path: Path) -> None:
     assert bound_store("127.0.0.1", store.port).get("key") == b"value"  # taken: a client of it
     with pytest.raises(SummerError, match=r"nowhere\.invalid:29500, where ranks meet: "):
         bound_store("nowhere.invalid", 29500)
+
+
+def test_a_name_that_only_this_machine_knows_is_no_place_to_meet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Debian's /etc/hosts gives a machine's own name the address 127.0.1.1."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 29500))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *of, **how: found)
+    with pytest.raises(SummerError, match=r"node-0 is 127\.0\.1\.1 on this machine"):
+        bound_store("node-0", 29500)
 
 
 def test_the_way_to_an_address_names_our_own() -> None:

@@ -97,6 +97,11 @@ def local_address(master: str) -> str:
 def _bind(host: str, port: int) -> socket.socket | None:
     """A socket at an address; None where it is taken, or belongs to another machine."""
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if str(address[0]).startswith("127.") and host != "localhost" and not host.startswith("127."):
+        raise SummerError(  # as Debian's /etc/hosts has it: other machines would find themselves
+            f"{host} is {address[0]} on this machine, which no other reaches: give its address on "
+            "the network"
+        )
     bound = socket.socket(family, kind)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
