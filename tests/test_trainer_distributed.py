@@ -1,11 +1,14 @@
 """Processes: a rank that has done its work ends with 0, and freed memory stays with it."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -216,3 +219,36 @@ def test_who_waits_for_ranks_that_do_not_come_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
     with pytest.raises(ConfigError, match="1 of 4 ranks came within"), world.join_world("cpu"):
         pass
+
+
+LISTEN = """
+import time
+from trainer.distributed.world import listen_for_stop
+
+with listen_for_stop() as asked:
+    print("ready", flush=True)
+    while not asked():
+        time.sleep(0.01)
+    print("asked", flush=True)
+    time.sleep(60)  # a long step
+"""
+
+
+def test_ctrl_c_is_acknowledged_and_again_ends_at_once() -> None:
+    """The same Ctrl-C comes twice, from the terminal and from the launcher: that is not again."""
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started: Any = subprocess.Popen([sys.executable, "-c", LISTEN], **pipes)
+    with started as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "asked\n"
+            time.sleep(1.2)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == -signal.SIGINT
+            said = process.stderr.read().strip()
+            assert said == "stopping after this step; Ctrl-C again to end now, without saving"
+        finally:
+            process.kill()

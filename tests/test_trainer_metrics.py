@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.metrics import metrics
 from trainer.metrics.display import Display, step_line
 from trainer.metrics.metrics import (
     GuardHistory,
@@ -159,3 +160,36 @@ def test_nothing_is_said_of_a_line_under_way(
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2')
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("when", ["opened", "written"])
+def test_what_fails_in_tensorboard_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    """A full disk ended a run that would have gone on."""
+
+    def full(*of: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened = full if when == "opened" else lambda run, step: full
+    monkeypatch.setattr(metrics, "_tensorboard", opened)
+    journal = Journal(tmp_path, 0, writes=True, tensorboard=True)
+    for step in (3, 4):
+        journal.metrics({**VALUES, "step": step})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4]
+    assert caplog.text.count("TensorBoard has failed") == 1
+
+
+def test_with_a_checkpoint_both_logs_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = list[str]()
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+    )
+    journal = Journal(tmp_path, 0, writes=True, tensorboard=False)
+    journal.metrics(VALUES)
+    journal.event("loader")
+    assert synced == []
+    journal.event("checkpoint")
+    assert {Path(name).name for name in synced} == {"metrics.jsonl", "events.jsonl"}

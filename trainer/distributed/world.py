@@ -29,6 +29,7 @@ from trainer.errors import ConfigError, LostRankError
 T = TypeVar("T")
 
 _RELEASE_S: Final = 0.05
+_AGAIN_S: Final = 1.0  # a terminal and the launcher both send a rank the same Ctrl-C
 _PEERS_S: Final = 600.0  # how long a rank waits for the others to come
 _NUMBERS: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 """What torchrun sets in the environment of each process, besides `_MASTER`."""
@@ -249,7 +250,19 @@ def listen_for_stop() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # handlers belong to the main thread; here there are none
         return
-    before = {number: signal.signal(number, lambda *of: asked.set()) for number in STOP_SIGNALS}
+    first_s = 0.0
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal first_s
+        if number == signal.SIGINT and asked.is_set() and time.monotonic() - first_s > _AGAIN_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not asked.is_set() and number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping after this step; Ctrl-C again to end now, without saving\n")
+        first_s = first_s or time.monotonic()
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
     try:
         yield asked.is_set
     finally:

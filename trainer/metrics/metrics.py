@@ -65,19 +65,33 @@ class Journal:
         if writes:
             drop_lines_after(run / METRICS, step)
             self._files = {name: _Lines(run / name) for name in (METRICS, EVENTS)}
-            self._chart = _tensorboard(run, step) if tensorboard else None
+            if tensorboard:
+                self._best_effort(lambda: setattr(self, "_chart", _tensorboard(run, step)))
 
     def metrics(self, values: Values) -> None:
         """One line for one step."""
         if METRICS in self._files:
             self._files[METRICS].append(values)
-        if self._chart is not None:
-            self._chart(int(values["step"]), values)
+        if (chart := self._chart) is not None:
+            self._best_effort(lambda: chart(int(values["step"]), values))
 
     def event(self, kind: str, **facts: Any) -> None:
-        """One line for something that happened, with the time of day."""
+        """One line for something that happened, with the time of day; with a checkpoint, both
+        logs are on the disk."""
         if EVENTS in self._files:
             self._files[EVENTS].append(_event(kind, facts))
+        for file in self._files.values() if kind == RunEvent.CHECKPOINT else ():
+            file.flush_to_disk()
+
+    def _best_effort(self, act: Callable[[], None]) -> None:
+        """Do something for TensorBoard; what fails there, a full disk, is no reason to end."""
+        try:
+            act()
+        except Exception as error:
+            self._chart = None
+            logging.getLogger(__name__).warning(
+                "! TensorBoard has failed (%s) and is left alone; metrics.jsonl goes on", error
+            )
 
 
 def report_rank_failure(run: Path, text: str, event: str, **facts: Any) -> None:
@@ -114,6 +128,15 @@ class _Lines:
                 os.ftruncate(handle, size)
         finally:
             os.close(handle)
+
+    def flush_to_disk(self) -> None:
+        """Have all lines survive a power cut, if the disk lets them."""
+        with contextlib.suppress(OSError):
+            handle = os.open(self._path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 _LINE: Final[dict[str, dict[str, object]]] = {
