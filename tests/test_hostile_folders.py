@@ -142,7 +142,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "name",
     [".lock", "metrics.jsonl", "events.jsonl", "ranks", "checkpoints", "checkpoints/step-9",
-     "checkpoints/step-2/COMMIT.json", "config.json"],
+     "checkpoints/step-2/COMMIT.json", "config.json", "stacks/rank-0.txt", "tensorboard/events"],
 )  # fmt: skip
 def test_a_run_writes_and_removes_nothing_through_a_link(
     run: Path, tmp_path: Path, name: str
@@ -150,6 +150,7 @@ def test_a_run_writes_and_removes_nothing_through_a_link(
     target = tmp_path / "elsewhere"
     target.write_text("mine")
     path = run / name
+    path.parent.mkdir(exist_ok=True)
     if path.is_dir():
         path.rename(tmp_path / "moved")
         target = tmp_path / "moved"
@@ -214,4 +215,4 @@ def test_a_file_system_without_locks_is_not_another_trainer(
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     with claim(run, ALONE):
-        pass
+        assert (run / ".lock").exists()

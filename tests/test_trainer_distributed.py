@@ -252,3 +252,22 @@ def test_ctrl_c_is_acknowledged_and_again_ends_at_once() -> None:
             assert said == "stopping after this step; Ctrl-C again to end now, without saving"
         finally:
             process.kill()
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
+    ignore = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    quiet = ignore + LISTEN.replace('print("asked"', 'print("asked", time.monotonic() - began')
+    quiet = quiet.replace('    print("ready"', '    began = time.monotonic()\n    print("ready"')
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started: Any = subprocess.Popen([sys.executable, "-c", quiet], **pipes)
+    with started as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.3)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)  # the first that is heard
+            _, seconds = process.stdout.readline().split()
+            assert float(seconds) > 0.3
+        finally:
+            process.kill()

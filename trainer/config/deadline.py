@@ -15,7 +15,7 @@ STARTED: Final = "SUMMER_START_UNIX_S"
 """Variable with the time at which the job began: its ranks, and restarts, count from there."""
 
 _SLURM_END: Final = "SLURM_JOB_END_TIME"  # Unix seconds
-_SLOW_DISK: Final = 100e6  # bytes a second
+SLOW_DISK: Final = 100e6  # bytes a second, of a state that is saved before the end
 _UNITS: Final = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -36,5 +36,5 @@ def stop_time(
     """
     started = float(environment.get(STARTED, time.time()))
     end = environment.get(_SLURM_END, "")
-    slurm = float(end) - 60 - state_bytes / _SLOW_DISK if end.isdigit() else math.inf
+    slurm = float(end) - 60 - state_bytes / SLOW_DISK if end.isdigit() else math.inf
     return min(started + parse_duration(stop_after), slurm)

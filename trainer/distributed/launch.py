@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, get_args_parser
 
 from shards.errors import SummerError, one_line
-from trainer.config.deadline import STARTED
+from trainer.config.deadline import SLOW_DISK, STARTED
 from trainer.distributed.rendezvous import MACHINES, ONE_MACHINE, local_address
 from trainer.errors import LostRankError, TrainingError
 
@@ -38,7 +38,6 @@ EXIT_REASON: Final = "SUMMER_EXIT_REASON"
 _HANDED_ON: Final = ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2")  # signals, to the ranks
 _PARENT_DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG
 _RESTARTS: Final = 3
-_SLOW_DISK: Final = 100e6  # bytes a second, of a state that is saved before the end
 
 
 class Launch(NamedTuple):
@@ -116,7 +115,9 @@ def _run_on_all(launch: Launch, arguments: Sequence[str]) -> None:
     parser = get_args_parser()
     parser.allow_abbrev = False  # it would take a command's --run for the beginning of --run-path
     args = parser.parse_args(torchrun_arguments(launch, arguments))
-    args.signals_to_handle = ",".join(f"SIG{name}" for name in _HANDED_ON)
+    under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    handed_on = [name for name in _HANDED_ON if name != "HUP" or not under_nohup]
+    args.signals_to_handle = ",".join(f"SIG{name}" for name in handed_on)
     if args.standalone:
         args.rdzv_backend, args.rdzv_endpoint, args.standalone = ONE_MACHINE, "127.0.0.1:0", False
     elif args.rdzv_backend in ("c10d", "static") and args.rdzv_endpoint:
@@ -125,7 +126,7 @@ def _run_on_all(launch: Launch, arguments: Sequence[str]) -> None:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # it would listen on all interfaces
     os.environ.setdefault(STARTED, str(time.time()))
     # torchrun gives ranks 30 seconds between SIGTERM and SIGKILL
-    grace_s = 60 + round(launch.state_bytes / _SLOW_DISK)
+    grace_s = 60 + round(launch.state_bytes / SLOW_DISK)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(grace_s))
     config, entrypoint, entry_args = config_from_args(args)
     for name in logging.root.manager.loggerDict:

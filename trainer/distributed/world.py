@@ -41,16 +41,10 @@ _ALIKE: Final = (
 )
 """The same numbers as srun and mpirun set them."""
 
-STOP_SIGNALS: Final = tuple(
-    getattr(signal, name)
-    for name in (
-        "SIGTERM",
-        "SIGINT",
-        "SIGHUP",
-        "SIGUSR1",
-        "SIGUSR2",
-    )  # sbatch --signal, a closed ssh
-)
+STOP_SIGNALS: Final = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+)  # fmt: skip
+"""A scheduler's, Ctrl-C, a closed terminal (unless under nohup), and those of sbatch --signal."""
 
 _TRANSPORTS: Final = ("gloo", "NCCL", "Connection", "ProcessGroup")
 
@@ -262,7 +256,9 @@ def listen_for_stop() -> Iterator[Callable[[], bool]]:
         first_s = first_s or time.monotonic()
         asked.set()
 
-    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
+    under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or not under_nohup]
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked.is_set
     finally:

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from shards.files import open_plain
 from shards.versions import writer_of
-from trainer.checkpoint.runs import CHECKPOINTS
 from trainer.checkpoint.storage import Record
 from trainer.config.config import differences, from_stored, spell_value
 from trainer.config.train_plan import SourceFacts, TrainPlan
@@ -169,7 +168,7 @@ def claim(run: Path, world: World) -> Iterator[None]:
 
 def _check_own_files(run: Path) -> None:
     """ConfigError for a link in a run's folder: what is written or removed would lie elsewhere."""
-    for path in [*run.iterdir(), *(run / CHECKPOINTS).glob("*"), *(run / CHECKPOINTS).glob("*/*")]:
+    for path in run.rglob("*"):
         if path.is_symlink():
             raise ConfigError(
                 f"{path} is a link, and a run writes and removes in its own folder alone: put what "
