@@ -18,8 +18,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from model.config import ModelError, count_params, flops_per_token
-from tools.diagnosis import checks, data, machine, speed
+from model.config import ModelError, count_params
+from tools.diagnosis import checks, data, machine, speed, trial
 from tools.diagnosis.checks import run_checks
 from tools.diagnosis.collective import ExchangeError, time_all_reduce
 from tools.diagnosis.machine import CheckResult, Context
@@ -32,9 +32,11 @@ from trainer.distributed.devices import ACCELERATORS
 @pytest.fixture
 def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Context:
     monkeypatch.setattr(data, "PROBE_BYTES", 1 << 20)
-    config = configure(preset="tiny").config
-    config = replace(config, compile=False, model=sample_config(), global_batch_tokens=256)
-    return Context(config=config, device="cpu", folder=tmp_path)
+    names = ("n_layers", "d_model", "n_heads", "d_ff", "vocab_size", "seq_len")
+    shape = [f"model.{name}={getattr(sample_config(), name)}" for name in names]
+    settings = (*shape, "compile=false", "global_batch_tokens=256", "device=cpu")
+    config = configure(preset="tiny", sets=settings).config
+    return Context(config=config, settings=settings, device="cpu", folder=tmp_path)
 
 
 def only(check: Callable[..., Any], context: Context) -> list[CheckResult]:
@@ -55,7 +57,7 @@ def test_this_machine_can_train_a_small_model(context: Context) -> None:
     assert not [result for result in results if result.verdict == "fail"]
     assert {result.topic for result in results} >= {
         "torch", "driver", "devices", "memory", "attention", "products", "bandwidth",
-        "all-reduce", "numa", "disk", "write rate", "environment", "expected", "shards",
+        "all-reduce", "numa", "disk", "write rate", "environment", "training", "shards",
     }  # fmt: skip
     assert not list(context.folder.iterdir())
     assert context.measured["tokens_per_s"] > 0
@@ -95,13 +97,10 @@ def test_an_unknown_preset_is_one_line() -> None:
 def test_a_preset_that_does_not_fit_is_not_ready(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (machine, speed):
-        monkeypatch.setattr(module, "device_memory_bytes", lambda device, sharers: 1_000)
+    monkeypatch.setattr(machine, "device_memory_bytes", lambda device, sharers: 1_000)
     (result,) = only(machine.memory_fits, context)
     assert result.verdict == "fail"
     assert "tiny needs" in result.detail and "of 0.0 GB" in result.detail
-    context.measured["product_flops_per_s"] = 1e11
-    assert "no rate is estimated" in only(speed.expected, context)[0].detail
 
 
 def test_a_wrong_kernel_is_not_ready(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,62 +194,33 @@ def test_every_known_device_names_its_source() -> None:
         assert known.gemm_tflops is None or known.gemm_tflops < known.bf16_tflops
 
 
-def test_mfu_is_withheld_for_an_unknown_device(
+def test_the_rate_is_that_of_real_steps_on_all_ranks(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context.measured["product_flops_per_s"] = 1e11
-    (result,) = only(speed.expected, context)
-    assert "ESTIMATE (from real steps of 2 of 2 layers, " in result.detail
-    assert "MFU withheld" in result.detail and "mfu" not in result.figures
-    named(monkeypatch, "NVIDIA H100 80GB HBM3")
-    (result,) = only(speed.expected, context)
-    assert "MFU (causal attention" in result.detail
-    assert 0 < result.figures["mfu"] < 1
+    monkeypatch.setattr(trial, "STEPS", 3)
+    (result,) = only(trial.training, replace(context, nproc=2))
+    assert result.verdict == "ok"
+    assert "the median of 3 steps of 256 tokens on 2 ranks; MFU withheld" in result.detail
+    assert result.figures == context.measured and set(result.figures) == {"tokens_per_s"}
+    assert result.detail.startswith(f"{result.figures['tokens_per_s']:,.0f} tokens/s")
+    assert not list(context.folder.iterdir())
 
 
-def test_an_expected_step_is_the_sum_of_its_parts(
+def test_steps_that_take_too_long_have_no_rate(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 256 tokens, in micro-batches of one sequence that take 1 s, an update of 0.5 s."""
-    monkeypatch.setattr(speed, "time_steps", lambda config, device: speed.TrialTimes(1.0, 0.5))
-    monkeypatch.setattr(speed, "device_memory_bytes", lambda device, sharers: 10**9)
-    context = replace(context, config=replace(context.config, micro_batch_size=1))
-    context.measured["product_flops_per_s"] = 1e11
-    n = 256 // context.config.model.seq_len
-    (alone,) = only(speed.expected, context)
-    assert alone.figures["tokens_per_s"] == pytest.approx(256 / (n + 0.5))
-    # two ranks share a CPU, and nothing covers their exchange
-    n_params = count_params(context.config.model)
-    context.measured["exchange_bytes_per_s"] = 4 * n_params / 3.0
-    (shared,) = only(speed.expected, replace(context, nproc=2))
-    assert shared.figures["tokens_per_s"] == pytest.approx(256 / (n + 0.5 + 3.0))
-    # two GPUs each do half; all but 2/3 s of the exchange, or one of two blocks' part, counts
-    gpus = replace(context, nproc=2, device="cuda")
-    monkeypatch.setattr(speed, "device_name", lambda device: "unknown")
-    (covered,) = only(speed.expected, gpus)
-    assert covered.figures["tokens_per_s"] == pytest.approx(256 / (n / 2 + 0.5 + 3.0 - 2 / 3))
-    context.measured["exchange_bytes_per_s"] = 4 * n_params / 0.5
-    (hidden,) = only(speed.expected, gpus)
-    assert hidden.figures["tokens_per_s"] == pytest.approx(256 / (n / 2 + 0.5 + 0.25))
+    monkeypatch.setattr(trial, "LIMIT_S", 0.0)
+    (result,) = only(trial.training, context)
+    assert (
+        result.verdict == "note" and "no rate: 3 steps of 256 tokens take longer" in result.detail
+    )
+    assert not context.measured and not list(context.folder.iterdir())
 
 
-def test_a_model_too_large_for_one_device_is_tried_with_fewer_layers(
-    context: Context, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(speed, "time_steps", lambda config, device: speed.TrialTimes(1.0, 0.5))
-    context = replace(context, config=replace(context.config, micro_batch_size=1))
-    model = context.config.model
-    single = replace(model, n_layers=1)
-    seq_len = model.seq_len
-    work = seq_len * flops_per_token(single, seq_len)
-    context.measured["product_flops_per_s"] = work / speed._LONGEST_S  # enough for one layer
-    trial = speed.trial_config(context)
-    assert trial is not None and trial.model == single and trial.micro_batch_size == 1
-    (result,) = only(speed.expected, context)
-    assert "real steps of 1 of 2 layers" in result.detail
-    passes = 256 / seq_len * flops_per_token(model, seq_len) / flops_per_token(single, seq_len)
-    update = 0.5 * count_params(model) / count_params(single)
-    assert result.figures["tokens_per_s"] == pytest.approx(256 / (passes + update))
+def test_a_run_that_cannot_train_is_not_ready(context: Context) -> None:
+    (result,) = only(trial.training, replace(context, nproc=3))
+    assert result.verdict == "fail" and "global_batch_tokens" in result.detail
+    assert not list(context.folder.iterdir())
 
 
 def test_two_processes_add_up(context: Context) -> None:

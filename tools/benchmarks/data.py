@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from measure import cpu_seconds, machine, parse, spread, write_shards
+from measure import cpu_seconds, machine, parse, spread
 from shards import writer
 from shards.reader import ShardReader
+from tools.diagnosis.trial import write_shards
 from trainer.config.shares import REFERENCE_SHARES
 from trainer.data.batches import MicroBatches, StepRange
 from trainer.data.loader import Loader, LoaderConfig

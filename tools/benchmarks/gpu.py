@@ -33,9 +33,10 @@ import numpy as np
 import torch
 
 import attention
-from measure import cpu_name, machine, parse, spread, write_shards
+from measure import cpu_name, machine, parse, spread
 from step import made_up, settle, shares, timed, utilisation
 from step_sides import Work, ours
+from tools.diagnosis.trial import write_shards
 from tools.rehearsal.processes import compare_checkpoints, train_with_faults
 from trainer.config.config import configure
 from trainer.config.memory import memory_by_part

@@ -16,11 +16,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
-from shards.format import Facts, ManifestTokenizer, Part, token_dtype
-from shards.writer import ShardWriter, write_manifest
-
 T = TypeVar("T")
 
 _RUN = """
@@ -139,23 +134,3 @@ def spread(values: Sequence[float], unit: str) -> str:
     figures = (statistics.median(values), min(values), max(values))
     middle, low, high = (f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in figures)
     return f"{middle} ({low} .. {high}) {unit}".rstrip()
-
-
-def write_shards(folder: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """A prepared source of these rows [N, seq_len], each a document of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = ManifestTokenizer(
-        name="none", sha256="0" * 64, vocab_size=vocab_size, bos_id=1, eos_id=2, pad_id=0
-    )
-    facts = Facts(
-        source=folder.name, dataset="none", revision="0" * 40, licence="none",
-        seq_len=tokens.shape[1], dtype=token_dtype(vocab_size).name, packing="concat",
-        val_fraction=0.0, tokenizer=tokenizer,
-    )  # fmt: skip
-    writer = ShardWriter(folder, "00000", facts)
-    for first in range(0, len(tokens), 1000):
-        rows = tokens[first : first + 1000].astype(facts.dtype)
-        numbers = np.arange(first, first + len(rows), dtype=np.uint32)
-        writer.add("train", rows, numbers * 0, numbers, None)
-    writer.finish([], plan_sha256="0" * 64)
-    write_manifest(folder, facts, [Part(file="none", first=0, last=1)], 1)

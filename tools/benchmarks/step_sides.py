@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.profiler import record_function
 
 from attention import alibi_mask
 from model.attention import Attention, LayerCache, fold
 from model.positions import Positions
-from tools.diagnosis.speed import TrialStep
 from tools.models.llama import config_to_llama
 from trainer.config.config import RunConfig
 from trainer.distributed.world import World
+from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
 from trainer.session.network import Network, autocast, build_network
 
 
@@ -90,6 +91,31 @@ class MaskedAttention(Attention):
         attended = F.scaled_dot_product_attention(q, k, v, self.mask, dropout, enable_gqa=gqa)
         out: Tensor = self.out(attended.transpose(1, 2).reshape(B, T, -1))
         return out
+
+
+class TrialStep:
+    """The two parts of an optimizer step of one micro-batch of `n_rows`, as in training."""
+
+    def __init__(self, config: RunConfig, network: Network, device: torch.device, n_rows: int):
+        self._config, self._network, self._device = config, network, device
+        self.optimizer = make_optimizer(network.bare, config.optim)
+        self._key = torch.zeros(n_rows, 2, dtype=torch.int32, device=device)
+        self._rejected = torch.zeros((), device=device)
+        self._n = n_rows * config.model.seq_len
+        self._n_targets = torch.tensor(float(self._n), device=device)
+
+    def micro_batch(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The loss of tokens and targets [B, T], its gradients left in the parameters."""
+        with autocast(self._config, self._device):
+            loss: Tensor = self._network.model(tokens, targets, self._key) / self._n
+        torch.autograd.backward(loss)
+        return loss
+
+    def update(self) -> None:
+        """Clip, and move the weights."""
+        with record_function("finish_gradients"):
+            finish_gradients(self.optimizer, self._n, self._n_targets, self._config.optim)
+        update(self.optimizer, self._rejected)
 
 
 def _our_side(work: Work, network: Network) -> Side:

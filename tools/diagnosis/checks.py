@@ -17,7 +17,7 @@ import torch
 from model.config import ModelError
 from shards.errors import SummerError
 from shards.reader import find_sources
-from tools.diagnosis import data, machine, speed
+from tools.diagnosis import data, machine, speed, trial
 from tools.diagnosis.machine import CheckResult, Context
 from trainer.config.config import configure
 from trainer.config.resolve import fit_precision
@@ -27,7 +27,7 @@ Check = Callable[[Context], Iterator[CheckResult]]
 CHECKS: Final[tuple[Check, ...]] = (
     machine.versions, machine.devices, machine.memory_fits, machine.attention, speed.products,
     speed.bandwidth, speed.all_reduce, machine.numa_balancing, data.disk, machine.environment,
-    speed.expected, data.shards,
+    trial.training, data.shards,
 )  # fmt: skip
 
 
@@ -39,7 +39,8 @@ def make_context(
     With shards, sequence length and vocabulary are theirs.
     """
     kind = pick_device(device)
-    config, _ = fit_precision(configure(preset=preset, sets=[f"device={kind}"]))
+    settings = (f"device={kind}",)
+    config, _ = fit_precision(configure(preset=preset, sets=settings))
     n_ranks = nproc or (torch.cuda.device_count() if kind == "cuda" else 1)
     if shards is not None:
         with contextlib.suppress(SummerError):  # what is wrong with them, a check will report
@@ -47,7 +48,9 @@ def make_context(
             vocab_size = -(-facts.tokenizer.vocab_size // 128) * 128
             shape = replace(config.model, seq_len=facts.seq_len, vocab_size=vocab_size)
             config = replace(config, model=shape)
-    return Context(config=config, device=kind, folder=out, nproc=n_ranks, shards=shards)
+    return Context(
+        config=config, settings=settings, device=kind, folder=out, nproc=n_ranks, shards=shards
+    )
 
 
 def run_checks(context: Context, checks: Sequence[Check] = CHECKS) -> Iterator[CheckResult]:

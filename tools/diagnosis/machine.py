@@ -60,12 +60,13 @@ class CheckResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """The run that is planned, the kind of device, and where it would write.
+    """The run that is planned, with what differs from its preset; the device; where it would write.
 
     `measured` is filled by the checks that measure, for those that come after them.
     """
 
     config: RunConfig
+    settings: tuple[str, ...] = ()
     device: str
     folder: Path
     nproc: int = 1
