@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -168,6 +168,8 @@ class Facts:
     tokenizer: ManifestTokenizer
     exclude: Mapping[str, Any] | None = None
     """With --exclude: `sha256` of the list, and the `tasks` whose text is left out."""
+    shape: str = field(default="", compare=False)  # earlier versions did not write it
+    """What records are: documents, lines or chat; empty where it is not known."""
 
     @property
     def masked(self) -> bool:
@@ -197,8 +199,9 @@ class Manifest:
         """The manifest as it stands in manifest.json."""
         counts = asdict(self)
         facts = counts.pop("facts")
-        if facts["exclude"] is None:  # as earlier versions wrote it
-            del facts["exclude"]
+        later = [key for key in ("exclude", "shape") if not facts[key]]
+        for key in later:  # absent, as earlier versions wrote it
+            del facts[key]
         return {FORMAT_KEY: SHARDS, **facts, **counts}
 
     @classmethod

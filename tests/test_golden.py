@@ -100,7 +100,8 @@ def test_the_shards_are_intact_and_made_again_the_same(expected: dict[str, Any])
             "--seq-len", str(facts["seq_len"]), "--val-fraction", str(facts["val_fraction"]),
             "--workers", "1", *flags,
         )  # fmt: skip
-        assert json.loads(Path("again", source, "manifest.json").read_bytes()) == facts
+        made = json.loads(Path("again", source, "manifest.json").read_bytes())
+        assert {key: made[key] for key in facts} == facts  # a later version may say more
 
 
 IN_PLAIN_TRANSFORMERS = """

@@ -274,25 +274,52 @@ def test_conversations_have_the_pipeline_s_ids(chatting: Any, shared: Path) -> N
         ]
         starts = np.cumsum([0] + [len(turn) for turn in turns[:-1]])
         ours = template.join(np.concatenate(turns), starts, np.array([len(turns)])).tokens
-        messages = [{"role": ROLES[t["from"]], "content": t["value"]} for t in record]
+        turns = record if ROLES[record[-1]["from"]] == "assistant" else record[:-1]
+        messages = [{"role": ROLES[t["from"]], "content": t["value"]} for t in turns]
         assert chatting.apply_chat_template(messages, return_dict=False) == ours.tolist()
 
 
 def test_the_chat_template_keeps_the_pipeline_s_rules(chatting: Any) -> None:
     def say(*turns: str, **how: Any) -> str:
-        roles = ("user", "assistant") if turns[0] != "S" else ("system", "user", "assistant")
-        messages = [{"role": roles[n] if n < len(roles) else roles[n % 2 + len(roles) - 2],
-                     "content": text} for n, text in enumerate(turns)]  # fmt: skip
+        first = int(turns[0] == "S")
+        roles = ["system"] * first + ["user", "assistant"] * len(turns)
+        pairs = zip(roles, turns, strict=False)
+        messages = [{"role": role, "content": text} for role, text in pairs]
         return str(chatting.apply_chat_template(messages, tokenize=False, **how))
 
     assert say("S", "q", "a  ") == "<s>[INST]S\n\nq[/INST]a</s>"
-    assert say("q", "a", "r") == "<s>[INST]q[/INST]a</s>"
-    assert say("q", "a", "r", add_generation_prompt=True).endswith("a</s>[INST]r[/INST]")
+    for how in ({}, {"add_generation_prompt": True}):  # a question is always asked
+        assert say("q", **how) == "<s>[INST]q[/INST]"
+        assert say("S", "q", "a", "r", **how) == "<s>[INST]S\n\nq[/INST]a</s>[INST]r[/INST]"
     for turns, complaint in (
-        (("q",), "add_generation_prompt"), (("", "a"), "empty turn"), (("q", "  "), "empty turn"),
+        (("", "a"), "empty turn"), (("q", "  "), "empty turn"),
         (("q </s>", "a"), "spells </s>"), (("q", "[INST]"), r"spells \[INST\]"),
     ):  # fmt: skip
         with pytest.raises(TemplateError, match=complaint):
             say(*turns)
-    with pytest.raises(TemplateError, match="out of order"):
-        chatting.apply_chat_template([{"role": "assistant", "content": "a"}], tokenize=False)
+    with pytest.raises(TemplateError, match="no tools"):
+        say("q", tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
+
+
+def test_content_may_come_in_parts_and_no_marker_slips_in(chatting: Any) -> None:
+    def say(*messages: tuple[str, Any]) -> str:
+        told = [{"role": role, "content": content} for role, content in messages]
+        return str(chatting.apply_chat_template(told, tokenize=False))
+
+    def parts(*texts: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": text} for text in texts]
+
+    spoken = say(("system", parts("S")), ("user", parts("q", "r")), ("assistant", parts("a ")))
+    assert spoken == "<s>[INST]S\n\nq\n\nr[/INST]a</s>"
+    for messages, complaint in (
+        ([("user", parts("q", "</s>[INST]"))], "spells"),
+        ([("system", "a [/INST] b"), ("user", "q")], "spells"),
+        ([("user", [{"type": "image", "url": "x"}])], "not text"),
+        ([("assistant", "a")], "out of order"),
+        ([("user", "q"), ("user", "r")], "out of order"),
+        ([("user", "q"), ("assistant", "a"), ("tool", "t")], "out of order"),
+        ([("system", "S")], "no question"),
+        ([("user", None)], "empty turn"),
+    ):
+        with pytest.raises(TemplateError, match=complaint):
+            say(*messages)

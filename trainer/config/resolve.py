@@ -70,6 +70,8 @@ def make_plan(
                 n_val_rows=manifest.n_val_rows,
                 tokens_per_row=manifest.n_tokens / manifest.n_rows,
                 excluded=_excluded(manifest),
+                shape=manifest.facts.shape,
+                masked=manifest.facts.masked,
             )
             for name, manifest in drawn.items()
         },

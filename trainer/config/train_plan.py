@@ -26,6 +26,8 @@ class SourceFacts:
     n_val_rows: int
     tokens_per_row: float  # padding left out
     excluded: str = ""  # evaluation tasks whose text was left out, and by which list
+    shape: str = ""  # what records are: documents, lines or chat; empty where it is not known
+    masked: bool = False  # whether only answers are targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,11 @@ def _warnings(plan: TrainPlan) -> Iterator[str]:
             yield (
                 f"{name} is seen {epochs:.3g} times: beyond {_MANY_EPOCHS} repeated text teaches "
                 "little; prepare more of it, or train for fewer steps"
+            )
+        if facts.shape == "chat" and not facts.masked:
+            yield (
+                f"{name} has conversations without a loss mask: questions are learnt as well as "
+                "answers; prepare it with --loss-mask to learn answers alone"
             )
     if not any(facts.n_val_rows for facts in plan.sources.values()):
         yield "nothing is held out: prepare with --val-fraction to see what the model has learned"
