@@ -296,9 +296,9 @@ def _build(cls: type[T], value: Any) -> T:
     needed = [each.name for each in every if each.default is each.default_factory is MISSING]
     if absent := [name for name in needed if name not in value]:
         raise ShardError(f"{cls.__name__} lacks {', '.join(absent)}")
-    given = [field for field in every if field.name in value]
-    for field in given:
-        wanted = _SPELLED.get(str(field.type))
-        if wanted is not None and type(value[field.name]) not in wanted:
-            raise ShardError(f"{cls.__name__} has {field.name} {value[field.name]!r}")
-    return cls(**{field.name: value[field.name] for field in given})
+    given = [each for each in every if each.name in value]
+    for each in given:
+        wanted = _SPELLED.get(str(each.type))
+        if wanted is not None and type(value[each.name]) not in wanted:
+            raise ShardError(f"{cls.__name__} has {each.name} {value[each.name]!r}")
+    return cls(**{each.name: value[each.name] for each in given})

@@ -69,7 +69,7 @@ def train_on(name: str, exit_code: int = 0) -> Path:
 
 def export(name: str, folder: Path) -> Path:
     """The folder for transformers that a golden run's newest checkpoint becomes."""
-    run(convert, "--from", f"runs/{name}", "--to", str(folder))
+    run(convert, "--from", f"runs/{name}", "--to", str(folder), "--dtype", "fp32")
     return folder
 
 

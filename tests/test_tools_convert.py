@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.text.exclude import Exclusion
@@ -17,6 +18,9 @@ from pipeline.text.tokenizer import train as train_tokenizer
 from pipeline_samples import TEXTS, byte_level, prepared, request, write_jsonl
 from shards.format import TOKENIZER
 from shards.reader import ShardReader
+from tools.conversion import conversion
+from tools.conversion.card import knows_conversations
+from tools.conversion.conversion import ALONE
 from tools.convert import main
 from tools.errors import ConversionError
 from tools.evaluation.heldout import evaluate_heldout
@@ -31,7 +35,7 @@ from tools.models.llama import (
     weights_to_llama,
 )
 from tools.models.loading import ModelSpec, load
-from tools.models.tokenizers import tokenizer_json
+from tools.models.tokenizers import tokenizer_config, tokenizer_json
 from tools.tracing.run_trace import RunTrace
 from tools_samples import (
     sample_config,
@@ -41,6 +45,7 @@ from tools_samples import (
     trained_run,
     write_shards,
 )
+from trainer.checkpoint.storage import save
 from trainer.config.config import configure
 from trainer.config.resolve import make_plan
 from trainer.metrics.metrics import read_metrics
@@ -87,7 +92,7 @@ def test_a_folder_becomes_a_run_with_the_same_logits(tmp_path: Path, tied: bool)
 
 def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
     run, target = trained_run(tmp_path / "run", **PLAIN), tmp_path / "hf"
-    result = convert(run / "checkpoints" / "step-3", target)
+    result = convert(run / "checkpoints" / "step-3", target, "--dtype", "fp32")
     assert result.exit_code == 0, result.output
     loaded = load(ModelSpec(run=run, device="cpu", dtype="fp32"))
     ours = loaded.model
@@ -195,7 +200,7 @@ def test_a_folder_with_a_tokenizer_json_is_trained_further(
     (row, *_) = RunTrace(tmp_path / "run").at_step(1)
     assert "a.jsonl" in row.origin and row.text
 
-    result = convert(tmp_path / "run", tmp_path / "again")
+    result = convert(tmp_path / "run", tmp_path / "again", "--dtype", "fp32")
     assert result.exit_code == 0, result.output
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     card = (tmp_path / "again" / "README.md").read_text()
@@ -331,3 +336,73 @@ def test_user_defined_symbols_become_control_pieces(tmp_path: Path) -> None:
     tokenizer = hugging_face.read_tokenizer(tmp_path)
     assert tokenizer.vocab_size == 32_768
     assert tokenizer.decode(tokenizer.encode("[REFERENCE_DOC_0]")) == "[REFERENCE_DOC_0]"
+
+
+@pytest.mark.parametrize(("dtype", "kept_bits"), [("bf16", 8), ("fp16", 11)])
+def test_weights_are_written_rounded_and_checked_as_they_are(
+    tmp_path: Path, dtype: str, kept_bits: int
+) -> None:
+    run, target = trained_run(tmp_path / "run", **PLAIN), tmp_path / "hf"
+    result = convert(run, target, *(["--dtype", dtype] if dtype != "bf16" else []))
+    assert result.exit_code == 0, result.output
+    assert f"; {dtype} moves them by " in result.output
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    described = json.loads((target / "config.json").read_text())
+    assert described["dtype"] == str(wanted).removeprefix("torch.")
+    ours = load(ModelSpec(run=run, device="cpu", dtype="fp32")).model
+    exact = weights_to_llama(ours.config, ours.state_dict())
+    for name, tensor in load_file(target / "model.safetensors").items():
+        assert tensor.dtype == wanted
+        torch.testing.assert_close(tensor.float(), exact[name], rtol=2**-kept_bits, atol=1e-7)
+
+
+def test_weights_beyond_fp16_are_not_written_in_it(tmp_path: Path) -> None:
+    run, target = trained_run(tmp_path / "run", **LLAMA), tmp_path / "hf"
+    loaded = load(ModelSpec(run=run, device="cpu", dtype="fp32"))
+    weights = {f"model.{n}": w * 1e8 if n == "norm.weight" else w
+               for n, w in loaded.model.state_dict().items()}  # fmt: skip
+    save(run, weights, {"step": 4, "next_index": 0}, ALONE)
+    result = convert(run, target, "--dtype", "fp16")
+    assert result.exit_code == 1 and "give --dtype bf16" in result.output
+    assert result.output.count("\n") == 1 and not target.exists()
+
+
+def test_rounding_that_changes_the_model_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(conversion._ROUNDING, "bf16", 1e-6)
+    run = trained_run(tmp_path / "run", **PLAIN)
+    result = convert(run, tmp_path / "hf")
+    assert result.exit_code == 1 and "in bf16 the logits move by" in result.output
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_base_model_has_no_template_of_conversations(tmp_path: Path) -> None:
+    """One that has read none; where it cannot be known, the tokenizer decides, as before."""
+    facts = {"root": "00" * 32, "n_rows": 1, "n_val_rows": 0, "tokens_per_row": 8.0, "excluded": ""}
+    for shape, config, knows in (
+        ("documents", {}, False), ("chat", {}, True), ("", {}, True),
+        ("documents", {"init_from": "base"}, True),
+    ):  # fmt: skip
+        data = {"a": {**facts, "shape": "documents"}, "b": {**facts, "shape": shape}}
+        assert knows_conversations({"data": data, "config": config}) is knows
+    assert knows_conversations({})
+    for chat in (False, True):
+        described = tokenizer_config(Tokenizer.default(), 64, chat=chat)
+        assert ("chat_template" in described) is chat
+
+
+def test_options_that_do_nothing_are_rejected(tmp_path: Path) -> None:
+    folder = llama_folder(tmp_path / "hf")
+    for options, said in (
+        (("--dtype", "bf16"), "leave --dtype out"), (("--gguf", "f16"), "leave --gguf out"),
+        (("--public",), "--public goes with --push"),
+    ):  # fmt: skip
+        result = convert(folder, tmp_path / "run", *options)
+        assert result.exit_code != 0 and said in result.output
+    alone = CliRunner().invoke(main, ["--from", str(folder)])
+    assert alone.exit_code == 2 and "give --to a new folder" in alone.output
+    run = trained_run(tmp_path / "alibi")
+    result = convert(run, tmp_path / "x", "--gguf", "f16")
+    assert result.exit_code == 1 and "model.alibi=false" in result.output
+    assert not (tmp_path / "x").exists()

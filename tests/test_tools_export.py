@@ -19,20 +19,21 @@ from conftest import REPOSITORY
 from pipeline.text.chat import ROLES, ChatTemplate, render
 from pipeline.text.tokenizer import Tokenizer
 from shards.versions import VERSION
-from tools.conversion.conversion import model_card
+from tools.conversion.card import Export, model_card
 from tools.convert import main
 from tools.generation.generation import Generation, Sampling, generate
 from tools.models.hf_folder import MODELING, model_code, write_folder
 from tools.models.loading import ModelSpec, load
 from tools_samples import sample_model, sample_tokenizer, trained_run
 from trainer.checkpoint.runs import EVALUATIONS
+from trainer.checkpoint.storage import read_record
 from trainer.config.config import load_config
 
 transformers = pytest.importorskip("transformers")
 
 
-def convert(source: Path, target: Path) -> Result:
-    return CliRunner().invoke(main, ["--from", str(source), "--to", str(target)])
+def convert(source: Path, target: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["--from", str(source), "--to", str(target), *options])
 
 
 IN_PLAIN_TRANSFORMERS = """
@@ -169,7 +170,7 @@ def test_with_alibi_its_own_code_goes_along(tmp_path: Path) -> None:
     expected: list[dict[str, Any]] = []
     for number, shape in enumerate(SHAPES):
         run, target = trained_run(tmp_path / f"run{number}", **shape), tmp_path / f"hf{number}"
-        result = convert(run, target)
+        result = convert(run, target, "--dtype", "fp32")
         assert result.exit_code == 0, result.output
         ours = load(ModelSpec(run=run, device="cpu", dtype="fp32"))
         encode = ours.vocabulary.encode
@@ -250,7 +251,8 @@ def test_the_card_says_where_the_weights_come_from(tmp_path: Path) -> None:
                  f"summerlm {VERSION}", "trust_remote_code=True"):  # fmt: skip
         assert said in card
     plain = trained_run(tmp_path / "plain", alibi=False) / "checkpoints" / "step-3"
-    assert "trust_remote_code" not in model_card(plain, load(ModelSpec(checkpoint=plain)))
+    card = model_card(plain, load(ModelSpec(checkpoint=plain)), read_record(plain), Export())
+    assert "trust_remote_code" not in card
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,13 @@ What is written goes into a temporary folder, is read back from there by the oth
 its name when both have read the same ids and computed the same logits.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor
 
 from model.config import count_params
 from pipeline.inputs.listing import embedded_inputs
@@ -20,7 +19,8 @@ from pipeline.text.json_tokenizer import load_tokenizer
 from pipeline.text.tokenizer import Tokenizer
 from shards.files import fsync_folder, publish_bytes
 from shards.format import TOKENIZER_JSON
-from shards.versions import VERSION
+from tools.conversion.card import Export, knows_conversations, model_card
+from tools.conversion.publish import check_gguf, to_gguf
 from tools.errors import ConversionError
 from tools.models.hf_folder import (
     is_hub_folder,
@@ -32,7 +32,7 @@ from tools.models.hf_folder import (
 from tools.models.llama import is_llama
 from tools.models.loading import LoadedModel, ModelSpec, check_fit, load
 from tools.models.tokenizers import Vocabulary, filled_up
-from trainer.checkpoint.runs import EVALUATIONS, is_checkpoint, newest_checkpoint
+from trainer.checkpoint.runs import is_checkpoint, newest_checkpoint
 from trainer.checkpoint.storage import no_single_process_warning, read_record, save
 from trainer.config.config import RunConfig, save_config
 from trainer.distributed.world import World
@@ -46,7 +46,9 @@ _PROBES: Final = (
     " a leading space, a trailing one ",
     "naïve façade, 東京, Ελλάδα, 😀, \u2028 and \x00",
 )
-_CARD: Final = Path(__file__).with_name("model_card.jinja")
+_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_ROUNDING: Final = {"bf16": 2**-4, "fp16": 2**-7, "fp32": 1e-4}
+"""Most that logits may move, of the largest or of 1: a weight keeps eight bits, or eleven."""
 
 
 class Converted(NamedTuple):
@@ -55,20 +57,31 @@ class Converted(NamedTuple):
     made: Format
     source: str
     parameters: int
-    largest_difference: float
+    largest_difference: float  # between us and transformers, on the weights that were written
     limit: float
+    dtype: str = "fp32"
+    rounding: float = 0.0  # of the logits, by writing the weights in `dtype`
 
 
-def convert(source: Path, target: Path, wanted: Format | None = None) -> Converted:
+def convert(
+    source: Path,
+    target: Path,
+    wanted: Format | None = None,
+    export: Mapping[str, Any] | None = None,
+    gguf: str = "",
+) -> Converted:
     """Convert a run (or one of its checkpoints) or a Hugging Face folder into the other kind.
 
-    ConversionError where the model has no equal on the other side, or where the logits differ.
+    `export` holds fields of Export. ConversionError where the model has no equal on the other
+    side, or where the logits differ.
     """
     is_hub = is_hub_folder(source)
     if wanted not in (None, "summer" if is_hub else "hf"):
         raise ConversionError(
             f"{source} is of format {wanted!r} already: leave --format out, or name another folder"
         )
+    if is_hub and (given := [*(export or {}), *(["gguf"] if gguf else [])]):
+        raise ConversionError(f"{source} becomes a run, in fp32: leave --{given[0]} out")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConversionError(f"{target} exists: give --to a new folder")
     _transformers()  # before work starts, not after it
@@ -76,16 +89,22 @@ def convert(source: Path, target: Path, wanted: Format | None = None) -> Convert
     with TemporaryDirectory(prefix=f".{target.name}.converting-", dir=target.parent) as temporary:
         folder = Path(temporary) / target.name
         folder.mkdir()
-        converted = (_to_summer if is_hub else _to_hugging_face)(source, folder)
-        if not converted.largest_difference <= converted.limit:  # so that NaN fails too
-            raise ConversionError(
-                f"{source}: the converted model's logits differ by"
-                f" {converted.largest_difference:.2g} (limit {converted.limit:.2g}), so nothing was"
-                " kept: this is a bug of ours, please report it with the folder's config.json"
-            )
+        if is_hub:
+            converted = _to_summer(source, folder)
+        else:
+            converted = _to_hugging_face(source, folder, Export(**(export or {})), gguf)
         folder.rename(target)
         fsync_folder(target.parent)
     return converted
+
+
+def check_folder(folder: Path) -> Converted:
+    """What a Hugging Face folder holds, if both sides read it alike; else ConversionError."""
+    if not is_hub_folder(folder):
+        raise ConversionError(f"{folder} is no Hugging Face folder: name a new one with --to")
+    written = load(ModelSpec(hf=folder, device="cpu", dtype="fp32"))
+    difference, limit = _compare(folder, written, _theirs(folder))
+    return Converted("hf", str(folder), count_params(written.model.config), difference, limit)
 
 
 def _to_summer(source: Path, folder: Path) -> Converted:
@@ -103,26 +122,56 @@ def _to_summer(source: Path, folder: Path) -> Converted:
     with no_single_process_warning():
         save(folder, {f"model.{name}": weight for name, weight in weights.items()}, record, ALONE)
     made = load(ModelSpec(checkpoint=newest_checkpoint(folder), device="cpu", dtype="fp32"))
+    difference, limit = _compare(source, made, _theirs(source))
+    return Converted("summer", str(source), count_params(config), difference, limit)
+
+
+def _theirs(folder: Path) -> Any:
+    """The folder's model as transformers computes it, in fp32."""
     theirs = _transformers().AutoModelForCausalLM
-    if is_own_architecture(source):  # our own code: the folder's copy might be anybody's
+    if is_own_architecture(folder):  # our own code: the folder's copy might be anybody's
         from tools.models.modeling_summerlm import SummerLMForCausalLM as theirs  # noqa: N813
-    return _compare_logits("summer", str(source), made, theirs.from_pretrained(source, **_LOCAL))
+    return theirs.from_pretrained(folder, **_LOCAL)
 
 
-def _to_hugging_face(source: Path, folder: Path) -> Converted:
+def _to_hugging_face(source: Path, folder: Path, export: Export, gguf: str) -> Converted:
+    """A folder that both sides read alike, and whose logits are the run's as far as `dtype` goes.
+
+    Both sides are compared on the weights that were written, so that only arithmetic is between
+    them; what rounding the weights does to the logits is measured apart, with a bound of its own.
+    """
     if not source.is_dir():
         raise ConversionError(f"{source}: no such folder: name a run or a Hugging Face folder")
     named = {"checkpoint" if is_checkpoint(source) else "run": source}
     loaded = load(ModelSpec(**named, device="cpu", dtype="fp32"))
-    checkpoint = loaded.checkpoint or source
-    tokenizer = load_tokenizer(checkpoint.resolve().parents[1])
-    write_folder(folder, loaded.model.config, loaded.model.state_dict(), tokenizer)
-    publish_bytes(folder / "README.md", model_card(checkpoint, loaded).encode())
+    checkpoint, config = loaded.checkpoint or source, loaded.model.config
+    if gguf:
+        check_gguf(is_llama(config))
+    tokenizer, record = load_tokenizer(checkpoint.resolve().parents[1]), read_record(checkpoint)
+    weights, dtype = loaded.model.state_dict(), _DTYPES[export.dtype]
+    write_folder(folder, config, weights, tokenizer, dtype, chat=knows_conversations(record))
+    card = model_card(checkpoint, loaded, record, export)
+    publish_bytes(folder / "README.md", card.encode())
     _compare_ids(folder, tokenizer)
+    written = load(ModelSpec(hf=folder, device="cpu", dtype="fp32"))
     theirs = _transformers().AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=is_own_architecture(folder), **_LOCAL
     )  # code just written
-    return _compare_logits("hf", loaded.name, loaded, theirs)
+    difference, limit = _compare(source, written, theirs)
+    tokens = _probe(loaded)
+    with torch.inference_mode():
+        original = loaded.model.logits(tokens)
+        moved = (written.model.logits(tokens) - original).abs().max().item()
+    bound = _ROUNDING[export.dtype] * max(1.0, original.abs().max().item())
+    if not moved <= bound:
+        raise ConversionError(
+            f"{source}: in {export.dtype} the logits move by {moved:.2g} (limit {bound:.2g}), so"
+            " nothing was kept: give --dtype fp32"
+        )
+    if gguf:
+        to_gguf(folder, gguf)
+    parameters = count_params(config)
+    return Converted("hf", loaded.name, parameters, difference, limit, export.dtype, moved)
 
 
 def _compare_ids(folder: Path, tokenizer: Tokenizer) -> None:
@@ -145,22 +194,32 @@ def _real_texts() -> Iterator[str]:
                 yield opened.read(_REAL_TEXT_BYTES).decode(errors="ignore")
 
 
-def _compare_logits(made: Format, source: str, ours: LoadedModel, theirs: Any) -> Converted:
-    """How far our logits are from those of transformers' model.
-
-    On random ids and on real text, as long as the model's context up to 512 ids. The limit is 1e-4,
-    or 1e-4 of the largest logit where that is above 1.
-    """
-    length = min(512, ours.trained_context)
+def _probe(loaded: LoadedModel) -> Tensor:
+    """[2, T] random tokens and real text, as long as the model's context up to 512."""
+    length = min(512, loaded.trained_context)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(0, ours.model.config.vocab_size, (length,), generator=generator)
-    read = torch.tensor(list(ours.vocabulary.encode(next(_real_texts())))[:length])
-    tokens = torch.stack([drawn, read])
+    drawn = torch.randint(0, loaded.model.config.vocab_size, (length,), generator=generator)
+    read = torch.tensor(list(loaded.vocabulary.encode(next(_real_texts())))[:length])
+    return torch.stack([drawn, read])
+
+
+def _compare(source: Path, ours: LoadedModel, theirs: Any) -> tuple[float, float]:
+    """How far our logits are from those of transformers' model, and how far they may be.
+
+    The limit is 1e-4, or 1e-4 of the largest logit where that is above 1. ConversionError beyond.
+    """
+    tokens = _probe(ours)
     with torch.inference_mode():
         expected = theirs.eval()(tokens).logits
         difference = (ours.model.logits(tokens) - expected).abs().max().item()
     limit = 1e-4 * max(1.0, expected.abs().max().item())
-    return Converted(made, source, count_params(ours.model.config), difference, limit)
+    if not difference <= limit:  # so that NaN fails too
+        raise ConversionError(
+            f"{source}: the converted model's logits differ by {difference:.2g} (limit"
+            f" {limit:.2g}), so nothing was kept: this is a bug of ours, please report it with the"
+            " folder's config.json"
+        )
+    return difference, limit
 
 
 def _transformers() -> Any:
@@ -175,26 +234,3 @@ def _transformers() -> Any:
     hub.utils.logging.set_verbosity_error()
     hub.utils.logging.disable_progress_bar()
     return hub
-
-
-def model_card(checkpoint: Path, loaded: LoadedModel) -> str:
-    """The README.md of a folder with the checkpoint's weights: model_card.jinja, filled in."""
-    run = checkpoint.resolve().parents[1]
-    found = [*sorted((run / EVALUATIONS / checkpoint.name).glob("*.md")), *sorted(run.glob("*.md"))]
-    cards = [path.read_text(encoding="utf-8").strip() for path in found]
-    head = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["summerlm"]
-    )
-    card = ModelCard.from_template(
-        head,
-        template_path=str(_CARD),
-        name=run.name,
-        parameters=count_params(loaded.model.config),
-        shape=asdict(loaded.model.config),
-        code="" if is_llama(loaded.model.config) else ", trust_remote_code=True",
-        loaded=loaded,
-        record=read_record(checkpoint),
-        exported_by=f"summerlm {VERSION}",
-        results=[each.replace("## ", "### ", 1) for each in cards],
-    )
-    return str(card)

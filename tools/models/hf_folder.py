@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -54,6 +55,8 @@ _NAME: Final = re.compile(r"[\w-][\w.-]*\.safetensors")
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _FILE_BYTES: Final = 5_000_000_000
+_TRANSFORMERS: Final = "4.56.0"
+"""The release whose layout is written; the oldest that is tested reads it, and newer ones do."""
 
 
 def is_hub_folder(folder: Path) -> bool:
@@ -126,9 +129,19 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def write_folder(
-    folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    dtype: torch.dtype = torch.float32,
+    *,
+    chat: bool = True,
 ) -> None:
-    """Write a folder that transformers loads, fp32: a LlamaForCausalLM, or with our own code."""
+    """Write a folder that transformers loads: a LlamaForCausalLM, or with our own code.
+
+    `chat` gives it the template of conversations, where the tokenizer has the markers.
+    ConversionError for a weight that `dtype` cannot hold.
+    """
     ends = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
@@ -140,12 +153,18 @@ def write_folder(
         described, theirs = _own_config(config), dict(weights)
         for name, code in model_code().items():
             publish_bytes(folder / name, code.encode())
-    publish_json(folder / CONFIG, {**described, **ends, "dtype": "float32", WRITER_KEY: VERSION})
+    kind = str(dtype).removeprefix("torch.")
+    written_by = {"transformers_version": _TRANSFORMERS, WRITER_KEY: VERSION}
+    publish_json(folder / CONFIG, {**described, **ends, "dtype": kind, **written_by})
     drawn = Vocabulary.of(tokenizer).may_be_drawn(config.vocab_size)
     no_text = [number for number, may_be in enumerate(drawn) if not may_be]
-    publish_json(folder / "generation_config.json", {**ends, "suppress_tokens": no_text})
-    for name, data in tokenizer_files(tokenizer, config.seq_len).items():
+    described = {**ends, "suppress_tokens": no_text, "transformers_version": _TRANSFORMERS}
+    publish_json(folder / "generation_config.json", described)
+    for name, data in tokenizer_files(tokenizer, config.seq_len, chat=chat).items():
         publish_bytes(folder / name, data)
+    theirs = {name: weight.to(dtype).contiguous() for name, weight in theirs.items()}
+    if lost := [name for name, weight in theirs.items() if not weight.isfinite().all()]:
+        raise ConversionError(f"{lost[0]} is beyond what {kind} can hold: give --dtype bf16")
     save_torch_state_dict(theirs, folder, max_shard_size=_FILE_BYTES)
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:

@@ -117,10 +117,10 @@ def filled_up(vocabulary: Vocabulary, n_ids: int) -> Vocabulary:
     return vocabulary  # which fits, or is rejected
 
 
-def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer, context: int, *, chat: bool = True) -> dict[str, bytes]:
     """What a Hugging Face folder holds of a tokenizer, by name; `context` is that of the model."""
     files = tokenizer.files()
-    files[TOKENIZER_CONFIG] = json_bytes(tokenizer_config(tokenizer, context))
+    files[TOKENIZER_CONFIG] = json_bytes(tokenizer_config(tokenizer, context, chat=chat))
     if TOKENIZER_JSON not in files:
         files[TOKENIZER_JSON] = json_bytes(tokenizer_json(tokenizer))
     return files
@@ -155,8 +155,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     return described
 
 
-def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
-    """The tokenizer_config.json that goes with it."""
+def tokenizer_config(tokenizer: Tokenizer, context: int, *, chat: bool) -> dict[str, Any]:
+    """The tokenizer_config.json that goes with it, with the template of conversations if `chat`."""
     has_unk = not isinstance(tokenizer, JsonTokenizer)
     markers = _markers(tokenizer) if has_unk else []
     config = {
@@ -170,7 +170,7 @@ def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add a third
         "clean_up_tokenization_spaces": False,
     }
-    if not set(CHAT_PIECES) <= set(markers):
+    if not (chat and set(CHAT_PIECES) <= set(markers)):
         return config
     return {
         **config,

@@ -68,7 +68,7 @@ _SHAPE: Final = {
     "time_s": float, "unix_s": float, "norms": [float], "spent_s": {"*": float},
     "skipped": [(int, int)], "phases": [(int, {"*": float})], "ledger": _COUNTS,
     "files": {"*": {"bytes": int, "sha256": str}}, "config": {},
-    "data": {"*": {"*": frozenset({int, float, str})}}, "tokenizer_sha256": str,
+    "data": {"*": {"*": frozenset({bool, int, float, str})}}, "tokenizer_sha256": str,
     "versions": {"*": frozenset({str, type(None)})}, "anneal": frozenset({type(None), (int, int)}),
 }  # fmt: skip
 """Of each key the type; what a configuration holds is checked when one is made of it."""

@@ -72,6 +72,8 @@ def make_plan(
                 excluded=_excluded(manifest),
                 shape=manifest.facts.shape,
                 masked=manifest.facts.masked,
+                dataset=manifest.facts.dataset,
+                licence=manifest.facts.licence,
             )
             for name, manifest in drawn.items()
         },

@@ -28,6 +28,8 @@ class SourceFacts:
     excluded: str = ""  # evaluation tasks whose text was left out, and by which list
     shape: str = ""  # what records are: documents, lines or chat; empty where it is not known
     masked: bool = False  # whether only answers are targets
+    dataset: str = ""
+    licence: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,93 @@
+"""The model card of an exported model: what it is, what it was made from, what is not known."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from model.config import count_params
+from shards.versions import VERSION
+from tools.models.llama import is_llama
+from tools.models.loading import LoadedModel
+from trainer.checkpoint.runs import EVALUATIONS
+
+_TEMPLATE: Final = Path(__file__).with_name("model_card.jinja")
+_HUB_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+")
+_METRICS: Final = ("acc", "acc_norm", "token_perplexity", "word_perplexity", "bits_per_byte")
+"""Those that the head of the card carries, for the Hub's tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """How a run becomes a Hugging Face folder, and what only its publisher knows."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    license: str = "other"
+    language: tuple[str, ...] = ()
+
+
+def model_card(
+    checkpoint: Path, loaded: LoadedModel, record: Mapping[str, Any], export: Export
+) -> str:
+    """The README.md of a folder with the checkpoint's weights: model_card.jinja, filled in."""
+    run = checkpoint.resolve().parents[1]
+    kept = run / EVALUATIONS / checkpoint.name
+    pages = [
+        path.read_text("utf-8").strip()
+        for path in (*sorted(kept.glob("*.md")), *sorted(run.glob("*.md")))
+    ]
+    named = (facts.get("dataset", "") for facts in record.get("data", {}).values())
+    results = list(_eval_results(kept))
+    head = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["summerlm"],
+        license=export.license,
+        language=list(export.language) or None,
+        datasets=sorted({name for name in named if _HUB_NAME.fullmatch(name)}) or None,
+        model_name=run.name if results else None,
+        eval_results=results or None,
+    )
+    card = ModelCard.from_template(
+        head,
+        template_path=str(_TEMPLATE),
+        name=run.name,
+        parameters=count_params(loaded.model.config),
+        shape=asdict(loaded.model.config),
+        code="" if is_llama(loaded.model.config) else ", trust_remote_code=True",
+        loaded=loaded,
+        chat=loaded.vocabulary.chat is not None and knows_conversations(record),
+        record=record,
+        dtype=export.dtype,
+        left_out=[name for name, facts in record.get("data", {}).items() if facts.get("excluded")],
+        exported_by=f"summerlm {VERSION}",
+        results=[page.replace("## ", "### ", 1) for page in pages],
+    )
+    return str(card)
+
+
+def knows_conversations(record: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's run has read conversations, or it cannot be known that it has not."""
+    config, data = record.get("config") or {}, record.get("data") or {"": {}}
+    shapes = {facts.get("shape", "") for facts in data.values()}
+    return bool(config.get("init_from")) or not shapes.isdisjoint(("", "chat"))
+
+
+def _eval_results(kept: Path) -> Iterator[EvalResult]:
+    """The figures of a checkpoint's evaluations, each with the protocol that it was made by."""
+    for path in sorted(kept.glob("*.json")):
+        for score in json.loads(path.read_text("utf-8")):
+            task, shots = str(score["task"]), score.get("num_fewshot", 0)
+            how = score.get("protocol", f"{shots}-shot")
+            for name in _METRICS:
+                if isinstance(value := score.get(name), int | float):
+                    yield EvalResult(
+                        task_type="text-generation", dataset_type=task, dataset_name=task,
+                        metric_type=name, metric_value=value, metric_name=f"{name} ({how})",
+                    )  # fmt: skip
