@@ -27,7 +27,7 @@ from tools.models.loading import ModelSpec, load
 from tools_samples import sample_model, sample_tokenizer, trained_run
 from trainer.checkpoint.runs import EVALUATIONS
 from trainer.checkpoint.storage import read_record
-from trainer.config.config import load_config
+from trainer.config.config import configure, load_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -233,9 +233,11 @@ def test_a_folder_s_own_code_is_never_run(tmp_path: Path) -> None:
 
 def test_the_card_says_where_the_weights_come_from(tmp_path: Path) -> None:
     ledger = {"web": {"rows": 40, "tokens": 1_270, "epochs": 0.25}}
+    sets = ["optim.lr=0.123", "checkpoint.mirror=/a/private/path"]
+    trained = asdict(configure(preset="tiny", sets=sets).config)
     record = {
         "time_s": 7200.0, "world_size": 8, "ledger": ledger, "data": {"web": {"root": "5f" * 32}},
-        "config": {"dollars_per_hour": 18.5, "init_from": "base"},
+        "config": {**trained, "dollars_per_hour": 18.5, "init_from": "base"},
     }  # fmt: skip
     run = trained_run(tmp_path / "run", record)
     cards = run / EVALUATIONS / "step-3"
@@ -250,6 +252,11 @@ def test_the_card_says_where_the_weights_come_from(tmp_path: Path) -> None:
                  sample_tokenizer().info.sha256,
                  f"summerlm {VERSION}", "trust_remote_code=True"):  # fmt: skip
         assert said in card
+    settings = card.split("```toml\n")[1].split("```")[0].replace('init_from = "base"\n', "")
+    (tmp_path / "run.toml").write_text(settings)
+    again = asdict(configure(file=tmp_path / "run.toml").config)
+    assert again["dollars_per_hour"] == 18.5 and again["checkpoint"]["mirror"] == ""
+    assert again["optim"] == trained["optim"] and again["model"] == trained["model"]
     plain = trained_run(tmp_path / "plain", alibi=False) / "checkpoints" / "step-3"
     card = model_card(plain, load(ModelSpec(checkpoint=plain)), read_record(plain), Export())
     assert "trust_remote_code" not in card

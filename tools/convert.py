@@ -55,12 +55,10 @@ def main(
         publish.check_hub(push)  # before hours of work
     wanted, how = options.pop("wanted"), {name: given for name, given in options.items() if given}
     if target is None:
-        click.echo(_text(check_folder(source), source))
+        click.echo(_text(check_folder(source, gguf or ""), source))
     else:
         click.echo(_text(convert(source, target, wanted, how, gguf or ""), target))
     folder = target or source
-    if target is None and gguf:
-        publish.to_gguf(folder, gguf)
     if gguf:
         click.echo(f"llama.cpp:  {folder / f'{folder.name}-{gguf}.gguf'}")
     if push:

@@ -43,6 +43,7 @@ def _lines(plan: dict[str, Any]) -> list[str]:
         f"memory of one device, {plan['micro_batch_size']} sequences at a time{divided}:",
         *(f"  {part:<12} {size / 1e9:9.2f} GB" for part, size in parts.items()),
         f"  {'together':<12} {sum(parts.values()) / 1e9:9.2f} GB{verdict if limit else ''}",
+        f"served        {plan['served_by']}",
         f"tokens        {plan['tokens']:,} in {plan['steps']:,} steps",
         *_rates(plan),
         f"disk          {plan['shard_bytes'] / 1e9:,.1f} GB of shards if no sequence is seen twice;"

@@ -14,6 +14,7 @@ from shards.format import ROW_RECORD, token_dtype
 from tools.errors import ToolError
 from trainer.config.config import RunConfig, configure
 from trainer.config.memory import checkpoint_bytes, fits, largest_micro_batch, memory_by_part
+from trainer.config.train_plan import served_by
 from trainer.distributed.devices import ACCELERATORS, find_accelerator
 from trainer.errors import did_you_mean
 
@@ -76,6 +77,7 @@ def plan_cost(
         "shard_bytes": _shard_bytes(config, n_tokens),
         "checkpoint_bytes": checkpoint_bytes(config.model),
         "checkpoints_kept": config.checkpoint.keep_last + 1,  # and the one being written
+        "served_by": served_by(config.model),
         "mfu_is": "an assumption, not a measurement",
     }
 

@@ -20,7 +20,7 @@ from pipeline.text.tokenizer import Tokenizer
 from shards.files import fsync_folder, publish_bytes
 from shards.format import TOKENIZER_JSON
 from tools.conversion.card import Export, knows_conversations, model_card
-from tools.conversion.publish import check_gguf, to_gguf
+from tools.conversion.llama_cpp import check_convertible, to_gguf
 from tools.errors import ConversionError
 from tools.models.hf_folder import (
     is_hub_folder,
@@ -98,12 +98,19 @@ def convert(
     return converted
 
 
-def check_folder(folder: Path) -> Converted:
-    """What a Hugging Face folder holds, if both sides read it alike; else ConversionError."""
+def check_folder(folder: Path, gguf: str = "") -> Converted:
+    """What a Hugging Face folder holds, if both sides read it alike; else ConversionError.
+
+    A GGUF file is added to it if one is wanted.
+    """
     if not is_hub_folder(folder):
         raise ConversionError(f"{folder} is no Hugging Face folder: name a new one with --to")
     written = load(ModelSpec(hf=folder, device="cpu", dtype="fp32"))
+    if gguf:
+        check_convertible(is_llama(written.model.config))
     difference, limit = _compare(folder, written, _theirs(folder))
+    if gguf:
+        to_gguf(folder, gguf, written)
     return Converted("hf", str(folder), count_params(written.model.config), difference, limit)
 
 
@@ -146,7 +153,7 @@ def _to_hugging_face(source: Path, folder: Path, export: Export, gguf: str) -> C
     loaded = load(ModelSpec(**named, device="cpu", dtype="fp32"))
     checkpoint, config = loaded.checkpoint or source, loaded.model.config
     if gguf:
-        check_gguf(is_llama(config))
+        check_convertible(is_llama(config))
     tokenizer, record = load_tokenizer(checkpoint.resolve().parents[1]), read_record(checkpoint)
     weights, dtype = loaded.model.state_dict(), _DTYPES[export.dtype]
     write_folder(folder, config, weights, tokenizer, dtype, chat=knows_conversations(record))
@@ -169,7 +176,7 @@ def _to_hugging_face(source: Path, folder: Path, export: Export, gguf: str) -> C
             " nothing was kept: give --dtype fp32"
         )
     if gguf:
-        to_gguf(folder, gguf)
+        to_gguf(folder, gguf, written)
     parameters = count_params(config)
     return Converted("hf", loaded.name, parameters, difference, limit, export.dtype, moved)
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
-from model.config import count_params, flops_per_token
+from model.config import ModelConfig, count_params, flops_per_token
 from trainer.config.config import RunConfig
 from trainer.data.mixture import BatchShape
 from trainer.distributed.devices import find_accelerator
@@ -88,6 +88,7 @@ def describe_plan(plan: TrainPlan, tokens_per_s: float | None = None) -> Iterato
         f"{shape.grad_accum_steps} accumulations x {shape.world_size} ranks x "
         f"{shape.micro_batch_size} rows"
     )
+    yield f"served: {served_by(model)}"
     parts = describe_bytes(plan.memory)
     yield f"memory on {plan.device_name} ({plan.device_bytes / 1e9:.1f} GB): {parts}"
     tokens = config.max_steps * plan.step_tokens
@@ -95,6 +96,16 @@ def describe_plan(plan: TrainPlan, tokens_per_s: float | None = None) -> Iterato
     if tokens_per_s:
         duration = timedelta(seconds=round(tokens / tokens_per_s))
         yield f"time: {duration} at the {tokens_per_s:,.0f} tokens/s that this run has measured"
+
+
+def served_by(model: ModelConfig) -> str:
+    """Which programs can run the exported model: worth knowing before it is trained."""
+    if model.rope and not model.alibi:
+        return "a plain Llama once exported, for transformers, llama.cpp, Ollama, vLLM"
+    return (
+        "by transformers alone (RoPE with ALiBi); model.alibi=false makes it a plain Llama, for "
+        "llama.cpp, Ollama and vLLM too"
+    )
 
 
 def _warnings(plan: TrainPlan) -> Iterator[str]:
