@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig, ModelError, padded_head_dim
 from model.layers import Linear, rotate
 from model.positions import (
-    FOLDED_DIMS,
     Positions,
     check_context,
 )
@@ -164,14 +163,5 @@ def attend(
 
 
 def kernel_head_dim(config: ModelConfig, device: torch.device) -> int:
-    """D': head_dim, ALiBi's dims, and zeros up to a size that the device's kernels are made for.
-
-    CUDA's flash kernels take multiples of 8. ROCm's (AOTriton) are built for multiples of 16 up to
-    96, for 128, and for multiples of 32 beyond.
-    """
-    width = config.head_dim + (FOLDED_DIMS if config.alibi else 0)
-    if device.type == "cuda" and torch.version.hip is not None:
-        step = 16 if width <= 96 else 32
-    else:
-        step = 8
-    return -(-width // step) * step
+    """D': the head padded for this device's kernels."""
+    return padded_head_dim(config, rocm=device.type == "cuda" and torch.version.hip is not None)

@@ -6,6 +6,9 @@ The defaults are SummerLM-4B. No tensor is made here, and torch is not imported.
 from dataclasses import dataclass, fields
 from math import isfinite
 
+FOLDED_DIMS = 6  # of a head, for ALiBi
+CHUNK_ELEMENTS = {"cpu": 3 * 2**25, "cuda": 2**27, "rocm": 2**27, "mps": 2**24}
+"""Logits that the loss makes at a time: 192, 256 and 32 MiB in bf16."""
 MAX_ALIBI_CONTEXT = 16_448  # 64 * 257: the last position whose block number is exact in bf16
 
 
@@ -93,6 +96,17 @@ def _require_type(name: str, value: object, default: object) -> None:
 def _require(holds: bool, name: str, value: object, fix: str) -> None:
     if not holds:
         raise ModelError(f"model.{name} = {value} cannot be: {fix}")
+
+
+def padded_head_dim(config: ModelConfig, *, rocm: bool) -> int:
+    """D': head_dim, ALiBi's dims, and zeros up to a size that the device's kernels are made for.
+
+    CUDA's flash kernels take multiples of 8. ROCm's (AOTriton) are built for multiples of 16 up to
+    96, for 128, and for multiples of 32 beyond.
+    """
+    width = config.head_dim + (FOLDED_DIMS if config.alibi else 0)
+    step = 8 if not rocm else 16 if width <= 96 else 32
+    return -(-width // step) * step
 
 
 def count_matmul_params(config: ModelConfig) -> int:

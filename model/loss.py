@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.config import CHUNK_ELEMENTS
+
 IGNORED = -100
-CHUNK_ELEMENTS = {"cpu": 3 * 2**25, "cuda": 2**27, "mps": 2**24}
-"""Logits made at a time: 192, 256 and 32 MiB in bf16."""
 
 
 def linear_cross_entropy(

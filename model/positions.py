@@ -24,7 +24,6 @@ from torch import Tensor
 from model.config import MAX_ALIBI_CONTEXT, ModelConfig, ModelError
 from model.layers import DerivedBuffers
 
-FOLDED_DIMS = 6
 BLOCK = 64
 
 

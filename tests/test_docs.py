@@ -47,6 +47,34 @@ def test_help_is_instant_and_shows_an_example(script: str) -> None:
     assert re.search(rf"{script} [\w-]", text.split("Usage:", 1)[1].split("\n", 1)[1]), text
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["summer-train", "--preset", "tinny"],
+        ["summer-train", "--preset", "tiny", "--shards", "nowhere"],
+        ["summer-train", "--preset", "tiny", "--set", "optim.lrr=1"],
+        ["summer-train", "--set", "stop_after=soon"],
+        ["summer-plan", "--preset", "tiny", "--device", "mi300x", "--devices", "1"],
+    ],
+)
+def test_mistakes_and_plans_do_not_wait_for_torch(arguments: list[str]) -> None:
+    """What is asked of summer-plan is answered, the others are one line, without torch."""
+    script, *rest = arguments
+    code = (
+        "import sys, importlib\n"
+        f"sys.argv = {[script, *rest]!r}\n"
+        f"module, _, name = {SCRIPTS[script]!r}.partition(':')\n"
+        "try:\n"
+        "    getattr(importlib.import_module(module), name)()\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert (done.stderr.count("\n") == 1) == (script != "summer-plan"), done.stderr
+
+
 def test_every_command_answers_h_and_version() -> None:
     """Installed or as `python -m`: the same help for -h, and the version's own number."""
     modules = [function.partition(":")[0] for function in SCRIPTS.values()]

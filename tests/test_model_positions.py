@@ -3,15 +3,9 @@
 import pytest
 import torch
 
-from model.config import MAX_ALIBI_CONTEXT, ModelConfig, ModelError
+from model.config import FOLDED_DIMS, MAX_ALIBI_CONTEXT, ModelConfig, ModelError
 from model.layers import rotate
-from model.positions import (
-    FOLDED_DIMS,
-    PositionTables,
-    alibi_slopes,
-    alibi_tables,
-    rotary_tables,
-)
+from model.positions import PositionTables, alibi_slopes, alibi_tables, rotary_tables
 
 CONFIG = ModelConfig(n_heads=2, d_model=32, seq_len=16)
 

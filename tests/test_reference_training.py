@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 import reference_step as reference
-from model.loss import CHUNK_ELEMENTS
+from model.config import CHUNK_ELEMENTS
 from model.transformer import Transformer
 from reference_step import Batch, Learner, Optim, Shape, Step
 from shards.format import Part

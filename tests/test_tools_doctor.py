@@ -25,8 +25,8 @@ from tools.diagnosis.collective import ExchangeError, time_all_reduce
 from tools.diagnosis.machine import CheckResult, Context
 from tools.doctor import main
 from tools_samples import sample_config, write_shards
+from trainer.config.accelerators import ACCELERATORS
 from trainer.config.config import configure
-from trainer.distributed.devices import ACCELERATORS
 
 
 @pytest.fixture

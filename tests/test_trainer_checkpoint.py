@@ -31,9 +31,11 @@ from trainer.checkpoint.runs import (
     newest_checkpoint,
     newest_run,
 )
-from trainer.checkpoint.storage import CheckpointConfig, load_weights, restore, save, verify
+from trainer.checkpoint.storage import load_weights, restore, save, verify
+from trainer.config.sections import CheckpointConfig
 from trainer.errors import CheckpointError, ConfigError
-from trainer.optimizer.optimizer import OptimConfig, make_optimizer
+from trainer.optimizer.optimizer import make_optimizer
+from trainer.optimizer.schedule import OptimConfig
 from trainer.session.save import tensors_to_save
 from trainer_samples import ALONE
 

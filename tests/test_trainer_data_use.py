@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from trainer.checkpoint.runs import newest_checkpoint
+from trainer.config.config import configure
 from trainer.errors import ConfigError
 from trainer.metrics.metrics import read_metrics
 from trainer.session.resume import peek_state
@@ -75,13 +76,9 @@ def test_no_row_comes_twice_in_an_epoch_whatever_changed(folder: Path) -> None:
 
 def dry_run(folder: Path, run: str, **changes: Any) -> str:
     stream = io.StringIO()
-    request = Request(
-        shards=str(folder / "shards"),
-        preset="tiny",
-        sets=tuple(set_texts(**changes)),
-        out=folder / run,
-        dry_run=True,
-    )
+    given: dict[str, Any] = {"preset": "tiny", "sets": tuple(set_texts(**changes))}
+    given["shards"] = str(folder / "shards")
+    request = Request(configured=configure(**given), **given, out=folder / run, dry_run=True)
     assert start(request, stream) == 0
     return stream.getvalue()
 

@@ -18,7 +18,7 @@ from trainer.errors import ConfigError
 from trainer.metrics import goodput
 from trainer.metrics.goodput import Stopwatch, count_start, parts
 from trainer.metrics.metrics import read_events, read_metrics
-from trainer.optimizer.optimizer import Anneal, OptimConfig, lr_at
+from trainer.optimizer.schedule import Anneal, OptimConfig, lr_at
 from trainer.session.budget import ANNEAL, END, annealing_steps, apply_request
 from trainer.session.save import CheckpointSaver
 from trainer.session.state import State, initial_state

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.checkpoint.runs import checkpoints, newest_checkpoint
+from trainer.config.sections import GuardConfig
 from trainer.data.batches import StepRange
 from trainer.data.mixture import BatchShape, leave_out
 from trainer.errors import ConfigError, TrainingError
-from trainer.faults.guard import Guard, GuardConfig
+from trainer.faults.guard import Guard
 from trainer.metrics.metrics import GuardHistory, add_left_out, read_history, read_metrics
 from trainer.optimizer.optimizer import finish_gradients, update
 from trainer.train import train

@@ -15,8 +15,9 @@ from model.loss import IGNORED
 from shards.errors import ShardError
 from shards.reader import ShardReader
 from shards_samples import make_source
+from trainer.config.sections import LoaderConfig
 from trainer.data.batches import HostBatch, MicroBatches, ReadFailure, StepRange, to_device
-from trainer.data.loader import Loader, LoaderConfig
+from trainer.data.loader import Loader
 from trainer.data.mixture import BatchShape, DataOrder, Keys, Phase, dropout_keys
 from trainer.errors import TrainingError
 from trainer_samples import make_shards

@@ -15,18 +15,19 @@ from model.config import count_params
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.config.config import RunConfig, differences, from_stored
 from trainer.config.memory import memory_by_part
+from trainer.config.sections import GuardConfig
 from trainer.errors import ConfigError
-from trainer.faults.guard import Guard, GuardConfig
+from trainer.faults.guard import Guard
 from trainer.metrics.metrics import read_metrics
 from trainer.optimizer.optimizer import (
     OPTIMIZERS,
-    OptimConfig,
     finish_gradients,
     make_optimizer,
     optimizer_bytes,
     set_lr,
     update,
 )
+from trainer.optimizer.schedule import OptimConfig
 from trainer.train import train
 from trainer_samples import events_of, make_shards, small_plan, tensor_files
 
@@ -209,7 +210,7 @@ def test_an_unknown_row_is_named(key: str) -> None:
     rows: dict[str, Any] = {"name": "adamv", "schedule": "cosin"}
     near = {"name": "adamw", "schedule": "cosine"}[key]
     with pytest.raises(ConfigError, match=rf"optim.{key}={rows[key]}: did you mean {near}\? there"):
-        OptimConfig(**{key: rows[key]})
+        optimizer_bytes(OptimConfig(**{key: rows[key]}))  # as the plan asks
 
 
 def test_a_run_from_before_there_was_a_choice_goes_on() -> None:

@@ -13,12 +13,12 @@ from shards.format import Manifest
 from shards.reader import find_sources
 from shards_samples import make_source
 from trainer.config import resolve as plan_module
+from trainer.config.accelerators import find_accelerator
 from trainer.config.config import RunConfig, configure
 from trainer.config.memory import fits, largest_micro_batch, memory_by_part
 from trainer.config.resolve import make_plan
 from trainer.config.train_plan import TrainPlan, describe_plan
 from trainer.data.mixture import BatchShape
-from trainer.distributed.devices import find_accelerator
 from trainer.errors import ConfigError
 from trainer_samples import make_shards, small_plan
 

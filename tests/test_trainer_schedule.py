@@ -1,7 +1,7 @@
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.optimizer.optimizer import Anneal, OptimConfig, lr_at
+from trainer.optimizer.schedule import Anneal, OptimConfig, lr_at
 
 OPTIM = OptimConfig(lr=1.0, warmup_steps=10)
 

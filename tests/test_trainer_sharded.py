@@ -19,7 +19,8 @@ from trainer.config.memory import memory_by_part
 from trainer.distributed.world import World, join_world, local_tensor, shard_count
 from trainer.errors import ConfigError
 from trainer.metrics.metrics import read_metrics
-from trainer.optimizer.optimizer import OptimConfig, finish_gradients, make_optimizer, update
+from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
+from trainer.optimizer.schedule import OptimConfig
 from trainer.session.network import Network, build_network, fill_shards, no_sync_unless_last
 from trainer.session.save import tensors_to_save
 from trainer.train import train

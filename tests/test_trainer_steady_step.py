@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.transformer import Transformer
 from trainer.config.config import configure
-from trainer.faults.guard import Guard, GuardConfig
+from trainer.config.sections import GuardConfig
+from trainer.faults.guard import Guard
 from trainer.metrics.metrics_logger import TARGETS, StepFlags, StepSums, flagged
 from trainer.optimizer.optimizer import finish_gradients, make_optimizer, update
 from trainer_samples import ALONE

@@ -22,9 +22,9 @@ from shards.format import TOKEN_BYTES, TOKENIZER
 from shards.reader import ShardReader
 from trainer.checkpoint.runs import newest_checkpoint
 from trainer.checkpoint.storage import load_weights
+from trainer.config.sections import parse_steps
 from trainer.errors import ConfigError
 from trainer.metrics.metrics import read_metrics
-from trainer.metrics.profiling import parse_steps
 from trainer.train import train
 from trainer.validation.validation import Ids, count_bytes, read_token_bytes, token_bytes_of
 from trainer_samples import small_plan

@@ -12,10 +12,10 @@ from typing import Any, Final
 from model.config import count_params, flops_per_token
 from shards.format import ROW_RECORD, token_dtype
 from tools.errors import ToolError
+from trainer.config.accelerators import ACCELERATORS, find_accelerator
 from trainer.config.config import RunConfig, configure
 from trainer.config.memory import checkpoint_bytes, fits, largest_micro_batch, memory_by_part
 from trainer.config.train_plan import served_by
-from trainer.distributed.devices import ACCELERATORS, find_accelerator
 from trainer.errors import did_you_mean
 
 ASSUMED_MFU: Final = 0.32
@@ -42,7 +42,8 @@ def plan_cost(
     _check(devices=devices, tokens=tokens, days=days, dollars_per_hour=dollars_per_hour, mfu=mfu)
     accelerator = find_accelerator(device)
     limit = accelerator.memory_gb * 10**9 if accelerator else 0
-    config = _divided_to_fit(configure(preset=preset).config, devices, limit)
+    kind = accelerator.kind if accelerator else "cuda"
+    config = _divided_to_fit(configure(preset=preset).config, devices, kind, limit)
     flops = flops_per_token(config.model, config.model.seq_len, causal=True)
     rate = accelerator.bf16_tflops * 1e12 * devices * mfu / flops if accelerator else None
     if days is not None and rate is None:
@@ -54,8 +55,8 @@ def plan_cost(
         tokens = days * _DAY_S * rate
     n_tokens = int(tokens or config.max_steps * config.global_batch_tokens)
     days = n_tokens / rate / _DAY_S if rate else None
-    micro_batch = _micro_batch(config, devices, limit)
-    parts = memory_by_part(config, micro_batch, "cuda")
+    micro_batch = _micro_batch(config, devices, kind, limit)
+    parts = memory_by_part(config, micro_batch, kind)
     hours, price = (days or 0) * 24 * devices, dollars_per_hour
     return {
         "preset": preset,
@@ -104,16 +105,16 @@ def _check(*, mfu: float, dollars_per_hour: float | None, **positive: float | No
         raise ToolError(f"dollars_per_hour {dollars_per_hour}: give 0 or more")
 
 
-def _divided_to_fit(config: RunConfig, devices: int, limit: int) -> RunConfig:
+def _divided_to_fit(config: RunConfig, devices: int, kind: str, limit: int) -> RunConfig:
     """The configuration with the least `shard_degree` that fits; as it is where none does."""
     for degree in (n for n in range(1, devices + 1) if devices % n == 0):
         divided = replace(config, shard_degree=degree)
-        if fits(memory_by_part(divided, 1, "cuda"), limit):
+        if fits(memory_by_part(divided, 1, kind), limit):
             return divided
     return config
 
 
-def _micro_batch(config: RunConfig, devices: int, limit: int) -> int:
+def _micro_batch(config: RunConfig, devices: int, kind: str, limit: int) -> int:
     """Sequences per device per forward: the most that fit, else 1; ToolError if no equal shares."""
     n_sequences = config.global_batch_tokens // config.model.seq_len
     if n_sequences < 1 or n_sequences % devices:
@@ -121,7 +122,7 @@ def _micro_batch(config: RunConfig, devices: int, limit: int) -> int:
             f"{devices} devices: a step of {config.global_batch_tokens:,} tokens has {n_sequences} "
             "sequences, which they cannot share equally; choose a number of devices that divides it"
         )
-    largest = largest_micro_batch(config, n_sequences // devices, "cuda", limit)
+    largest = largest_micro_batch(config, n_sequences // devices, kind, limit)
     return config.micro_batch_size or largest or 1
 
 

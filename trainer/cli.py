@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,21 @@ def main(**options: Any) -> None:
 
     Example: summer-train --shards shards/ --preset tiny --set max_steps=40
     """
+    from shards.reader import find_sources
+    from trainer.config.config import configure
+
+    given = {name: options[name] for name in ("preset", "file", "sets", "shards")}
+    configured = configure(**given)  # a mistake is reported before the seconds that torch takes
+    if "RANK" not in os.environ:
+        find_sources(Path(options["shards"]))
+
     from trainer.start import Request, start
 
     flags = ("node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "max_restarts")
     torchrun = {name: options.pop(name) for name in flags}
     request = Request(
         **options,
+        configured=configured,
         torchrun={name: value for name, value in torchrun.items() if value is not None},
     )
     sys.exit(start(request, sys.stdout))

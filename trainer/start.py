@@ -15,7 +15,7 @@ import torch
 
 from model.config import count_params
 from trainer.checkpoint.runs import CONFIG, checkpoints
-from trainer.config.config import Configured, RunConfig, configure, load_config
+from trainer.config.config import Configured, RunConfig, load_config
 from trainer.config.resolve import make_plan
 from trainer.config.train_plan import TrainPlan
 from trainer.distributed import launch as launching
@@ -35,6 +35,7 @@ from trainer.train import train
 class Request:
     """What was asked for on the command line."""
 
+    configured: Configured
     shards: str
     preset: str | None = None
     file: Path | None = None
@@ -62,8 +63,7 @@ class Request:
 def start(request: Request, stream: TextIO) -> int:
     """The exit code: 0 when the run is complete, 75 when it was asked to stop and has saved."""
     note = adopt_launcher(os.environ)
-    preset, file = request.preset, request.file
-    configured = configure(preset=preset, file=file, sets=request.sets, shards=request.shards)
+    configured = request.configured
     parse_faults()  # a mistake in it is reported once, here
     run = request.out or _default_run(Path("runs") / configured.config.preset, request.resume)
     if EXIT_REASON in os.environ:

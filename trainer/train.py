@@ -31,6 +31,7 @@ from trainer.checkpoint.retention import invalidate_after, mirror_of
 from trainer.checkpoint.runs import checkpoints, newest_checkpoint
 from trainer.checkpoint.storage import read_record
 from trainer.config.deadline import stop_time
+from trainer.config.sections import parse_steps
 from trainer.config.train_plan import TrainPlan
 from trainer.data.loader import Loader
 from trainer.distributed.devices import keep_freed_memory
@@ -48,8 +49,9 @@ from trainer.metrics import goodput, metrics_logger
 from trainer.metrics.display import Display
 from trainer.metrics.metrics import RunEvent
 from trainer.metrics.metrics_logger import TARGETS, CompletedStep, StepFlags, StepMetrics, flagged
-from trainer.metrics.profiling import StepProfiler, parse_steps
-from trainer.optimizer.optimizer import finish_gradients, lr_at, set_lr, update
+from trainer.metrics.profiling import StepProfiler
+from trainer.optimizer.optimizer import finish_gradients, set_lr, update
+from trainer.optimizer.schedule import lr_at
 from trainer.session import network
 from trainer.session.budget import Budget, apply_request
 from trainer.session.resume import begin, open_held_out, resume_loader

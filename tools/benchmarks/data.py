@@ -22,9 +22,10 @@ from measure import cpu_seconds, machine, parse, spread
 from shards import writer
 from shards.reader import ShardReader
 from tools.diagnosis.trial import write_shards
+from trainer.config.sections import LoaderConfig
 from trainer.config.shares import REFERENCE_SHARES
 from trainer.data.batches import MicroBatches, StepRange
-from trainer.data.loader import Loader, LoaderConfig
+from trainer.data.loader import Loader
 from trainer.data.mixture import BatchShape, DataOrder, Phase
 
 SEQ_LEN = 4096

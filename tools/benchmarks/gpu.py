@@ -41,7 +41,7 @@ from tools.rehearsal.processes import compare_checkpoints, train_with_faults
 from trainer.config.config import configure
 from trainer.config.memory import memory_by_part
 from trainer.config.resolve import make_plan
-from trainer.distributed.devices import device_name
+from trainer.distributed.devices import device_name, kernel_kind
 from trainer.distributed.world import join_world
 from trainer.metrics.metrics import read_metrics
 from trainer.train import train
@@ -147,7 +147,7 @@ def measured(
             torch.cuda.reset_peak_memory_stats()
             side.step(*batches[0])
             settle()
-        planned = memory_by_part(config, rows, world.device.type)
+        planned = memory_by_part(config, rows, kernel_kind(world.device.type))
         rates = [accumulated * rows * config.model.seq_len / s for s in took]
         found = shares(side, batches, profiled, world.device) if profiled else ({}, 0.0)
         return {

@@ -30,8 +30,9 @@ from torch.profiler import ProfilerActivity, profile
 from measure import in_turns, machine, parse, ratios, spread
 from model.config import flops_per_token
 from step_sides import SIDES, Side, Work
+from trainer.config.accelerators import find_accelerator
 from trainer.config.config import configure
-from trainer.distributed.devices import device_name, find_accelerator, keep_freed_memory
+from trainer.distributed.devices import device_name, keep_freed_memory
 from trainer.distributed.world import join_world
 
 SHAPE = ("model.n_layers=6", "model.d_model=384", "model.d_ff=1344")

@@ -15,7 +15,7 @@ from torch.utils import collect_env
 from model.self_test import self_test
 from trainer.config import memory
 from trainer.config.config import RunConfig
-from trainer.distributed.devices import device_memory_bytes, unused_gpu
+from trainer.distributed.devices import device_memory_bytes, kernel_kind, unused_gpu
 
 OLDEST_TORCH: Final = (2, 9)
 NUMA_BALANCING: Final = Path("/proc/sys/kernel/numa_balancing")
@@ -111,7 +111,7 @@ def devices(context: Context) -> Iterator[CheckResult]:
 
 def memory_fits(context: Context) -> Iterator[CheckResult]:
     """Whether the preset, training on one sequence at a time, fits into a device."""
-    parts = memory.memory_by_part(context.config, 1, context.device)
+    parts = memory.memory_by_part(context.config, 1, kernel_kind(context.device))
     limit = device_memory_bytes(context.device, context.nproc)
     needed, fits = sum(parts.values()), memory.fits(parts, limit)
     text = f"{context.config.preset} needs {needed / 1e9:.1f} GB for one sequence a device"

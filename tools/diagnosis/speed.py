@@ -12,7 +12,8 @@ from torch.utils.benchmark import Timer
 from model.config import count_params
 from tools.diagnosis.collective import time_all_reduce
 from tools.diagnosis.machine import CheckResult, Context
-from trainer.distributed.devices import device_name, find_accelerator
+from trainer.config.accelerators import find_accelerator
+from trainer.distributed.devices import device_name
 
 
 class Stated(NamedTuple):

@@ -18,7 +18,8 @@ from shards.files import fsync_folder, publish_bytes, sha256_file
 from shards.format import TOKENIZER_FILES
 from trainer.checkpoint import storage
 from trainer.checkpoint.runs import CHECKPOINTS, CONFIG, checkpoints, record_path, step_of
-from trainer.checkpoint.storage import CheckpointConfig, Record, remove
+from trainer.checkpoint.storage import Record, remove
+from trainer.config.sections import CheckpointConfig
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError
 

@@ -22,7 +22,6 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,7 +46,7 @@ from shards.files import (
 from shards.versions import CHECKPOINT, STAMP, check_format, check_keys, stamp, writer_of
 from trainer.checkpoint.runs import RECORD, checkpoint_path, record_path
 from trainer.distributed.world import World, local_tensor
-from trainer.errors import CheckpointError, at_least
+from trainer.errors import CheckpointError
 
 _NAME: Final = re.compile(r"[\w-]+\.safetensors")
 _WEIGHTS, _MOMENTS = 1, 2  # the files that tensors of each kind go to
@@ -72,26 +71,6 @@ _SHAPE: Final = {
     "versions": {"*": frozenset({str, type(None)})}, "anneal": frozenset({type(None), (int, int)}),
 }  # fmt: skip
 """Of each key the type; what a configuration holds is checked when one is made of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When to checkpoint, by steps or by minutes (0: not by that), and what to keep.
-
-    The last `keep_last` stay, and those whose step is a multiple of `keep_every` (0: none). A copy
-    of each goes to the folder `mirror`, on another disk or machine (empty: nowhere).
-    """
-
-    interval_steps: int = 0
-    interval_minutes: float = 30.0
-    keep_last: int = 2
-    keep_every: int = 0
-    asynchronous: bool = True  # written while training goes on, from a copy in host memory
-    mirror: str = ""
-
-    def __post_init__(self) -> None:
-        at_least("checkpoint.", self, interval_steps=0, interval_minutes=0, keep_every=0)
-        at_least("checkpoint.", self, keep_last=2)
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

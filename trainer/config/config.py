@@ -2,8 +2,8 @@
 
     config, explicit = configure(preset="tiny", sets=["max_steps=40", "optim.lr=1e-3"])
 
-A section is the configuration of one module and lives there; `RunConfig` only nests them. A preset
-is a TOML file with the same names, as is `--config FILE`. A table of sources (`mixture`,
+A section is the configuration of one part (sections.py, schedule.py); `RunConfig` nests them. A
+preset is a TOML file with the same names, as is `--config FILE`. A table of sources (`mixture`,
 `max_epochs`) in a preset replaces the default; `--set mixture.pg19=5` changes one entry.
 """
 
@@ -26,15 +26,17 @@ from model.config import ModelConfig, ModelError
 from shards.files import publish_json, read_json
 from shards.versions import FORMAT_KEY, RUN, STAMP, check_format, check_keys, stamp, writer_of
 from trainer.checkpoint.runs import CONFIG, newest_run, runs_by_age
-from trainer.checkpoint.storage import CheckpointConfig
 from trainer.config.deadline import parse_duration
+from trainer.config.sections import (
+    CheckpointConfig,
+    GuardConfig,
+    LoaderConfig,
+    ValidationConfig,
+    parse_steps,
+)
 from trainer.config.shares import REFERENCE_SHARES
-from trainer.data.loader import LoaderConfig
 from trainer.errors import ConfigError, at_least, did_you_mean
-from trainer.faults.guard import GuardConfig
-from trainer.metrics.profiling import parse_steps
-from trainer.optimizer.optimizer import OptimConfig
-from trainer.validation.validation import ValidationConfig
+from trainer.optimizer.schedule import OptimConfig
 
 T = TypeVar("T")
 

@@ -22,6 +22,7 @@ from trainer.distributed.devices import (
     device_memory_bytes,
     device_name,
     emulates_bf16,
+    kernel_kind,
     pick_device,
 )
 from trainer.errors import ConfigError
@@ -57,8 +58,8 @@ def make_plan(
         model=_fit_model(config.model, explicit, drawn),
     )
     device = pick_device(config.device)
-    limit = device_memory_bytes(device, sharers)
-    config, shape = _deal_out(config, world_size, device, limit)
+    limit, kind = device_memory_bytes(device, sharers), kernel_kind(device)
+    config, shape = _deal_out(config, world_size, kind, limit)
     facts = next(iter(drawn.values())).facts
     return TrainPlan(
         config=config,
@@ -83,7 +84,7 @@ def make_plan(
         device=device,
         device_name=device_name(device),
         device_bytes=limit,
-        memory=memory.memory_by_part(config, shape.micro_batch_size, device),
+        memory=memory.memory_by_part(config, shape.micro_batch_size, kind),
         notes=(*notes, *left, *slow),
         evaluated=evaluated,
     )

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from model.config import ModelConfig, count_params, flops_per_token
+from trainer.config.accelerators import find_accelerator
 from trainer.config.config import RunConfig
 from trainer.data.mixture import BatchShape
-from trainer.distributed.devices import find_accelerator
 
 _MANY_EPOCHS: Final = 4
 """Muennighoff et al., Scaling data-constrained language models (2023)."""

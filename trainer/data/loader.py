@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -20,23 +19,13 @@ from torch.utils.data import DataLoader
 
 from shards.errors import SummerError
 from trainer.background import BackgroundThread
+from trainer.config.sections import LoaderConfig
 from trainer.data.batches import HostBatch, MicroBatch, MicroBatches, ReadFailure, to_device
-from trainer.errors import TrainingError, at_least
+from trainer.errors import TrainingError
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 _LIVES: Final = 3  # sets of workers that may die in a row without having read anything
 _NOTICED_S: Final = 10.0  # torch looks every five seconds whether its workers live
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoaderConfig:
-    """Worker processes of each rank (0: none), and the micro-batches that each reads ahead."""
-
-    num_workers: int = 2
-    prefetch: int = 4
-
-    def __post_init__(self) -> None:
-        at_least("loader.", self, num_workers=0, prefetch=1)
 
 
 class Loader:

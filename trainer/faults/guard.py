@@ -22,32 +22,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainer.errors import at_least
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardConfig:
-    """When an update is skipped, and what follows when that does not end.
-
-    `sigma=0` skips only what is not finite. `max_rollbacks` counts over the whole run. A rank
-    that shows no sign of life for `hang_timeout_s` is taken for lost (0: never).
-    """
-
-    window: int = 128
-    sigma: float = 6.0
-    ratio: float = 2.0
-    patience: int = 20
-    max_rollbacks: int = 3
-    hang_timeout_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        at_least("guard.", self, window=8, sigma=0, ratio=1, patience=1, max_rollbacks=0)
-        at_least("guard.", self, hang_timeout_s=0)
+from trainer.config.sections import GuardConfig
 
 
 class Guard:

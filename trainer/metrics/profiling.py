@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-from trainer.errors import ConfigError
-
-
-def parse_steps(text: str) -> range:
-    """The steps that `profile_steps` names, counted from 1; empty for an empty text."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    if text and match is None:
-        raise ConfigError(f"profile_steps={text}: write a step, 10, or first and last, 10-12")
-    steps = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-    if match and not (steps and steps[0]):
-        raise ConfigError(f"profile_steps={text}: steps count from 1, the first one first: 10-12")
-    return steps
 
 
 class StepProfiler:

@@ -12,7 +12,7 @@ from typing import Final
 
 from trainer.config.config import RunConfig
 from trainer.metrics.goodput import Stopwatch, parts
-from trainer.optimizer.optimizer import Anneal
+from trainer.optimizer.schedule import Anneal
 from trainer.session.state import State
 
 ONE_IN: Final = 10

@@ -25,7 +25,7 @@ from trainer.distributed.world import World
 from trainer.errors import ConfigError
 from trainer.metrics.display import Display
 from trainer.metrics.metrics import GuardHistory, Journal, add_left_out
-from trainer.optimizer.optimizer import Anneal, lr_at
+from trainer.optimizer.schedule import Anneal, lr_at
 from trainer.session.network import Network
 
 DataUse = dict[str, dict[str, Any]]

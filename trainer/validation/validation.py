@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,20 +26,8 @@ from shards.format import TOKEN_BYTES, tokenizer_path
 from shards.reader import ShardReader
 from trainer.data.batches import HostBatch, targets_in, to_device
 from trainer.distributed.world import World
-from trainer.errors import at_least
 
 Ids = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationConfig:
-    """Held-out loss inside training: every `interval` steps (0: never), `rows` of each source."""
-
-    interval: int = 0
-    rows: int = 32
-
-    def __post_init__(self) -> None:
-        at_least("validation.", self, interval=0, rows=1)
 
 
 class Score(NamedTuple):
