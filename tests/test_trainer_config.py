@@ -112,7 +112,8 @@ def test_presets_and_files_that_are_not_there() -> None:
 
 
 def test_a_run_explains_itself(tmp_path: Path) -> None:
-    config = configure(preset="tiny", sets=["mixture.pg19=5", "micro_batch_size=4"]).config
+    sets = ["mixture.pg19=5", "micro_batch_size=4"]
+    config = configure(preset="tiny", sets=sets, shards=str(tmp_path / "s")).config
     save_config(tmp_path, config)
     assert load_config(tmp_path) == config
     other = replace(config, max_steps=9)

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -95,18 +96,29 @@ def test_tensorboard_is_written_too(tmp_path: Path) -> None:
 
 
 def test_a_step_in_one_line() -> None:
-    assert step_line(VALUES) == (
-        "step 3/60 · loss 2.5000 · lr 1.00e-03 · grad norm 0.50 · 12,346 tokens/s · "
-        "data wait 0.1 % · ETA 0:01:01"
+    assert step_line(VALUES, 200) == (
+        "step 3/60 · ETA 0:01:01 · loss 2.5000 · 12,346 tokens/s · grad norm 0.50 · "
+        "lr 1.00e-03 · data wait 0.1 %"
     )
     more = {"mfu": 0.412, "dollars": 1.5, "dollars_to_go": 2.25, "val_loss": 3.0}
-    line = step_line({**VALUES, **more, "loss": None})
+    line = step_line({**VALUES, **more, "loss": None}, 200)
     assert "loss not finite" in line
     assert "MFU 41.2 % (causal)" in line
     assert "$ 1.50 (+ 2.25)" in line
-    spent = step_line({**VALUES, **more, "dollars_left": 8.5})
+    spent = step_line({**VALUES, **more, "dollars_left": 8.5}, 200)
     assert "$ 1.50 (+ 2.25, 8.50 left)" in spent
     assert "held-out 3.0000" in line
+
+
+@pytest.mark.parametrize("width", [1, 40, 80, 100])
+def test_a_line_is_as_wide_as_its_place_and_loses_whole_fields(width: int) -> None:
+    every = step_line(VALUES, 1000).split(" · ")
+    fields = step_line(VALUES, width).split(" · ")
+    assert fields == every[: len(fields)]
+    assert len(step_line(VALUES, width)) <= width or len(fields) == 1
+    longer = " · ".join(every[: len(fields) + 1])
+    assert len(longer) > width or fields == every
+    assert len(step_line(VALUES)) <= 80
 
 
 def test_a_stream_that_is_no_terminal_gets_plain_lines() -> None:
@@ -127,14 +139,17 @@ def test_a_terminal_gets_a_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     stream = Terminal()
     display = Display(stream)
+    display.wait("compiling ...")
     display.step(VALUES)
     display.print("[a] word")
     display.step({**VALUES, "step": 4, "val_loss": 3.0})
+    display.step({**VALUES, "step": 60})
+    display.print("done")
     display.close()
-    text = stream.getvalue()
-    assert "[a] word" in text
-    assert "step 4/60" in text
-    assert "held-out 3.0000" in text
+    shown = stream.getvalue()
+    for text in ("compiling ...", "[a] word", "step 4/60", "held-out 3.0000", "step 60/60"):
+        assert text in shown
+    assert re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\s", "", shown.rpartition("done")[2]) == ""
 
 
 def test_a_torn_line_ends_before_the_next_and_damaged_ones_are_left_out(

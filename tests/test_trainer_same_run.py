@@ -131,3 +131,28 @@ def test_a_run_whose_time_is_up_saves_and_says_75(tmp_path: Path) -> None:
     result = summer_train(shards, tmp_path / "run", "stop_after=1s", max_steps=5000)
     assert result.exit_code == 75
     assert "saved: the same command goes on" in result.stdout
+
+
+def test_a_run_finds_its_shards_from_anywhere_and_beside_it_when_both_were_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    make_shards(project / "shards")
+    monkeypatch.chdir(project)
+    given = [text for s in set_texts(max_steps=2) for text in ("--set", s)]
+    first = CliRunner().invoke(main, ["--preset", "tiny", "--out", "runs/r", *given])
+    assert first.exit_code == 0, first.output
+    stored = load_config(Path("runs/r"))
+    assert Path(stored.shards) == project / "shards"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    more = [text for s in set_texts(max_steps=4) for text in ("--set", s)]
+    start = ["--preset", "tiny", "--out"]
+    second = CliRunner().invoke(main, [*start, "../project/runs/r", *more])
+    assert second.exit_code == 0 and "resumed" in second.output, second.output
+    project.rename(tmp_path / "moved")
+    assert Path(load_config(tmp_path / "moved" / "runs" / "r").shards) == tmp_path / "moved/shards"
+    run = str(tmp_path / "moved" / "runs" / "r")
+    more = [text for s in set_texts(max_steps=6) for text in ("--set", s)]
+    third = CliRunner().invoke(main, [*start, run, *more])
+    assert third.exit_code == 0 and "resumed" in third.output, third.output

@@ -115,7 +115,7 @@ def test_a_run_goes_on_under_a_version_with_one_more_key(
     monkeypatch.setattr(config_module, "RunConfig", newer(section, novelty=False))
     out = str(RUN)
     said = golden.run(train, "--shards", "shards", "--config", "alibi.toml", "--out", out)
-    assert "novelty=false" in said and "changed:" not in said
+    assert '"novelty": false' in (RUN / "config.json").read_text() and "changed:" not in said
     expected = json.loads((GOLDEN / golden.EXPECTED).read_text())
     assert golden.logged(RUN) == near(expected["logged"])
     events = [line["event"] for line in golden.json_lines((RUN / "events.jsonl").read_text())]
@@ -157,6 +157,8 @@ def test_a_key_that_a_run_s_configuration_lacks_is_its_default(name: str) -> Non
         with pytest.raises(ConfigError, match=r"multiple of n_heads \(32\)"):
             load_config(RUN)
         return
+    if name == "shards":
+        default = str(Path(default).absolute())
     inner = dataclasses.replace(getattr(before, section), **{key: default}) if section else default
     assert load_config(RUN) == dataclasses.replace(before, **{section or key: inner})
 

@@ -15,7 +15,7 @@ from shards.versions import VERSION
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(VERSION, prog_name="summerlm")
-@click.option("--shards", default="shards", show_default=True, help="Folder of prepared sources.")
+@click.option("--shards", help="Folder of prepared sources. [shards, or those of the run]")
 @click.option("--preset", help="A preset by name; without it, the reference run summer-4b.")
 @click.option("--config", "file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="A TOML file of your own instead of a preset.")  # fmt: skip
@@ -41,8 +41,9 @@ def main(**options: Any) -> None:
     Example: summer-train --shards shards/ --preset tiny --set max_steps=40
     """
     from shards.reader import find_sources
-    from trainer.config.config import configure
+    from trainer.config.config import configure, shards_of
 
+    options["shards"] = options["shards"] or shards_of(options["out"], options["resume"])
     given = {name: options[name] for name in ("preset", "file", "sets", "shards")}
     configured = configure(**given)  # a mistake is reported before the seconds that torch takes
     if "RANK" not in os.environ:

@@ -15,7 +15,7 @@ import torch
 
 from model.config import count_params
 from trainer.checkpoint.runs import CONFIG, checkpoints
-from trainer.config.config import Configured, RunConfig, load_config
+from trainer.config.config import Configured, RunConfig, earlier_run, load_config
 from trainer.config.resolve import make_plan
 from trainer.config.train_plan import TrainPlan
 from trainer.distributed import launch as launching
@@ -115,9 +115,7 @@ def _train_as_rank(configured: Configured, run: Path, request: Request, stream: 
 
 def _earlier(run: Path, request: Request) -> RunConfig | None:
     """The configuration of the run that goes on, without its mixture where a file gives one."""
-    if request.resume not in ("auto", "never"):
-        place = Path(request.resume)
-        run = place if (place / CONFIG).exists() else place.resolve().parent.parent
+    run = earlier_run(run, request.resume) or run
     if not (run / CONFIG).exists() or not checkpoints(run):
         return None
     config = load_config(run)

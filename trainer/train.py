@@ -133,6 +133,8 @@ def _go_on(job: TrainingJob) -> Outcome:
     held_out = open_held_out(plan, world)
     profiler = StepProfiler(parse_steps(config.profile_steps if world.is_main else ""), session.run)
     loss_scale = world.world_size / plan.step_tokens  # W / (G T)
+    if config.compile and state.step < state.last_step(config.max_steps):
+        session.display.wait("compiling ...")
     stop = checkpoint = False
     while state.step < state.last_step(config.max_steps) and not stop:
         profiler.before(state.step + 1)

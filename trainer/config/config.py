@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import tomllib
 import types
 import typing
@@ -42,6 +43,9 @@ T = TypeVar("T")
 
 PRESETS: Final = Path(__file__).with_name("presets")
 REFERENCE: Final = "summer-4b"
+
+_BESIDE: Final = "shards_from_run"
+"""Key of config.json: the way from the run's folder to the shards."""
 
 MEANT_BEFORE: Final[dict[str, Any]] = {}
 """What a stored configuration without a key means, where that is not the key's default.
@@ -133,7 +137,7 @@ def configure(
     explicit |= table.keys() & {"precision"}  # a file's own choice is meant
     table = {"preset": file.stem if file else preset or REFERENCE, **table}
     if shards is not None:
-        table["shards"] = str(Path(shards))
+        table["shards"] = str(Path(shards).absolute())  # a run may be gone on with from elsewhere
     init_from = next((v for path, v in changes if path == ("init_from",)), table.get("init_from"))
     if init_from:
         table |= _started_from(str(init_from))
@@ -153,16 +157,36 @@ def load_config(run: Path) -> RunConfig:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}; restore it, or start a new run with --out") from error
     check_format(table, RUN, path)
-    bare = {key: value for key, value in table.items() if key not in STAMP}
+    bare = {key: value for key, value in table.items() if key not in (*STAMP, _BESIDE)}
     try:
-        return from_stored(RunConfig, bare, path, writer_of(table))
+        config = from_stored(RunConfig, bare, path, writer_of(table))
+        shards = Path(config.shards).absolute()  # earlier versions wrote it as it was typed
+        moved = (run / str(table.get(_BESIDE, ""))).resolve()
+        if _BESIDE in table and moved.is_dir() and not shards.exists():
+            shards = moved
+        return dataclasses.replace(config, shards=str(shards))
     except ConfigError as error:
         raise ConfigError(f"{error}; restore it, or start a new run with --out") from error
 
 
+def earlier_run(out: Path | None, resume: str) -> Path | None:
+    """The run that a start would go on with: of the checkpoint that is named, or in `out`."""
+    if resume in ("auto", "never"):
+        return out
+    place = Path(resume)
+    return place if (place / CONFIG).exists() else place.resolve().parent.parent
+
+
+def shards_of(out: Path | None, resume: str) -> str:
+    """The shards of the run that a start would go on with; `shards` where there is none."""
+    run = earlier_run(out, resume)
+    return load_config(run).shards if run and (run / CONFIG).exists() else "shards"
+
+
 def save_config(run: Path, config: RunConfig) -> None:
-    """Write a run's config.json."""
-    publish_json(run / CONFIG, {**stamp(RUN), **asdict(config)})
+    """Write a run's config.json; both were moved if the shards are elsewhere when it is read."""
+    beside = {_BESIDE: os.path.relpath(config.shards, run)}
+    publish_json(run / CONFIG, {**stamp(RUN), **asdict(config), **beside})
 
 
 def from_stored(

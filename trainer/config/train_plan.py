@@ -98,6 +98,25 @@ def describe_plan(plan: TrainPlan, tokens_per_s: float | None = None) -> Iterato
         yield f"time: {duration} at the {tokens_per_s:,.0f} tokens/s that this run has measured"
 
 
+def summarise_plan(plan: TrainPlan) -> Iterator[str]:
+    """The plan in four lines of 80 columns, and its warnings; config.json has every key."""
+    config, shape = plan.config, plan.shape
+    n_params, total = count_params(config.model), sum(plan.weights.values())
+    tokens = config.max_steps * plan.step_tokens
+    shares = (f"{name} {weight / total:.0%}" for name, weight in plan.weights.items())
+    for line in (
+        f"model   {n_params:,} parameters, {config.model.n_layers} layers of "
+        f"{config.model.d_model}, context {config.model.seq_len:,}",
+        f"data    {', '.join(shares)}",
+        f"step    {plan.step_tokens:,} tokens = {shape.micro_batch_size} sequences x "
+        f"{shape.grad_accum_steps} accumulations x {shape.world_size} ranks",
+        f"run     {config.max_steps:,} steps, {tokens:,} tokens, {tokens / n_params:.1f} a "
+        f"parameter, {config.precision} on {plan.device_name}",
+    ):
+        yield line if len(line) <= 80 else f"{line[:77]}..."
+    yield from (f"! {note}" for note in (*plan.notes, *_warnings(plan)))
+
+
 def served_by(model: ModelConfig) -> str:
     """Which programs can run the exported model: worth knowing before it is trained."""
     if model.rope and not model.alibi:

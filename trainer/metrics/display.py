@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+_WIDTH: Final = 80
+
 
 class Display:
     """Plain lines for files, pipes and CI; on a terminal a line that moves, text above it.
@@ -22,7 +24,9 @@ class Display:
         self._stream = stream
         self._live: Live | None = None
         if stream is not None and stream.isatty():
-            self._live = Live(console=Console(file=stream, highlight=False), auto_refresh=False)
+            self._live = Live(
+                console=Console(file=stream, highlight=False), auto_refresh=False, transient=True
+            )
             self._live.start()
 
     def print(self, text: str) -> None:
@@ -42,40 +46,56 @@ class Display:
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Show how a step went: the fields of metrics.jsonl, and max_steps, eta_s."""
-        if self._live is None or "val_loss" in values:  # those with a held-out loss stay
+        if self._live is None:
             self.print(step_line(values))
+        elif "val_loss" in values or values["step"] == values["max_steps"]:  # these stay
+            self._live.update("", refresh=True)
+            self.print(step_line(values, self._live.console.width))
+        else:
+            self.wait(step_line(values, self._live.console.width))
+
+    def wait(self, text: str) -> None:
+        """Show what is done now: a line of a log, or the one that moves."""
         if self._live is not None:
-            line = Text(step_line(values), no_wrap=True, overflow="ellipsis")
-            self._live.update(line, refresh=True)
+            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+        else:
+            self.print(text)
 
     def close(self) -> None:
-        """Leave the terminal in order, the last line on it."""
+        """Leave the terminal in order: the last line that was printed is the last on it."""
         if self._live is not None:
             self._live.stop()
 
 
 _COLUMNS: Final[dict[str, Callable[[Mapping[str, Any]], str]]] = {
     "step": lambda v: f"step {v['step']}/{v['max_steps']}",
+    "eta_s": lambda v: f"ETA {timedelta(seconds=round(v['eta_s']))}",
     "loss": lambda v: f"loss {_number(v['loss'], '.4f')}",
-    "lr": lambda v: f"lr {v['lr']:.2e}",
-    "grad_norm": lambda v: f"grad norm {_number(v['grad_norm'], '.2f')}",
+    "val_loss": lambda v: f"held-out {v['val_loss']:.4f}",
+    "val_bits_per_byte": lambda v: f"{v['val_bits_per_byte']:.4f} bits/byte",
     "tokens_per_s": lambda v: f"{v['tokens_per_s']:,.0f} tokens/s",
     "mfu": lambda v: f"MFU {100 * v['mfu']:.1f} % (causal)",
     "dollars": lambda v: (
         f"$ {v['dollars']:.2f} (+ {v['dollars_to_go']:.2f}"
         + (f", {v['dollars_left']:.2f} left)" if "dollars_left" in v else ")")
     ),
+    "grad_norm": lambda v: f"grad norm {_number(v['grad_norm'], '.2f')}",
+    "lr": lambda v: f"lr {v['lr']:.2e}",
     "data_wait": lambda v: f"data wait {100 * v['data_wait']:.1f} %",
-    "val_loss": lambda v: f"held-out {v['val_loss']:.4f}",
-    "val_bits_per_byte": lambda v: f"{v['val_bits_per_byte']:.4f} bits/byte",
-    "eta_s": lambda v: f"ETA {timedelta(seconds=round(v['eta_s']))}",
 }
-"""How each field of a line in metrics.jsonl is shown, if it is there; others are not shown."""
+"""How each field of a line in metrics.jsonl is shown, the most important first."""
 
 
-def step_line(values: Mapping[str, Any]) -> str:
-    """A step in one line."""
-    return " · ".join(show(values) for field, show in _COLUMNS.items() if field in values)
+def step_line(values: Mapping[str, Any], width: int = _WIDTH) -> str:
+    """A step in one line of so many columns: as many fields as it takes."""
+    line = ""
+    for field, show in _COLUMNS.items():
+        if field in values:
+            longer = f"{line} · {show(values)}".removeprefix(" · ")
+            if line and len(longer) > width:
+                break
+            line = longer
+    return line
 
 
 def _number(value: float | None, form: str) -> str:

@@ -40,6 +40,8 @@ from trainer.distributed.devices import unused_gpu
 from trainer.distributed.world import World, make_mesh
 from trainer.errors import TrainingError
 
+KERNEL_NOTE: Final = "attention kernel: "
+
 
 class Network(NamedTuple):
     """One model twice: `bare` holds the parameters, `model` is what is called in training."""
@@ -64,7 +66,7 @@ def build_network(config: RunConfig, world: World) -> Network:
         test = self_test(world.device, dtype, config.model)
     except ModelError as failure:
         raise TrainingError(str(failure)) from failure
-    notes.insert(0, f"attention kernel: {test}")
+    notes.insert(0, f"{KERNEL_NOTE}{test}")
     if idle := world.device.type != "cuda" and unused_gpu():
         notes.append(f"! {idle}")
     if obstacle:

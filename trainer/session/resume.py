@@ -26,7 +26,7 @@ from trainer.checkpoint.runs import (
     newest_checkpoint,
 )
 from trainer.config.config import differences, load_config, save_config
-from trainer.config.train_plan import TrainPlan, describe_plan
+from trainer.config.train_plan import TrainPlan, describe_plan, summarise_plan
 from trainer.data.batches import MicroBatches, StepRange
 from trainer.data.loader import Loader
 from trainer.distributed.world import World
@@ -37,7 +37,7 @@ from trainer.metrics.display import Display
 from trainer.metrics.metrics import NEW_HISTORY, GuardHistory, Journal, RunEvent
 from trainer.optimizer.optimizer import make_optimizer
 from trainer.session import state as states
-from trainer.session.network import build_network, fill_shards
+from trainer.session.network import KERNEL_NOTE, build_network, fill_shards
 from trainer.session.state import Session, State, initial_state, state_from
 from trainer.validation.validation import HeldOutScorer, read_token_bytes
 
@@ -76,7 +76,8 @@ def begin(
     point = find_checkpoint(plan, history, world)
     state = point.state
     if not restarted:
-        show_plan(plan, state, measured_rate(run) if world.is_main else None, display)
+        for line in summarise_plan(plan):
+            display.print(line)
     states.check_max_epochs(plan, state)
     network = build_network(config, world)
     optimizer = make_optimizer(network.bare, config.optim)
@@ -157,7 +158,8 @@ def _announce(
     phases = [[phase.first_index, dict(phase.weights)] for phase in state.order.phases]
     facts |= {"phases": phases, "shape": session.plan.shape._asdict()}
     for note in notes:
-        say(note)
+        if not note.startswith(KERNEL_NOTE):  # that is for the log
+            say(note)
     if point.checkpoint is None:
         text = f"{session.run}: starting at step 0"
         session.log(text, RunEvent.START, notes=notes, **mark, **facts)

@@ -229,6 +229,7 @@ def state_from(record: Record, plan: TrainPlan) -> tuple[State, list[str]]:
         anneal=Anneal(*anneal) if anneal else None,
         spent_s=dict(record.get("spent_s", {})),
     )
+    changes.pop("shards", None)  # where they lie: that they are the same is checked by their hash
     notes = [f"changed: {key} was {old}, is {new}" for key, (old, new) in changes.items()]
     was, now = (
         lr_at(state.step, c.optim, c.max_steps, state.anneal) for c in (before, plan.config)
