@@ -156,3 +156,23 @@ def test_a_run_finds_its_shards_from_anywhere_and_beside_it_when_both_were_moved
     more = [text for s in set_texts(max_steps=6) for text in ("--set", s)]
     third = CliRunner().invoke(main, [*start, run, *more])
     assert third.exit_code == 0 and "resumed" in third.output, third.output
+
+
+def test_a_dry_run_rejects_what_the_real_start_would(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards")
+    train(small_plan(shards, max_steps=1), tmp_path / "base")
+    dry = ["--shards", str(shards), "--preset", "tiny", "--dry-run"]
+    dry += [text for s in set_texts(max_steps=1) for text in ("--set", s)]
+    base, other = str(tmp_path / "base"), str(tmp_path / "other")
+    wrong_width = ["--set", f"init_from={base}", "--set", "model.d_ff=96", "--out", other]
+    for more, said in (
+        (["--out", base, "--resume", "never"], "--resume never would mix two runs"),
+        (["--out", other, "--resume", str(tmp_path / "nothing")], "nothing"),
+        (["--out", other, "--nnodes", "2"], "say where the machines meet"),
+        (["--out", other, "--nnodes", "2", "--rdzv-endpoint", "h:1"], "--rdzv-id"),
+        (wrong_width, "its blocks.0.ffn.gate_up.weight is"),
+    ):
+        result = CliRunner().invoke(main, [*dry, *more])
+        assert result.exit_code == 1 and said in result.output, result.output
+        assert not Path(other).exists()
+    assert CliRunner().invoke(main, [*dry, "--out", other]).exit_code == 0

@@ -26,7 +26,7 @@ from trainer.errors import ConfigError
 from trainer.faults.inject import parse_faults
 from trainer.metrics.display import Display
 from trainer.optimizer.optimizer import optimizer_bytes
-from trainer.session.resume import measured_rate, peek_state, show_plan
+from trainer.session.resume import check_start, measured_rate, peek_state, show_plan
 from trainer.session.state import check_max_epochs
 from trainer.train import train
 
@@ -81,29 +81,35 @@ def start(request: Request, stream: TextIO) -> int:
     with contextlib.closing(display):
         if note:
             display.print(note)
+        _check_machines(request)
         if request.dry_run:
+            check_start(plan, run, request.resume)
             state = peek_state(plan, run, request.resume)
             show_plan(plan, state, measured_rate(run), display)
             check_max_epochs(plan, state)
             return 0
         if plan.shape.world_size == 1:
             return _train(plan, run, request, display)
-        if request.nnodes != "1" and "rdzv_endpoint" not in request.torchrun:
-            raise ConfigError(
-                f"--nnodes {request.nnodes}: say where the machines meet, "
-                "--rdzv-backend c10d --rdzv-endpoint HOST:29500"
-            )
-        if request.nnodes != "1" and "rdzv_id" not in request.torchrun:
-            raise ConfigError(
-                f"--nnodes {request.nnodes}: give the machines of this job a name that others "
-                f"cannot guess, on each the same: --rdzv-id {secrets.token_hex(8)}"
-            )
         n_bytes = 4 + optimizer_bytes(plan.config.optim)  # a parameter and its moments, fp32
         state_bytes = n_bytes * count_params(plan.config.model)
         options = tuple(f"--{k.replace('_', '-')}={v}" for k, v in request.torchrun.items())
         launch = Launch(n_local, request.nnodes, state_bytes, options)
         display.print(launching.launch_line(launch, request.for_rank(run)))
     return launching.run_on_all(launch, request.for_rank(run))
+
+
+def _check_machines(request: Request) -> None:
+    """ConfigError unless several machines know where to meet, and under which name."""
+    if request.nnodes != "1" and "rdzv_endpoint" not in request.torchrun:
+        raise ConfigError(
+            f"--nnodes {request.nnodes}: say where the machines meet, "
+            "--rdzv-backend c10d --rdzv-endpoint HOST:29500"
+        )
+    if request.nnodes != "1" and "rdzv_id" not in request.torchrun:
+        raise ConfigError(
+            f"--nnodes {request.nnodes}: give the machines of this job a name that others "
+            f"cannot guess, on each the same: --rdzv-id {secrets.token_hex(8)}"
+        )
 
 
 def _train_as_rank(configured: Configured, run: Path, request: Request, stream: TextIO) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
@@ -15,19 +16,15 @@ def run_all(
     positions: Iterable[int], submit: Submit, at_once: int, unit_done: Callable[[int], None]
 ) -> None:
     """Run the units, at most `at_once` of them handed out at a time."""
-    running: dict[Future[UnitRecord], int] = {}
-    for position in positions:
-        if len(running) >= at_once:
-            _collect(running, unit_done)
-        running[submit(position, NO_LIMIT)] = position
-    while running:
-        _collect(running, unit_done)
-
-
-def _collect(running: dict[Future[UnitRecord], int], unit_done: Callable[[int], None]) -> None:
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
-        future.result()
-        unit_done(running.pop(future))
+    ahead, running = iter(positions), dict[Future[UnitRecord], int]()
+    while True:
+        for position in itertools.islice(ahead, at_once - len(running)):
+            running[submit(position, NO_LIMIT)] = position
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            future.result()
+            unit_done(running.pop(future))
 
 
 class LimitedRun:

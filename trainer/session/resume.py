@@ -84,7 +84,7 @@ def begin(
     if point.checkpoint is not None:
         storage.restore(point.checkpoint, network.bare, optimizer, world)
     elif config.init_from:
-        _load_initial_weights(Path(config.init_from), network.bare, plan.tokenizer_sha256)
+        _load_initial_weights(plan, network.bare)
     state.leave_out(history.guard.left_out)
     set_aside, saved = world.on_main(lambda: _prepare_folder(plan, run, state.step))
     session = Session(
@@ -125,28 +125,50 @@ def _prepare_folder(plan: TrainPlan, run: Path, step: int) -> tuple[list[str], l
     return set_aside, checkpoints(run)
 
 
-def _load_initial_weights(source: Path, model: Transformer, tokenizer_sha256: str) -> None:
-    """Give the model the weights of another run's newest checkpoint, made for the same ids."""
+def check_start(plan: TrainPlan, run: Path, resume: str) -> None:
+    """ConfigError for what would end a real start of this plan after a dry run showed it."""
+    history = read_run_history(plan, run, resume, restarted=False)
+    if plan.config.init_from and not history.candidates:
+        _check_initial(plan)
+
+
+def _check_initial(plan: TrainPlan) -> Path:
+    """The checkpoint to start from; ConfigError unless it is of the same ids and shapes."""
+    source = Path(plan.config.init_from)
     checkpoint, path = newest_checkpoint(source), tokenizer_path(source)
     theirs = storage.read_record(checkpoint).get("tokenizer_sha256")
     if theirs is None and path.exists():  # weights from elsewhere
         theirs = sha256_file(path)
-    if theirs not in (None, tokenizer_sha256):
+    if theirs not in (None, plan.tokenizer_sha256):
         raise ConfigError(
             f"init_from={source}: its tokenizer is not that of the shards, so its ids mean other "
             f"text; prepare them with --tokenizer {path}"
         )
-    weights = storage.load_weights(checkpoint)
+    with torch.device("meta"):
+        ours, shapes = (
+            {name: tuple(weight.shape) for name, weight in Transformer(model).named_parameters()}
+            for model in (plan.config.model, load_config(source).model)
+        )
+    for name, shape in ours.items():
+        if shapes.get(name) != shape:
+            raise ConfigError(
+                f"init_from={source}: its {name} is {shapes.get(name, 'missing')}, this run's is "
+                f"{shape}: use shards of its tokenizer and no --set model."
+            )
+    return checkpoint
+
+
+def _load_initial_weights(plan: TrainPlan, model: Transformer) -> None:
+    """Give the model the weights of another run's newest checkpoint."""
+    weights = storage.load_weights(_check_initial(plan))
     with torch.no_grad(), fill_shards():
         for name, parameter in model.named_parameters():
-            stored = weights.get(name)
-            if stored is None or stored.shape != parameter.shape:
+            if name not in weights or weights[name].shape != parameter.shape:
                 raise ConfigError(
-                    f"init_from={source}: its {name} is "
-                    f"{'missing' if stored is None else tuple(stored.shape)}, this run's is "
-                    f"{tuple(parameter.shape)}: use shards of its tokenizer and no --set model."
+                    f"init_from={plan.config.init_from}: {name} is not what its {CONFIG} says: put "
+                    "that file back which belongs to the weights"
                 )
-            parameter.copy_(stored)
+            parameter.copy_(weights[name])
 
 
 def _announce(
