@@ -1,5 +1,7 @@
 """Runs and checkpoints as models, and what is said when there are none."""
 
+import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,8 @@ from tools.evaluate import main
 from tools.evaluation.perplexity import measure_perplexity
 from tools.evaluation.protocols import Protocol
 from tools.evaluation.wikitext import from_raw
-from tools.models.hf_folder import write_folder
+from tools.generation.generation import Generation, Sampling, generate
+from tools.models.hf_folder import read_vocabulary, write_folder
 from tools.models.loading import ModelSpec, load, max_context, sha256_of_weights
 from tools_samples import (
     SEQ_LEN,
@@ -140,6 +143,41 @@ def test_a_llama_folder_is_scored_by_the_same_code(llama_folder: Path) -> None:
         measure_perplexity(loaded, text, protocol)["nats"]
         == measure_perplexity(ours, text, protocol)["nats"]
     )
+
+
+def test_tokens_added_by_a_chat_fine_tune_and_all_ends_of_a_text_count(llama_folder: Path) -> None:
+    """tokenizer.model does not have them: `<|im_end|>` was no token, and nothing ever ended."""
+    plain = load(ModelSpec(hf=llama_folder, device="cpu")).vocabulary
+    path = llama_folder / "tokenizer.json"
+    described = json.loads(path.read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for number, content, special in ((500, "<|im_end|>", True), (501, "<think>", False)):
+        token = {"id": number, "content": content, "special": special, **flags}
+        described["added_tokens"].append(token)
+    path.write_text(json.dumps(described))
+    (llama_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 500]}))
+    loaded = load(ModelSpec(hf=llama_folder, device="cpu"))
+    vocabulary, text = loaded.vocabulary, sample_text()[:3000]
+    assert list(vocabulary.encode(text)) == list(plain.encode(text))
+    assert len(vocabulary) == 512 and vocabulary.pieces[500:503] == (b"", b"<think>", b"")
+    assert 501 in vocabulary.encode("a <think> b") and 500 not in vocabulary.encode("<|im_end|>")
+    assert [n for n in range(512) if vocabulary.ends(n)] == [2, 500]
+    drawable = vocabulary.may_be_drawn(512)
+    assert drawable[500] and drawable[501] and not drawable[502]
+    weight = loaded.model.head_weight
+    for end in (2, 500):  # a model that says nothing else
+        with torch.no_grad():
+            weight.zero_()
+            loaded.model.norm.weight.fill_(0.0)
+        prompt, drawn = list(vocabulary.encode("a")), list[int]()
+        allowed = dataclasses.replace(vocabulary, pieces=tuple(b"" for _ in range(512)),
+                                      eos_id=end, end_ids=frozenset({end}))  # fmt: skip
+        model = dataclasses.replace(loaded, vocabulary=allowed)
+        options = Generation(max_tokens=4, sampling=Sampling(temperature=0))
+        assert generate(model, prompt, options, drawn.append) == [] and drawn == []
+    for damage in ([1], [{"id": "x"}], None):  # nothing that could be an id
+        path.write_text(json.dumps({**described, "added_tokens": damage}))
+        assert read_vocabulary(llama_folder, 512).pieces == plain.pieces
 
 
 def test_a_llama_folder_with_another_tokenizer_is_rejected(llama_folder: Path) -> None:

@@ -92,7 +92,7 @@ def generate(
             hidden = model.hidden(torch.tensor([unread], device=loaded.device), cache=cache)
             logits = linear(hidden[0, -1:], model.head_weight).float()[0]
             drawn = draw(logits.masked_fill(never, -torch.inf), options.sampling, generator)
-            if drawn == loaded.vocabulary.eos_id:
+            if loaded.vocabulary.ends(drawn):
                 break
             ids.append(drawn)
             if on_token is not None:

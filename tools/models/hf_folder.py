@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -98,15 +98,28 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
 
     ConversionError if there is none.
     """
-    if (folder / TOKENIZER).is_file():
+    has_json = (folder / TOKENIZER_JSON).is_file()
+    if (folder / TOKENIZER).is_file() or not has_json:
         vocabulary = Vocabulary.of(read_tokenizer(folder))
-    elif (folder / TOKENIZER_JSON).is_file():
+    if has_json and not ((folder / TOKENIZER).is_file() and len(vocabulary) > _last_added(folder)):
         vocabulary = Vocabulary.of_tokenizer_json(folder)
-    else:
-        raise ConversionError(
-            f"{folder}: neither {TOKENIZER} nor {TOKENIZER_JSON} is there: add the tokenizer"
-        )
+    vocabulary = replace(vocabulary, end_ids=_end_ids(folder))
     return filled_up(vocabulary, vocab_size)
+
+
+def _last_added(folder: Path) -> int:
+    """The last token that a tokenizer.json adds to its model, as chat fine-tunes do; else -1."""
+    added = _read_json(folder / TOKENIZER_JSON).get("added_tokens")
+    known = [token.get("id") for token in added or () if isinstance(token, dict)]
+    return max((number for number in known if isinstance(number, int)), default=-1)
+
+
+def _end_ids(folder: Path) -> frozenset[int]:
+    """All ids that end a text, as the folder's generation_config.json has them."""
+    path = folder / "generation_config.json"
+    found = _read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = found if isinstance(found, list) else [found]
+    return frozenset(number for number in ids if isinstance(number, int))
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

@@ -37,7 +37,8 @@ class Vocabulary:
     `pieces` holds the UTF-8 bytes that each id stands for in a text; ids that are not text (BOS,
     EOS, other control pieces, `<unk>`) stand for none. With `space_first` a text's first piece
     begins with a space that is not in the text (SentencePiece's dummy prefix). `chat` holds the
-    ids of the chat template's markers, None where the vocabulary has none.
+    ids of the chat template's markers, None where the vocabulary has none. `end_ids` are further
+    ids that end a text, besides `eos_id`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Vocabulary:
     sha256: str
     space_first: bool
     chat: ChatTemplate | None
+    end_ids: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -56,7 +58,11 @@ class Vocabulary:
     def may_be_drawn(self, n_ids: int) -> list[bool]:
         """Whether each of `n_ids` ids may be generated: it stands for text, or ends it."""
         is_text = [*map(bool, self.pieces), *[False] * n_ids][:n_ids]
-        return [text or number == self.eos_id for number, text in enumerate(is_text)]
+        return [text or self.ends(number) for number, text in enumerate(is_text)]
+
+    def ends(self, number: int) -> bool:
+        """Whether a text ends with that id."""
+        return number == self.eos_id or number in self.end_ids
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Self:
