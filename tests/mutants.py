@@ -38,7 +38,7 @@ from mutations import Mutant, change, mutants_of
 TESTS: Final = {
     "model.attention": "reference_training model_attention model_positions model_cache "
     "model_dropout",
-    "model.config": "model_config model_transformer",
+    "model.config": "model_config model_transformer model_attention",
     "model.self_test": "model_attention",
     "model.dropout": "reference_training model_dropout",
     "model.layers": "reference_training model_positions model_transformer model_dropout",
@@ -46,6 +46,7 @@ TESTS: Final = {
     "model.positions": "reference_training model_positions model_attention",
     "model.transformer": "reference_training model_transformer model_config model_cache",
     "trainer.optimizer.optimizer": "reference_training trainer_optimizer trainer_schedule",
+    "trainer.optimizer.schedule": "reference_training trainer_schedule",
     "trainer.faults.guard": "reference_training trainer_guard trainer_optimizer",
     "trainer.data.mixture": "trainer_mixture trainer_loader trainer_plan",
     "trainer.data.batches": "trainer_loader trainer_mixture trainer_guard",

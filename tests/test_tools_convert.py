@@ -19,7 +19,6 @@ from pipeline_samples import TEXTS, byte_level, prepared, request, write_jsonl
 from shards.format import TOKENIZER
 from shards.reader import ShardReader
 from tools.conversion import conversion
-from tools.conversion.card import knows_conversations
 from tools.conversion.conversion import ALONE
 from tools.convert import main
 from tools.errors import ConversionError
@@ -34,7 +33,7 @@ from tools.models.llama import (
     weights_from_llama,
     weights_to_llama,
 )
-from tools.models.loading import ModelSpec, load
+from tools.models.loading import ModelSpec, has_conversed, load
 from tools.models.tokenizers import tokenizer_config, tokenizer_json
 from tools.tracing.run_trace import RunTrace
 from tools_samples import (
@@ -380,13 +379,15 @@ def test_rounding_that_changes_the_model_is_no_success(
 def test_a_base_model_has_no_template_of_conversations(tmp_path: Path) -> None:
     """One that has read none; where it cannot be known, the tokenizer decides, as before."""
     facts = {"root": "00" * 32, "n_rows": 1, "n_val_rows": 0, "tokens_per_row": 8.0, "excluded": ""}
-    for shape, config, knows in (
+    cases: tuple[tuple[str, dict[str, str], bool], ...] = (
         ("documents", {}, False), ("chat", {}, True), ("", {}, True),
         ("documents", {"init_from": "base"}, True),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for number, (shape, config, knows) in enumerate(cases):
         data = {"a": {**facts, "shape": "documents"}, "b": {**facts, "shape": shape}}
-        assert knows_conversations({"data": data, "config": config}) is knows
-    assert knows_conversations({})
+        run = trained_run(tmp_path / str(number), {"data": data, "config": config})
+        assert has_conversed(run / "checkpoints" / "step-3") is knows
+    assert has_conversed(trained_run(tmp_path / "old") / "checkpoints" / "step-3")
     for chat in (False, True):
         described = tokenizer_config(Tokenizer.default(), 64, chat=chat)
         assert ("chat_template" in described) is chat

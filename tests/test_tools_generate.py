@@ -292,12 +292,16 @@ def test_an_older_checkpoint_can_be_named(run: Path) -> None:
     assert result.exit_code == 0 and "step 2" in result.stderr
 
 
-def test_the_command_answers_what_is_typed(run: Path) -> None:
+def test_the_command_answers_what_is_typed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = command("--run", run, "--chat", "--prompt", "Why?", "--max-tokens", 5)
     assert one.exit_code == 0 and one.stdout.endswith("\n")
     typed = command("--run", run, "--chat", "--max-tokens", 5, typed="Why?\n\nHow?\n")
     assert typed.exit_code == 0
     assert typed.stdout.startswith(one.stdout)
+    assert "has read no conversations" not in one.stderr + typed.stderr
+    monkeypatch.setattr("tools.models.loading.has_conversed", lambda checkpoint: False)
+    asked = command("--run", run, "--chat", "--prompt", "Why?", "--max-tokens", 5)
+    assert "! its run has read no conversations" in asked.stderr and asked.stdout == one.stdout
 
 
 @pytest.mark.parametrize(

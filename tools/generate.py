@@ -41,7 +41,7 @@ from tools.errors import ToolError
 def main(prompt: str, chat: bool, system: str, as_json: bool, **options: Any) -> None:
     """Write on from a prompt, or answer in a conversation."""
     from tools.generation.generation import Conversation, Generation, Sampling, complete
-    from tools.models.loading import ModelSpec, load
+    from tools.models.loading import ModelSpec, has_conversed, load
 
     prompt = _checked(prompt, options["prompt_file"])
     if as_json and chat and not prompt:
@@ -56,6 +56,8 @@ def main(prompt: str, chat: bool, system: str, as_json: bool, **options: Any) ->
     loaded = load(ModelSpec(**{name: options[name] for name in named}))
     click.echo(loaded.name, err=True)
     conversation = Conversation(loaded, generation, system) if chat else None
+    if conversation and loaded.checkpoint and not has_conversed(loaded.checkpoint):
+        click.echo("! its run has read no conversations: answers are not to be expected", err=True)
     if as_json:
         text = conversation.ask(prompt) if conversation else complete(loaded, prompt, generation)
         click.echo(json.dumps({"prompt": prompt, "text": text, "model": loaded.name}))

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from model.config import count_params
 from shards.versions import VERSION
 from tools.models.llama import is_llama
-from tools.models.loading import LoadedModel
+from tools.models.loading import LoadedModel, has_conversed
 from trainer.checkpoint.runs import EVALUATIONS
 
 _TEMPLATE: Final = Path(__file__).with_name("model_card.jinja")
@@ -62,7 +62,7 @@ def model_card(
         shape=asdict(loaded.model.config),
         code="" if is_llama(loaded.model.config) else ", trust_remote_code=True",
         loaded=loaded,
-        chat=loaded.vocabulary.chat is not None and knows_conversations(record),
+        chat=loaded.vocabulary.chat is not None and has_conversed(checkpoint),
         record=record,
         dtype=export.dtype,
         left_out=[name for name, facts in record.get("data", {}).items() if facts.get("excluded")],
@@ -70,13 +70,6 @@ def model_card(
         results=[page.replace("## ", "### ", 1) for page in pages],
     )
     return str(card)
-
-
-def knows_conversations(record: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's run has read conversations, or it cannot be known that it has not."""
-    config, data = record.get("config") or {}, record.get("data") or {"": {}}
-    shapes = {facts.get("shape", "") for facts in data.values()}
-    return bool(config.get("init_from")) or not shapes.isdisjoint(("", "chat"))
 
 
 def _eval_results(kept: Path) -> Iterator[EvalResult]:

@@ -19,7 +19,7 @@ from pipeline.text.json_tokenizer import load_tokenizer
 from pipeline.text.tokenizer import Tokenizer
 from shards.files import fsync_folder, publish_bytes
 from shards.format import TOKENIZER_JSON
-from tools.conversion.card import Export, knows_conversations, model_card
+from tools.conversion.card import Export, model_card
 from tools.conversion.llama_cpp import check_convertible, to_gguf
 from tools.errors import ConversionError
 from tools.models.hf_folder import (
@@ -30,7 +30,7 @@ from tools.models.hf_folder import (
     write_folder,
 )
 from tools.models.llama import is_llama
-from tools.models.loading import LoadedModel, ModelSpec, check_fit, load
+from tools.models.loading import LoadedModel, ModelSpec, check_fit, has_conversed, load
 from tools.models.tokenizers import Vocabulary, filled_up
 from trainer.checkpoint.runs import is_checkpoint, newest_checkpoint
 from trainer.checkpoint.storage import no_single_process_warning, read_record, save
@@ -156,7 +156,7 @@ def _to_hugging_face(source: Path, folder: Path, export: Export, gguf: str) -> C
         check_convertible(is_llama(config))
     tokenizer, record = load_tokenizer(checkpoint.resolve().parents[1]), read_record(checkpoint)
     weights, dtype = loaded.model.state_dict(), _DTYPES[export.dtype]
-    write_folder(folder, config, weights, tokenizer, dtype, chat=knows_conversations(record))
+    write_folder(folder, config, weights, tokenizer, dtype, chat=has_conversed(checkpoint))
     card = model_card(checkpoint, loaded, record, export)
     publish_bytes(folder / "README.md", card.encode())
     _compare_ids(folder, tokenizer)

@@ -26,7 +26,7 @@ from trainer.checkpoint.runs import (
     newest_run,
     step_of,
 )
-from trainer.checkpoint.storage import load_weights
+from trainer.checkpoint.storage import load_weights, read_record
 from trainer.config.config import load_config
 from trainer.distributed.devices import keep_freed_memory, pick_device
 from trainer.errors import CheckpointError
@@ -143,6 +143,14 @@ def newest_intact(run: Path) -> tuple[Path, dict[str, Tensor]]:
                 logging.getLogger(__name__).warning("! %s; USING %s", failure, checkpoint.name)
         return checkpoint, weights
     raise failures[0]
+
+
+def has_conversed(checkpoint: Path) -> bool:
+    """Whether a checkpoint's run has read conversations, or it cannot be known that it has not."""
+    record = read_record(checkpoint)
+    config, data = record.get("config") or {}, record.get("data") or {"": {}}
+    shapes = {facts.get("shape", "") for facts in data.values()}
+    return bool(config.get("init_from")) or not shapes.isdisjoint(("", "chat"))
 
 
 def _described(checkpoint: Path) -> tuple[str, ModelConfig, Vocabulary]:
