@@ -76,8 +76,13 @@ def main(tasks: tuple[str, ...], nproc: int, **options: Any) -> None:
     training). Questions: lambada, arc_easy, arc_challenge, mmlu, hellaswag, piqa, winogrande,
     openbookqa, boolq, asked as lm-evaluation-harness does.
 
-    In place of tasks: contamination (which items of a --task are in the training shards).
+    In place of tasks: contamination (which items of a --task are in the training shards); compare
+    A B --task NAME (runs, checkpoints or Hugging Face folders, on the same items, with the error
+    of their differences).
     """
+    if tasks[0] == "compare":
+        _compare([Path(each) for each in tasks[1:]], options)
+        return
     if unknown := [task for task in tasks if task not in (*NAMES, "contamination")]:
         choices = (*NAMES, "contamination")
         near = did_you_mean(unknown[0], choices)
@@ -96,6 +101,34 @@ def main(tasks: tuple[str, ...], nproc: int, **options: Any) -> None:
         write_exit_reason(lambda: _evaluate(tasks, options), OSError, ModelError)
     else:
         _evaluate(tasks, options)
+
+
+def _compare(folders: Sequence[Path], options: dict[str, Any]) -> None:
+    """Print how models differ on each --task, the first being what others are compared with."""
+    from tools.evaluation.cards import to_text
+    from tools.evaluation.compare import compare, spec_of
+    from tools.models.loading import load
+
+    of, where = options.pop("of"), {name: options.pop(name) for name in ("device", "dtype")}
+    as_json, card = options.pop("as_json"), options.pop("card")
+    if len(folders) < 2 or not of or "heldout" in of:
+        raise click.UsageError(
+            "write it as compare A B --task NAME: two models or more, and a task (not heldout)"
+        )
+    for name in ("run", "checkpoint", "hf", "write", "follow", "log_items", "contamination"):
+        if options.pop(name):
+            raise click.UsageError(f"--{name.replace('_', '-')} does not go with compare")
+    given = TaskOptions(**{**options, "shards": options["shards"] or Path("shards")})
+    scores: dict[str, list[Result]] = {task: [] for task in of}
+    for folder in folders:
+        loaded = load(spec_of(folder, **where))
+        for task in of:
+            with _progress_bar(f"{task}, {folder.name}") as progress:
+                scores[task] += _run_task(task, loaded, given, progress)
+    compared = [[compare(results)] for results in scores.values()]
+    for [result] in compared:
+        click.echo(json.dumps(result.to_json()) if as_json else "\n".join(to_text([result])))
+    _write(compared, card, None)
 
 
 def _write_exclusion(tasks: Sequence[str], options: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ A task whose card exists is not scored twice, so the same command resumes after 
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -40,7 +40,8 @@ class Result:
 
     In JSON the metrics and settings stand side by side, a metric's standard error as NAME_error;
     with `grouped` the metrics are an object of their own. `table` (its head first) is shown in
-    place of the metrics, `about` behind the model's name, `notes` below. `items` are for a log.
+    place of the metrics, `about` behind the model's name, `notes` below. `items` are for a log;
+    `samples` are what each item or window adds to a metric, for a comparison.
     """
 
     task: str
@@ -52,6 +53,7 @@ class Result:
     table: Sequence[Sequence[str]] = ()
     notes: Sequence[str] = ()
     items: Sequence[Mapping[str, Any]] = ()
+    samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         """The value of a metric, or a setting."""

@@ -125,6 +125,11 @@ def evaluate_task(
         model=loaded.describe(),
         grouped=True,
         notes=_notes(settings),
+        samples={
+            name: [value / len(answers) for value in SAMPLES[name](answers)]
+            for name in task.metrics
+            if name in SAMPLES
+        },
         items=[{"item": number, **answer.to_json()} for number, answer in enumerate(answers)],
     )
 
@@ -262,11 +267,17 @@ def _perplexity(answers: Sequence[Answer]) -> Metric:
     return Metric(value, None if mean.stderr is None else value * mean.stderr)
 
 
+SAMPLES: Final[Mapping[str, Callable[[Sequence[Answer]], list[float]]]] = {
+    "acc": lambda answers: [float(each.is_right) for each in answers],
+    "acc_norm": lambda answers: [
+        float(each.chosen_by_length == each.question.gold) for each in answers
+    ],
+}
+"""Of metrics that are means: the value of each answer."""
+
 METRICS: Final[Mapping[str, Callable[[Sequence[Answer]], Metric]]] = {
-    "acc": lambda answers: _mean([float(each.is_right) for each in answers]),
-    "acc_norm": lambda answers: _mean(
-        [float(each.chosen_by_length == each.question.gold) for each in answers]
-    ),
+    "acc": lambda answers: _mean(SAMPLES["acc"](answers)),
+    "acc_norm": lambda answers: _mean(SAMPLES["acc_norm"](answers)),
     "perplexity": _perplexity,
 }
 

@@ -118,6 +118,7 @@ def measure_perplexity(
         settings=settings,
         model=loaded.describe(),
         notes=_notes(settings, loaded.trained_context),
+        samples={"bits_per_byte": (scored.nats / math.log(2) / n_bytes).tolist()},
     )
 
 

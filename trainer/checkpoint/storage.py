@@ -51,14 +51,6 @@ from trainer.errors import CheckpointError
 _NAME: Final = re.compile(r"[\w-]+\.safetensors")
 _WEIGHTS, _MOMENTS = 1, 2  # the files that tensors of each kind go to
 _NEEDED: Final = ("step", "files")
-_OF_TRAINING: Final = (
-    "next_index", "time_s", "refused_in_a_row", "norms", "skipped", "phases", "data",
-    "tokenizer_sha256", "ledger", "anneal", "spent_s", "unix_s", "world_size", "config",
-    "bit_exact",
-)  # fmt: skip
-_KNOWN: Final = frozenset((*STAMP, *_NEEDED, *_OF_TRAINING, "versions", "converted_from"))
-"""What a record may hold; trainer/session/state.py has a default for each key added later."""
-
 Record = dict[str, Any]
 
 _COUNTS: Final = {"*": {"rows": int, "tokens": int, "epochs": float}}
@@ -71,6 +63,9 @@ _SHAPE: Final = {
     "versions": {"*": frozenset({str, type(None)})}, "anneal": frozenset({type(None), (int, int)}),
 }  # fmt: skip
 """Of each key the type; what a configuration holds is checked when one is made of it."""
+
+_KNOWN: Final = frozenset((*STAMP, *_SHAPE, "converted_from"))
+"""What a record may hold; trainer/session/state.py has a default for each key added later."""
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from shards.errors import SummerError
@@ -130,38 +131,19 @@ def _interface_of(address: str) -> str:
     return ""
 
 
-class _OneMachine(RendezvousHandler):
+class _OneMachine(StaticTCPRendezvous):
     """A launcher that meets nobody: its ranks find its store on loopback."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
-        self._run_id = parameters.run_id
-        self._store = bound_store(_LOOPBACK, 0)
+        self._bound = bound_store(_LOOPBACK, 0)  # torch's own would listen on all interfaces
+        super().__init__(_LOOPBACK, self._bound.port, 0, 1, parameters.run_id, timeout=0)
 
     def get_backend(self) -> str:
         return ONE_MACHINE
 
-    @property
-    def use_agent_store(self) -> bool:
-        return True
-
     def next_rendezvous(self) -> RendezvousInfo:
-        where = RendezvousStoreInfo(_LOOPBACK, self._store.port)
-        return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, where)
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None:
-        pass
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def get_run_id(self) -> str:
-        return self._run_id
-
-    def shutdown(self) -> bool:
-        return True
+        where = RendezvousStoreInfo(_LOOPBACK, self._bound.port)
+        return RendezvousInfo(PrefixStore(self.run_id, self._bound), 0, 1, where)
 
 
 class _Machines(C10dRendezvousBackend):

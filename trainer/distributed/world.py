@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from trainer.distributed.devices import pick_device
@@ -101,15 +100,6 @@ class World:
     def with_own_group(self) -> World:
         """The same ranks on a process group of their own, to be used from another thread."""
         return self if self.world_size == 1 else replace(self, group=dist.new_group(backend="gloo"))
-
-
-def make_mesh(world: World, shard_degree: int) -> DeviceMesh:
-    """The ranks as [replicas, slices of one], or [slices] of one; neighbours share a replica."""
-    replicas, kind = world.world_size // shard_degree, world.device.type
-    if replicas == 1:
-        return init_device_mesh(kind, (shard_degree,))
-    names = ("replicate", "shard")
-    return init_device_mesh(kind, (replicas, shard_degree), mesh_dim_names=names)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple
 import torch
 import torch._inductor.config
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -37,7 +38,7 @@ from model.transformer import Transformer
 from trainer.config.config import RunConfig
 from trainer.data.mixture import key_of
 from trainer.distributed.devices import unused_gpu
-from trainer.distributed.world import World, make_mesh
+from trainer.distributed.world import World
 from trainer.errors import TrainingError
 
 KERNEL_NOTE: Final = "attention kernel: "
@@ -232,8 +233,11 @@ _FILLS: Final = (Tensor.normal_, Tensor.fill_, Tensor.copy_)
 
 def _shard(bare: Transformer, config: RunConfig, world: World) -> None:
     vectors = {parameter for parameter in bare.parameters() if parameter.ndim < 2}
+    replicas, slices = world.world_size // config.shard_degree, config.shard_degree
+    sizes = {"replicate": replicas, "shard": slices} if replicas > 1 else {"shard": slices}
+    mesh = init_device_mesh(world.device.type, (*sizes.values(),), mesh_dim_names=(*sizes,))
     common: dict[str, Any] = {
-        "mesh": make_mesh(world, config.shard_degree),
+        "mesh": mesh,  # neighbours share a replica
         "ignored_params": vectors,
         "reshard_after_forward": True,  # the root's too: checkpoints look at slices
     }
