@@ -129,6 +129,6 @@ def test_a_reader_that_has_seen_enough_does_not_end_the_run(shards: Path, tmp_pa
         ["bash", "-o", "pipefail", "-c", f"{line} | head -1"],
         capture_output=True, text=True, timeout=LIMIT_S, check=False,
     )  # fmt: skip
-    assert done.stdout.startswith("run: preset=tiny")
+    assert done.stdout.startswith("model   ")
     assert (done.returncode, done.stderr) == (0, "")
     assert checkpoints(run)[-1].name == "step-3"
