@@ -117,7 +117,9 @@ def test_asked_to_stop_two_ranks_checkpoint_and_say_75(
 ) -> None:
     sets = set_texts(max_steps=5000, loader__num_workers=1)
     run = tmp_path / "run"
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests run under nohup
     process = started(command(shards, run, "--nproc", "2", sets=sets), tmp_path / "log")
+    signal.signal(signal.SIGHUP, before)
     try:
         wait_for_step(process, run, 3)
         process.send_signal(number)
