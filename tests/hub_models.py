@@ -9,20 +9,19 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from hub_server import COMMIT, TOKEN
+from hub_server import COMMIT, TOKEN, HubServer, Repo
 
 LARGE = (".safetensors", ".model", ".gguf")
 
 
 @dataclass
-class ModelHub:
+class ModelHub(HubServer):
+    repos: dict[str, Repo] = field(default_factory=dict)
     models: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
@@ -30,35 +29,14 @@ class ModelHub:
     refuse_uploads: int = 0
     """So many of the next uploads of large files fail."""
     n_uploads: int = 0
-    unexpected: list[str] = field(default_factory=list)
 
-    def __enter__(self) -> "ModelHub":
+    def handler(self) -> type[BaseHTTPRequestHandler]:
         hub = self
 
         class Handler(_Handler):
             model_hub = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def environment(self, home: Path, token: str = "") -> dict[str, str]:
-        return {
-            "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": token,
-            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1",
-        }  # fmt: skip
+        return Handler
 
 
 class _Handler(BaseHTTPRequestHandler):

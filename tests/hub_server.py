@@ -12,7 +12,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -39,13 +39,17 @@ class HubServer:
     """What `main` is. The files are those of COMMIT, and no others can be had."""
     dead: bool = False
 
-    def __enter__(self) -> "HubServer":
-        hub, self.ended = self, threading.Event()
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        hub = self
 
         class Handler(_Handler):
             server_hub = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        return Handler
+
+    def __enter__(self) -> Self:
+        self.ended = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()

@@ -142,6 +142,8 @@ def test_what_cannot_be_compared_is_said_in_one_line(run: Path, text: Path, tmp_
         ((run, run), 2, "compare A B --task NAME"),
         ((run, run, "--task", "heldout"), 2, "not heldout"),
         ((run, run, "--task", "wikitext2", "--follow", run), 2, "--follow does not go"),
+        ((run, run, "--task", "wikitext2", "--all-protocols"), 2, "--all-protocols does not go"),
+        ((run, run, "--task", "wikitext2", "--nproc", 2), 2, "--nproc does not go"),
         ((run, other, "--task", "wikitext2"), 1, "other tokenizers"),
         ((run, longer, "--task", "wikitext2"), 1, "context 32 and 64: give it"),
         ((run, tmp_path / "nothing", "--task", "wikitext2"), 1, "nothing"),

@@ -401,6 +401,9 @@ def test_options_that_do_nothing_are_rejected(tmp_path: Path) -> None:
     ):  # fmt: skip
         result = convert(folder, tmp_path / "run", *options)
         assert result.exit_code != 0 and said in result.output
+    for options, said in ((("--dtype", "bf16"), "--dtype"), (("--format", "hf"), "--format")):
+        idle = CliRunner().invoke(main, ["--from", str(folder), "--gguf", "f16", *options])
+        assert idle.exit_code == 2 and f"{said} is for a folder that is made" in idle.output
     alone = CliRunner().invoke(main, ["--from", str(folder)])
     assert alone.exit_code == 2 and "give --to a new folder" in alone.output
     run = trained_run(tmp_path / "alibi")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard
 from jinja2.exceptions import TemplateError
 
 from conftest import REPOSITORY
@@ -21,6 +22,8 @@ from pipeline.text.tokenizer import Tokenizer
 from shards.versions import VERSION
 from tools.conversion.card import Export, model_card
 from tools.convert import main
+from tools.evaluation.cards import Metric, write_results
+from tools.evaluation.cards import Result as Eval
 from tools.generation.generation import Generation, Sampling, generate
 from tools.models.hf_folder import MODELING, model_code, write_folder
 from tools.models.loading import ModelSpec, load
@@ -243,6 +246,12 @@ def test_the_card_says_where_the_weights_come_from(tmp_path: Path) -> None:
     cards = run / EVALUATIONS / "step-3"
     cards.mkdir(parents=True)
     (cards / "lambada.md").write_text("## lambada\n\n```\nacc 0.25\n```\n")
+    model = {"model": "m"}
+    asked = Eval(task="lambada", metrics={"acc": Metric(0.25, 0.01)}, model=model, grouped=True,
+                 settings={"num_fewshot": 5})  # fmt: skip
+    read = Eval(task="wikitext2", metrics={"bits_per_byte": Metric(1.5, 0.1)}, model=model,
+                settings={"protocol": "stride"})  # fmt: skip
+    write_results(cards / "both.json", [[asked], [read]])
     assert convert(run, tmp_path / "hf").exit_code == 0
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "| web | 40 | 1,270 | 0.25 | `" + "5f" * 32 + "` |" in card
@@ -252,11 +261,21 @@ def test_the_card_says_where_the_weights_come_from(tmp_path: Path) -> None:
                  sample_tokenizer().info.sha256,
                  f"summerlm {VERSION}", "trust_remote_code=True"):  # fmt: skip
         assert said in card
+    data: Any = ModelCard(card).data
+    head = data.eval_results
+    assert [(each.dataset_name, each.metric_name, each.metric_value) for each in head] == [
+        ("lambada", "acc (5-shot)", 0.25), ("wikitext2", "bits_per_byte (stride)", 1.5),
+    ]  # fmt: skip
     settings = card.split("```toml\n")[1].split("```")[0].replace('init_from = "base"\n', "")
     (tmp_path / "run.toml").write_text(settings)
     again = asdict(configure(file=tmp_path / "run.toml").config)
     assert again["dollars_per_hour"] == 18.5 and again["checkpoint"]["mirror"] == ""
     assert again["optim"] == trained["optim"] and again["model"] == trained["model"]
+    for damaged in ("{", "[1]", "[[1]]", '[{"metrics": [1]}]', "7"):
+        (cards / "both.json").write_text(damaged)
+        result = convert(run, tmp_path / "no")
+        assert result.exit_code == 1 and "is no result of summer-eval" in result.output
+        assert result.output.count("\n") == 1 and not (tmp_path / "no").exists()
     plain = trained_run(tmp_path / "plain", alibi=False) / "checkpoints" / "step-3"
     card = model_card(plain, load(ModelSpec(checkpoint=plain)), read_record(plain), Export())
     assert "trust_remote_code" not in card

@@ -51,9 +51,11 @@ def main(
         raise click.UsageError("give --to a new folder, or --gguf or --push for one that is there")
     if public and not push:
         raise click.UsageError("--public goes with --push")
+    wanted, how = options.pop("wanted"), {name: given for name, given in options.items() if given}
+    if target is None and (idle := [*how, *(["format"] if wanted else [])]):
+        raise click.UsageError(f"--{idle[0]} is for a folder that is made: give --to")
     if push:
         publish.check_hub(push)  # before hours of work
-    wanted, how = options.pop("wanted"), {name: given for name, given in options.items() if given}
     if target is None:
         click.echo(_text(check_folder(source, gguf or ""), source))
     else:

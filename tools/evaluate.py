@@ -81,6 +81,8 @@ def main(tasks: tuple[str, ...], nproc: int, **options: Any) -> None:
     of their differences).
     """
     if tasks[0] == "compare":
+        if nproc > 1:
+            raise click.UsageError("--nproc does not go with compare")
         _compare([Path(each) for each in tasks[1:]], options)
         return
     if unknown := [task for task in tasks if task not in (*NAMES, "contamination")]:
@@ -115,7 +117,8 @@ def _compare(folders: Sequence[Path], options: dict[str, Any]) -> None:
         raise click.UsageError(
             "write it as compare A B --task NAME: two models or more, and a task (not heldout)"
         )
-    for name in ("run", "checkpoint", "hf", "write", "follow", "log_items", "contamination"):
+    for name in ("run", "checkpoint", "hf", "write", "follow", "log_items", "contamination",
+                 "all_protocols"):  # fmt: skip
         if options.pop(name):
             raise click.UsageError(f"--{name.replace('_', '-')} does not go with compare")
     given = TaskOptions(**{**options, "shards": options["shards"] or Path("shards")})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +11,10 @@ from typing import Any, Final, Literal
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from model.config import count_params
+from shards.errors import one_line
+from shards.files import read_json
 from shards.versions import VERSION
+from tools.errors import ConversionError
 from tools.models.llama import is_llama
 from tools.models.loading import LoadedModel, has_conversed
 from trainer.checkpoint.runs import EVALUATIONS
@@ -75,12 +77,23 @@ def model_card(
 def _eval_results(kept: Path) -> Iterator[EvalResult]:
     """The figures of a checkpoint's evaluations, each with the protocol that it was made by."""
     for path in sorted(kept.glob("*.json")):
-        for score in json.loads(path.read_text("utf-8")):
-            task, shots = str(score["task"]), score.get("num_fewshot", 0)
-            how = score.get("protocol", f"{shots}-shot")
-            for name in _METRICS:
-                if isinstance(value := score.get(name), int | float):
-                    yield EvalResult(
-                        task_type="text-generation", dataset_type=task, dataset_name=task,
-                        metric_type=name, metric_value=value, metric_name=f"{name} ({how})",
-                    )  # fmt: skip
+        try:
+            found = [row for score in read_json(path) for row in _figures(score)]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConversionError(
+                f"{path} is no result of summer-eval ({one_line(error)}): remove it"
+            ) from error
+        for task, how, name, value in found:
+            yield EvalResult(
+                task_type="text-generation", dataset_type=task, dataset_name=task,
+                metric_type=name, metric_value=value, metric_name=f"{name} ({how})",
+            )  # fmt: skip
+
+
+def _figures(score: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+    """Task, protocol, metric and value; questions have their metrics in an object of their own."""
+    how = score.get("protocol", f"{score.get('num_fewshot', 0)}-shot")
+    for name, metric in score.get("metrics", score).items():
+        value = metric.get("value") if isinstance(metric, Mapping) else metric
+        if name in _METRICS and isinstance(value, int | float):
+            yield str(score.get("task")), str(how), name, value

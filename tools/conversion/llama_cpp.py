@@ -44,9 +44,10 @@ def to_gguf(folder: Path, kind: str, loaded: LoadedModel) -> Path:
     target = folder / f"{folder.name}-{kind}.gguf"
     _run("-m", _CONVERTER, str(folder), "--outfile", str(target), "--outtype", kind)
     printed = _run("-m", "tools.conversion.llama_cpp", str(target))
-    answer = next(line for line in printed.splitlines() if line.startswith(_ANSWER))
-    theirs = {int(token): p for token, p in json.loads(answer.removeprefix(_ANSWER))}
-    ids = [loaded.vocabulary.bos_id, *loaded.vocabulary.encode(PROBE)]
+    answer = printed.rpartition(_ANSWER)[2].splitlines()[0]  # the log may stand in front of it
+    theirs = {int(token): p for token, p in json.loads(answer)}
+    bos_id = loaded.vocabulary.bos_id
+    ids = [*([] if bos_id is None else [bos_id]), *loaded.vocabulary.encode(PROBE)]
     with torch.inference_mode():
         ours = loaded.model.logits(torch.tensor([ids]))[0, -1].log_softmax(-1)
     difference = max(abs(float(ours[token]) - p) for token, p in theirs.items())

@@ -110,7 +110,7 @@ def _prepare_compiler(world: World) -> list[str]:
 def _be_deterministic(config: RunConfig, world: World, *, compiled: bool) -> str:
     """Ask torch for kernels that give the same bits every time; why this run has one that does not.
 
-    Strictly: told to warn only, torch keeps flash attention's other backward pass, and a resumed
+    Strictly: asked to warn only, torch keeps flash attention's other backward pass, and a resumed
     run ended with other bits (H200, torch 2.11). A CPU's kernels need no asking.
     """
     if world.device.type != "cuda":
