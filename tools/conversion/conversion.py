@@ -75,6 +75,8 @@ def convert(
     `export` holds fields of Export. ConversionError where the model has no equal on the other
     side, or where the logits differ.
     """
+    if not source.is_dir():
+        raise ConversionError(f"{source}: no such folder: name a run or a Hugging Face folder")
     is_hub = is_hub_folder(source)
     if wanted not in (None, "summer" if is_hub else "hf"):
         raise ConversionError(
@@ -147,8 +149,6 @@ def _to_hugging_face(source: Path, folder: Path, export: Export, gguf: str) -> C
     Both sides are compared on the weights that were written, so that only arithmetic is between
     them; what rounding the weights does to the logits is measured apart, with a bound of its own.
     """
-    if not source.is_dir():
-        raise ConversionError(f"{source}: no such folder: name a run or a Hugging Face folder")
     named = {"checkpoint" if is_checkpoint(source) else "run": source}
     loaded = load(ModelSpec(**named, device="cpu", dtype="fp32"))
     checkpoint, config = loaded.checkpoint or source, loaded.model.config
