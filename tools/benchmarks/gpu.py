@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,9 +39,9 @@ from step_sides import Work, ours
 from tools.diagnosis.trial import write_shards
 from tools.rehearsal.processes import compare_checkpoints, train_with_faults
 from trainer.config.config import configure
-from trainer.config.memory import memory_by_part
+from trainer.config.memory import USABLE, memory_by_part
 from trainer.config.resolve import make_plan
-from trainer.distributed.devices import device_name, kernel_kind
+from trainer.distributed.devices import device_memory_bytes, device_name, kernel_kind
 from trainer.distributed.world import join_world
 from trainer.metrics.metrics import read_metrics
 from trainer.train import train
@@ -62,8 +62,20 @@ class GpuBench:
 
     @property
     def presets(self) -> tuple[str, str]:
-        """The reference model, and one that fits 80 GB."""
+        """The reference model, as deep as memory allows, and a smaller one whole."""
         return ("tiny", "tiny") if self.small else ("summer-4b", "summer-1b")
+
+    def fitting(self, preset: str, sets: Sequence[str]) -> tuple[str, ...]:
+        """`--set` texts that leave out blocks until a step of two rows fits, none where all do."""
+        if self.device == "cpu":
+            return ()
+        config = configure(preset=preset, sets=sets).config
+        limit = USABLE * device_memory_bytes("cuda")
+        for depth in range(config.model.n_layers, 0, -1):
+            shorter = replace(config, model=replace(config.model, n_layers=depth))
+            if sum(memory_by_part(shorter, 2, kernel_kind("cuda")).values()) < limit:
+                break
+        return () if depth == config.model.n_layers else (f"model.n_layers={depth}",)
 
 
 def main() -> None:
@@ -135,6 +147,7 @@ def measured(
     gc.collect()  # the model before this one
     torch.cuda.empty_cache()
     sets = (*(SMALL if bench.small else ()), f"device={bench.device}", *sets)
+    sets = (*sets, *(shallower := bench.fitting(preset, ["activation_checkpointing=none"])))
     config = configure(preset=preset, sets=sets).config
     with join_world(config.device) as world:
         config = replace(config, micro_batch_size=rows)
@@ -158,6 +171,7 @@ def measured(
             "planned": f"{sum(planned.values()) / 1e9:.1f}",
             "cold": f"{cold_s:.0f}",
             "loss": f"{loss:.3f}",
+            "model": " ".join((preset, *shallower)).replace("model.", ""),
             "parts": found[0],
             "launched": found[1],
         }
@@ -175,13 +189,13 @@ def step_line(
 ) -> str:
     """A full step of a preset at T = 4,096, with AdamW, as a line of the table."""
     sets = [f"activation_checkpointing={kind}", f"model.attention_dropout={dropout}"]
-    start = f"| {preset} | {rows} | {kind} | {dropout:g} | {strict} |"
+    start = f"| {rows} | {kind} | {dropout:g} | {strict} |"
     try:
         found = measured(bench, preset, rows, *sets, f"deterministic={strict}")
     except RuntimeError as failure:
-        return f"{start} {attention.reason_of(failure)} | | | | | |"
+        return f"| {preset} {start} {attention.reason_of(failure)} | | | | | |"
     names = ("tokens/s", "causal", "peak", "planned", "cold", "loss")
-    return f"{start} {' | '.join(found[name] for name in names)} |"
+    return f"| {found['model']} {start} {' | '.join(found[name] for name in names)} |"
 
 
 def step(bench: GpuBench) -> Iterator[str]:
@@ -213,7 +227,7 @@ def breakdown(bench: GpuBench) -> Iterator[str]:
         except RuntimeError as failure:
             yield f"| {preset} | {attention.reason_of(failure)} | | |"
             continue
-        total = sum(found["parts"].values())
+        preset, total = found["model"], sum(found["parts"].values())
         for part, ms in found["parts"].items():
             yield f"| {preset} | {part} | {ms:.2f} | {ms / total:.1%} |"
         if launched := found["launched"]:
