@@ -19,6 +19,7 @@ from trainer.config.config import configure
 from trainer.distributed import devices, world
 from trainer.errors import ConfigError
 from trainer.session.network import _prepare_compiler, build_network
+from trainer.start import Request, start
 from trainer_samples import ALONE, free_ports, set_texts
 
 LEAVE = """
@@ -219,6 +220,27 @@ def test_who_waits_for_ranks_that_do_not_come_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
     with pytest.raises(ConfigError, match="1 of 4 ranks came within"), world.join_world("cpu"):
         pass
+
+
+def test_more_processes_than_devices_are_rejected_by_every_rank(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On an H100 the second of two ranks left alone, and the first waited for it 600 s."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for local_rank in ("0", "1"):
+        for name, value in {**RANK_3, "LOCAL_RANK": local_rank}.items():
+            monkeypatch.setenv(name, value)
+        with (
+            pytest.raises(SummerError, match="2 processes, 1 devices here: give --nproc 1"),
+            world.join_world("cuda"),
+        ):
+            pass
+    for name in RANK_3:
+        monkeypatch.delenv(name)
+    configured = configure(preset="tiny", sets=["device=cuda"], shards=str(tmp_path))
+    with pytest.raises(SummerError, match="2 processes, 1 devices here: give --nproc 1"):
+        start(Request(configured=configured, shards=str(tmp_path), nproc=2), sys.stdout)
 
 
 LISTEN = """

@@ -19,7 +19,7 @@ from trainer.config.config import Configured, RunConfig, earlier_run, load_confi
 from trainer.config.resolve import make_plan
 from trainer.config.train_plan import TrainPlan
 from trainer.distributed import launch as launching
-from trainer.distributed.devices import pick_device
+from trainer.distributed.devices import check_devices, pick_device
 from trainer.distributed.launch import ASKED_TO_STOP, EXIT_REASON, Launch
 from trainer.distributed.world import adopt_launcher, launched_by_torchrun
 from trainer.errors import ConfigError
@@ -71,8 +71,9 @@ def start(request: Request, stream: TextIO) -> int:
         return launching.write_exit_reason(lambda: _train_as_rank(configured, run, request, stream))
     if launched_by_torchrun():
         return _train_as_rank(configured, run, request, stream)
-    on_cuda = pick_device(configured.config.device) == "cuda"
-    n_local = request.nproc or (torch.cuda.device_count() if on_cuda else 1)
+    kind = pick_device(configured.config.device)
+    n_local = request.nproc or (torch.cuda.device_count() if kind == "cuda" else 1)
+    check_devices(kind, n_local)
     if not request.nnodes.isdigit() or int(request.nnodes) < 1:
         raise ConfigError(f"--nnodes {request.nnodes}: give the number of machines")
     earlier = _earlier(run, request)

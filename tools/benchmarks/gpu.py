@@ -67,13 +67,11 @@ class GpuBench:
 
     def fitting(self, preset: str, sets: Sequence[str]) -> tuple[str, ...]:
         """`--set` texts that leave out blocks until a step of two rows fits, none where all do."""
-        if self.device == "cpu":
-            return ()
         config = configure(preset=preset, sets=sets).config
-        limit = USABLE * device_memory_bytes("cuda")
+        limit = USABLE * device_memory_bytes(self.device)
         for depth in range(config.model.n_layers, 0, -1):
             shorter = replace(config, model=replace(config.model, n_layers=depth))
-            if sum(memory_by_part(shorter, 2, kernel_kind("cuda")).values()) < limit:
+            if sum(memory_by_part(shorter, 2, kernel_kind(self.device)).values()) < limit:
                 break
         return () if depth == config.model.n_layers else (f"model.n_layers={depth}",)
 
@@ -199,10 +197,7 @@ def step_line(
 
 
 def step(bench: GpuBench) -> Iterator[str]:
-    """The reference model's step with all that it has on, and without attention dropout.
-
-    Strict, so that resuming is bit-exact (`auto`), and as fast as kernels go.
-    """
+    """The models' steps with all on and without attention dropout, bit-exact (`auto`) and not."""
     yield STEP_HEADER
     for preset, strict, dropout in itertools.product(bench.presets, ("auto", "false"), (0.1, 0.0)):
         yield step_line(bench, preset, 2, "none", dropout, strict)
@@ -212,8 +207,7 @@ def sweep(bench: GpuBench, kind: str) -> Iterator[str]:
     """Rows a micro-batch, with one kind of recomputation, as far as memory goes."""
     yield STEP_HEADER
     for rows in (1, 2, 4, 8, 16):
-        line = step_line(bench, bench.presets[0], rows, kind, 0.1)
-        yield line
+        yield (line := step_line(bench, bench.presets[0], rows, kind, 0.1))
         if "emory" in line:  # and the next is larger
             break
 
@@ -256,6 +250,7 @@ def run_sets(bench: GpuBench) -> list[str]:
     """`--set` texts of a run that takes seconds."""
     model = "n_layers=2 d_model=32 n_heads=2 d_ff=64"
     rest = "compile=false global_batch_tokens=256 loader.num_workers=0"
+    saved = "validation.interval=0 checkpoint.interval_steps=4 checkpoint.asynchronous=false"
     if not bench.small:
         model, rest = "n_layers=6 d_model=768 n_heads=8 d_ff=2688", "global_batch_tokens=32768"
     return [
@@ -265,9 +260,7 @@ def run_sets(bench: GpuBench) -> list[str]:
         f"device={bench.device}",
         f"max_steps={GOLDEN_STEPS}",
         "micro_batch_size=4",
-        "validation.interval=0",
-        "checkpoint.interval_steps=4",
-        "checkpoint.asynchronous=false",
+        *saved.split(),
     ]
 
 
@@ -306,12 +299,10 @@ def golden(bench: GpuBench) -> Iterator[str]:
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     name = f"{slug}{'-small' if bench.small else ''}.json"
     found = {"torch": torch.__version__, "sets": sets, "losses": losses}
-    (bench.out / name).write_text(json.dumps(found, indent=1) + "\n")  # to be copied from here
+    (bench.out / name).write_text(json.dumps(found, indent=1) + "\n")
     known = bench.golden / name
     if not known.exists():
-        known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text((bench.out / name).read_text())
-        yield f"{name}: written, {losses[0]:.6f} to {losses[-1]:.6f} in {len(losses)} steps"
+        yield f"{name}: new, {losses[0]:.6f} to {losses[-1]:.6f}: copy it into {bench.golden}"
         return
     old = json.loads(known.read_text())
     if old["sets"] != sets:

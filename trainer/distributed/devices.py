@@ -57,6 +57,12 @@ def pick_device(requested: str) -> str:
     return best if requested == "auto" else requested
 
 
+def check_devices(kind: str, processes: int) -> None:
+    """SummerError unless each of this machine's processes has a device to itself."""
+    if kind == "cuda" and processes > (there := torch.cuda.device_count()):
+        raise SummerError(f"{processes} processes, {there} devices here: give --nproc {there}")
+
+
 def kernel_kind(device: str) -> str:
     """`cuda` is two kinds of device to the arithmetic of memory: rocm pads heads otherwise."""
     return "rocm" if device == "cuda" and torch.version.hip is not None else device

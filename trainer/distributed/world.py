@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 
-from trainer.distributed.devices import pick_device
+from trainer.distributed.devices import check_devices, pick_device
 from trainer.distributed.rendezvous import meet_ranks
 from trainer.errors import ConfigError, LostRankError
 
@@ -163,12 +163,8 @@ def join_world(device: str, hang_timeout_s: float = 0.0) -> Iterator[World]:
         for name, default in zip(_NUMBERS, (0, 0, 1, 1), strict=True)
     )
     kind = pick_device(device)
+    check_devices(kind, local_world_size)  # on all of them: the others would wait for one that left
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"rank {rank} has no device: {torch.cuda.device_count()} are there for "
-                f"{local_world_size} processes; start as many with --nproc"
-            )
         torch.cuda.set_device(local_rank)
     elif world_size > 1:
         # torchrun gives every process one thread, whatever the machine has
