@@ -79,8 +79,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        heads = config.n_heads + 2 * config.kv_heads
-        self.qkv = Linear(config.d_model, heads * config.head_dim)
+        heads = (config.n_heads, config.kv_heads, config.kv_heads)
+        self.qkv = Linear(config.d_model, *(n * config.head_dim for n in heads))
         self.out = Linear(config.d_model, config.d_model)
 
     def forward(

@@ -8,10 +8,14 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, left empty: `Transformer.init_weights` fills it, once."""
+    """A matrix without bias, left empty: `Transformer.init_weights` fills it, once.
 
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__(n_in, n_out, bias=False)
+    `rows` are those of its projections, one below the other: what an optimizer takes for matrices.
+    """
+
+    def __init__(self, n_in: int, *rows: int) -> None:
+        super().__init__(n_in, sum(rows), bias=False)
+        self.rows = rows
 
     def reset_parameters(self) -> None:
         """Leave the values to `Transformer.init_weights`."""
@@ -62,7 +66,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.gate_up = Linear(d_model, 2 * d_ff)
+        self.gate_up = Linear(d_model, d_ff, d_ff)
         self.down = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:

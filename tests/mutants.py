@@ -46,6 +46,7 @@ TESTS: Final = {
     "model.positions": "reference_training model_positions model_attention",
     "model.transformer": "reference_training model_transformer model_config model_cache",
     "trainer.optimizer.optimizer": "reference_training trainer_optimizer trainer_schedule",
+    "trainer.optimizer.muon": "trainer_muon trainer_optimizer",
     "trainer.optimizer.schedule": "reference_training trainer_schedule",
     "trainer.faults.guard": "reference_training trainer_guard trainer_optimizer",
     "trainer.data.mixture": "trainer_mixture trainer_loader trainer_plan",

@@ -53,6 +53,7 @@ FP32: dict[str, Any] = {"precision": "fp32", "micro_batch_size": 1, "checkpoint_
 BF16: dict[str, Any] = {"precision": "bf16", "micro_batch_size": 2}
 BF16 |= {"validation__interval": 4, "validation__rows": 1}  # three batches for two ranks
 FAST = {"compile": "true", "activation_checkpointing": "selective"}
+MUON = FP32 | {"optim__name": "muon"}
 LAYOUTS = {"two": (2, 2), "full": (2, 1), "hybrid": (4, 2), "four": (4, 4), "alone": (1, 1)}
 JOBS = [
     Job("fp32-full", 2, FP32),
@@ -61,6 +62,9 @@ JOBS = [
     Job("fp32-hybrid", 4, FP32 | {"shard_degree": 2}),
     Job("bf16-full", 2, BF16),
     Job("bf16-sliced", 2, BF16 | FAST | {"shard_degree": 2}),
+    Job("muon-full", 2, MUON),
+    Job("muon-sliced", 2, MUON | {"shard_degree": 2}),
+    Job("muon-hybrid", 4, MUON | {"shard_degree": 2}),
     *(  # each begins with what the one before it has saved
         Job(name, ranks, {"precision": "fp32", "micro_batch_size": 1, "shard_degree": degree}, to)
         for (name, (ranks, degree)), to in zip(
@@ -86,18 +90,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     make_shards(folder / "shards", fineweb=300, the_stack=90, slimorca=9)
     on_ranks(4, run_jobs, folder, free_ports(len(JOBS)))
-    for name, changes in (("fp32-alone", FP32), ("bf16-alone", BF16)):
+    for name, changes in (("fp32-alone", FP32), ("bf16-alone", BF16), ("muon-alone", MUON)):
         train(small_plan(folder / "shards", **changes), folder / name)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-6), ("bf16", 1e-4)])
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-6), ("bf16", 1e-4), ("muon", 1e-6)])
 def test_slices_learn_what_the_whole_learns(folder: Path, precision: str, limit: float) -> None:
     expected = log_of(folder / f"{precision}-alone")
     assert [line[0] for line in expected] == list(range(1, 9))
-    others = {"fp32": ["full", "sliced", "hybrid"], "bf16": ["full", "sliced"]}[precision]
-    for name in others:
+    for name in ["full", "sliced"] if precision == "bf16" else ["full", "sliced", "hybrid"]:
         for ours, theirs in zip(expected, log_of(folder / f"{precision}-{name}"), strict=True):
             assert theirs == pytest.approx(ours, rel=limit), name
         scores = [scores_of(folder / f"{precision}-{kind}") for kind in ("alone", name)]

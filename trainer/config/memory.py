@@ -35,7 +35,7 @@ def memory_by_part(config: RunConfig, micro_batch_size: int, device: str) -> dic
     return {
         "weights": 4 * n_params // slices,
         "gradients": 4 * n_params // slices,
-        "moments": _moment_bytes(config.optim) * n_params // slices,
+        "moments": _moment_bytes(config.optim, n_params, model.n_layers * block) // slices,
         "bf16 copies": 2 * n_params if bf16 and slices == 1 else 0,
         "gathered": 0 if slices == 1 else gathered,
         "activations": tokens * _activation_bytes_per_token(config, device),
@@ -44,13 +44,14 @@ def memory_by_part(config: RunConfig, micro_batch_size: int, device: str) -> dic
     }
 
 
-def _moment_bytes(config: OptimConfig) -> int:
-    """Bytes for each parameter in addition to itself and its gradient."""
+def _moment_bytes(config: OptimConfig, n_params: int, n_in_blocks: int) -> int:
+    """Bytes of all that the optimizer keeps; a block's few vectors count as its matrices do."""
     if config.name == "adamw":  # known without the seconds that torch takes to be imported
-        return 8
+        return 8 * n_params
     from trainer.optimizer.optimizer import optimizer_bytes
 
-    return optimizer_bytes(config)
+    of_blocks = optimizer_bytes(config, of_block=True) * n_in_blocks
+    return of_blocks + optimizer_bytes(config) * (n_params - n_in_blocks)
 
 
 def _activation_bytes_per_token(config: RunConfig, device: str) -> int:

@@ -17,12 +17,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 from torch.optim import AdamW, Optimizer
 
+from model.layers import Linear
 from trainer.distributed.world import local_tensor
 from trainer.errors import ConfigError, one_of
+from trainer.optimizer.muon import Muon
 from trainer.optimizer.schedule import OptimConfig
 
 Groups = list[dict[str, Any]]
-"""Parameters with their `weight_decay`: only matrices decay."""
+"""Parameters with their `weight_decay` (only matrices decay) and, for each one, `projections`: how
+many rows each of those has that make up a block's matrix; none for all other parameters."""
 
 
 def _adamw(groups: Groups, config: OptimConfig) -> Optimizer:
@@ -31,7 +34,24 @@ def _adamw(groups: Groups, config: OptimConfig) -> Optimizer:
     return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
-OPTIMIZERS: Final[dict[str, Callable[[Groups, OptimConfig], Optimizer]]] = {"adamw": _adamw}
+def _muon(groups: Groups, config: OptimConfig) -> Optimizer:
+    """See muon.py."""
+    matrices, *rest = groups
+    split: Groups = []
+    for of_block in (True, False):
+        pairs = zip(matrices["params"], matrices["projections"], strict=True)
+        chosen = [(matrix, rows) for matrix, rows in pairs if bool(rows) == of_block]
+        params, rows = [matrix for matrix, _ in chosen], [rows for _, rows in chosen]
+        split.append({**matrices, "params": params, "projections": rows if of_block else []})
+    rest = [{**group, "projections": []} for group in rest]
+    betas = (config.beta1, config.beta2)
+    return Muon([*split, *rest], lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+OPTIMIZERS: Final[dict[str, Callable[[Groups, OptimConfig], Optimizer]]] = {
+    "adamw": _adamw,
+    "muon": _muon,
+}
 """What `optim.name` may be. The state of each consists of tensors that begin as zeros, and its
 step passes over parameters without a gradient, as those of torch do."""
 
@@ -41,9 +61,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]  # norms, LayerScale
+    modules = {name: each for name, each in model.named_modules() if isinstance(each, Linear)}
+    rows = {each.weight: each.rows for name, each in modules.items() if name != "head"}
+    projections = [rows.get(matrix, ()) for matrix in matrices]
     groups: Groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay, "projections": projections},
+        {"params": vectors, "weight_decay": 0.0, "projections": [() for _ in vectors]},
     ]
     one_of("optim.", config, name=OPTIMIZERS)
     optimizer = OPTIMIZERS[config.name](groups, config)
@@ -79,9 +102,13 @@ def _allocate_state(optimizer: Optimizer, name: str) -> None:
 
 
 @functools.cache
-def optimizer_bytes(config: OptimConfig) -> int:
-    """Bytes for each parameter in addition to itself and its gradient, by trying one."""
-    one = nn.ParameterList([nn.Parameter(torch.zeros(1, 1, device="cpu"))])
+def optimizer_bytes(config: OptimConfig, of_block: bool = False) -> int:
+    """Bytes for each parameter in addition to itself and its gradient, by trying one.
+
+    It is one of a block's matrices, or another.
+    """
+    with torch.device("cpu"):
+        one = Linear(1, 1) if of_block else nn.ParameterList([nn.Parameter(torch.zeros(1, 1))])
     optimizer = make_optimizer(one, config)
     [state] = optimizer.state.values()
     held = sum(int(tensor.nbytes) for tensor in state.values() if tensor.ndim)
