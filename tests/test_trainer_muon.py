@@ -1,6 +1,7 @@
 """Muon against its papers in fp64, matrix by matrix; what is no block's matrix against AdamW."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from model.config import ModelConfig, count_params
 from model.transformer import Transformer
 from trainer.config.config import configure
 from trainer.config.memory import memory_by_part
+from trainer.optimizer import muon
 from trainer.optimizer.muon import orthogonalize
 from trainer.optimizer.optimizer import make_optimizer, set_lr, update
 from trainer.optimizer.schedule import OptimConfig
@@ -122,6 +124,40 @@ def test_a_matrix_without_a_gradient_stays() -> None:
     before, frozen.grad = frozen.detach().clone(), None
     update(optimizer, GO)
     assert torch.equal(frozen, before)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_ranks_share_the_matrices(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three ranks each works out its third, and takes the others' when they have come."""
+    worked_out: list[Tensor] = []
+    of_projections = muon._of_projections
+
+    def counted(direction: Tensor, rows: Any) -> Tensor:
+        worked_out.append(of_projections(direction, rows))
+        return worked_out[-1]
+
+    alone, shared = Transformer(CONFIG), Transformer(CONFIG)
+    one, other = (make_optimizer(m, OptimConfig(name="muon", lr=0.1)) for m in (alone, shared))
+    with_gradients(alone, 0)
+    with_gradients(shared, 0)
+    monkeypatch.setattr(muon, "_of_projections", counted)
+    update(one, GO)
+    arriving, owners = iter(list(worked_out)), []
+    worked_out.clear()
+
+    def broadcast(tensor: Tensor, owner: int, async_op: bool = False) -> Any:
+        owners.append(owner)
+        value = next(arriving)
+        return SimpleNamespace(wait=lambda: tensor.copy_(value)) if async_op else None
+
+    group = {"is_initialized": lambda: True, "get_world_size": lambda: 3,
+             "get_rank": lambda: rank, "broadcast": broadcast}  # fmt: skip
+    monkeypatch.setattr(muon, "dist", SimpleNamespace(**group))
+    update(other, GO)
+    assert owners == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert len(worked_out) == owners.count(rank)
+    for name, parameter in alone.named_parameters():
+        assert torch.equal(parameter, shared.get_parameter(name)), name
 
 
 def test_a_plan_counts_one_moment_of_a_blocks_matrices() -> None:
