@@ -24,6 +24,7 @@ from tools.diagnosis.checks import run_checks
 from tools.diagnosis.collective import ExchangeError, time_all_reduce
 from tools.diagnosis.machine import CheckResult, Context
 from tools.doctor import main
+from tools.rehearsal.processes import Comparison
 from tools_samples import sample_config, write_shards
 from trainer.config.accelerators import ACCELERATORS
 from trainer.config.config import configure
@@ -203,6 +204,25 @@ def test_the_rate_is_that_of_real_steps_on_all_ranks(
     assert "the median of 3 steps of 256 tokens on 2 ranks; MFU withheld" in result.detail
     assert result.figures == context.measured and set(result.figures) == {"tokens_per_s"}
     assert result.detail.startswith(f"{result.figures['tokens_per_s']:,.0f} tokens/s")
+    assert not list(context.folder.iterdir())
+
+
+def test_a_probe_prices_the_rest_and_resumes(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "PROBE", 6)
+    monkeypatch.setattr(trial, "RESUMED", 2)
+    paid = replace(context, config=replace(context.config, dollars_per_hour=3600.0))
+    note, rate, rest, resume = only(trial.probe, paid)
+    assert note.detail.startswith("trains 6 steps of 256 tokens, then 2 of them again")
+    assert "the median of 4 steps of 256 tokens" in rate.detail
+    seconds = (context.config.max_steps - 6) * 256 / rate.figures["tokens_per_s"]
+    assert f": {seconds / 3600:,.1f} hours, ${seconds:,.2f}, " in rest.detail
+    assert resume.verdict == "ok"
+    assert resume.detail == "steps 5 to 6 again from the checkpoint: the same bits"
+    monkeypatch.setattr(Comparison, "identical", False)
+    *_, resume = only(trial.probe, context)
+    assert resume.verdict == "warn" and "OTHER BITS" in resume.detail
     assert not list(context.folder.iterdir())
 
 

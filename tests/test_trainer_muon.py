@@ -126,9 +126,9 @@ def test_a_matrix_without_a_gradient_stays() -> None:
     assert torch.equal(frozen, before)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_share_the_matrices(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three ranks each works out its third, and takes the others' when they have come."""
+    """Of two ranks each works out its half, and takes the other when it has come."""
     worked_out: list[Tensor] = []
     of_projections = muon._of_projections
 
@@ -150,11 +150,11 @@ def test_ranks_share_the_matrices(rank: int, monkeypatch: pytest.MonkeyPatch) ->
         value = next(arriving)
         return SimpleNamespace(wait=lambda: tensor.copy_(value)) if async_op else None
 
-    group = {"is_initialized": lambda: True, "get_world_size": lambda: 3,
+    group = {"is_initialized": lambda: True, "get_world_size": lambda: 2,
              "get_rank": lambda: rank, "broadcast": broadcast}  # fmt: skip
     monkeypatch.setattr(muon, "dist", SimpleNamespace(**group))
     update(other, GO)
-    assert owners == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert owners == [0, 1] * 4
     assert len(worked_out) == owners.count(rank)
     for name, parameter in alone.named_parameters():
         assert torch.equal(parameter, shared.get_parameter(name)), name

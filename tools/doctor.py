@@ -31,6 +31,8 @@ _INDENT = " " * 18
 @click.option("--nproc", type=click.IntRange(1), help="Ranks.  [default: one for each device]")
 @click.option("--shards", type=_FOLDER, help="Prepared sources: read and timed.")
 @click.option("--out", type=_FOLDER, default=Path(), help="Where it would write.  [default: .]")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="As for summer-train.")
+@click.option("--probe", is_flag=True, help="Train 200 steps, and resume: the price of the rest.")
 @click.option("--sources", is_flag=True, help="Name the document behind each piece of advice.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sources included.")
 def main(sources: bool, as_json: bool, **options: Any) -> None:

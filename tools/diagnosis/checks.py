@@ -32,14 +32,21 @@ CHECKS: Final[tuple[Check, ...]] = (
 
 
 def make_context(
-    *, preset: str, device: str, nproc: int | None, shards: Path | None, out: Path
+    *,
+    preset: str,
+    device: str,
+    nproc: int | None,
+    shards: Path | None,
+    out: Path,
+    sets: Sequence[str] = (),
+    probe: bool = False,
 ) -> Context:
     """The context of all checks; ConfigError for a preset that does not exist.
 
     With shards, sequence length and vocabulary are theirs.
     """
     kind = pick_device(device)
-    settings = (f"device={kind}",)
+    settings = (*sets, f"device={kind}")
     config, _ = fit_precision(configure(preset=preset, sets=settings))
     n_ranks = nproc or (torch.cuda.device_count() if kind == "cuda" else 1)
     if shards is not None:
@@ -49,7 +56,13 @@ def make_context(
             shape = replace(config.model, seq_len=facts.seq_len, vocab_size=vocab_size)
             config = replace(config, model=shape)
     return Context(
-        config=config, settings=settings, device=kind, folder=out, nproc=n_ranks, shards=shards
+        config=config,
+        settings=settings,
+        device=kind,
+        folder=out,
+        nproc=n_ranks,
+        shards=shards,
+        probe=probe,
     )
 
 

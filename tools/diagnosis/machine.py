@@ -71,6 +71,7 @@ class Context:
     folder: Path
     nproc: int = 1
     shards: Path | None = None
+    probe: bool = False  # train 200 steps and resume
     measured: dict[str, float] = field(default_factory=dict)
 
 

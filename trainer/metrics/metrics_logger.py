@@ -201,12 +201,14 @@ class MetricsLogger:
         return line
 
     def _derived(self, rate: float, held_s: float, left_s: float) -> dict[str, float]:
-        """MFU, by the causal count of FLOPs, and money, each only where it is known."""
+        """MFU, by the causal count of FLOPs, memory and money, each only where it is known."""
         derived = {}
         config = self._plan.config
         if self._plan.peak_flops is not None:
             flops = flops_per_token(config.model, config.model.seq_len, causal=True)
             derived["mfu"] = round(rate * flops / self._plan.peak_flops, 5)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # this rank's
+            derived["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
         if config.dollars_per_hour > 0:
             derived["dollars"] = round(held_s / 3600 * config.dollars_per_hour, 4)
             derived["dollars_to_go"] = round(left_s / 3600 * config.dollars_per_hour, 4)
