@@ -22,6 +22,7 @@ from tools.command import command
 @click.option("--tokens", type=float, help="Tokens to train on (8.4e10); else the preset's own.")
 @click.option("--days", type=float, help="Time to spend instead; the tokens follow.")
 @click.option("--mfu", type=float, help="Assumed share of the peak.  [default: 0.32]")
+@click.option("--roofline", is_flag=True, help="A step's time by part, at stated rates: a range.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(as_json: bool, **request: Any) -> None:
     """Work out parameters, memory, time, money and disk of a training run."""
@@ -46,6 +47,7 @@ def _lines(plan: dict[str, Any]) -> list[str]:
         f"served        {plan['served_by']}",
         f"tokens        {plan['tokens']:,} in {plan['steps']:,} steps",
         *_rates(plan),
+        *_roofline(plan),
         f"disk          {plan['shard_bytes'] / 1e9:,.1f} GB of shards if no sequence is seen twice;"
         f" checkpoints {plan['checkpoint_bytes'] / 1e9:,.1f} GB each, room for"
         f" {plan['checkpoints_kept']}",
@@ -66,6 +68,22 @@ def _rates(plan: dict[str, Any]) -> list[str]:
         f"time          {f'{days:,.1f} days' if days >= 2 else f'{days * 24:,.2f} hours'}",
     ]
     return lines if plan["dollars"] is None else [*lines, f"money         ${plan['dollars']:,.0f}"]
+
+
+def _roofline(plan: dict[str, Any]) -> list[str]:
+    """A step's parts, and what they add up to; nothing unless it was asked for."""
+    if not (parts := plan["roofline_s"]):
+        return []
+    totals = [sum(ends) for ends in zip(*parts.values(), strict=True)]
+    rates = [plan["step_tokens"] / total for total in totals]
+    per_peak = plan["assumed_mfu"] / plan["tokens_per_s"]
+    lines = [
+        f"  {name:<12} {fast * 1e3:9,.0f} .. {slow * 1e3:,.0f} ms"
+        for name, (fast, slow) in (*parts.items(), ("together", totals))
+    ]
+    lines[-1] += f": {rates[1]:,.0f} .. {rates[0]:,.0f} tokens/s, "
+    lines[-1] += f"{rates[1] * per_peak:.0%} .. {rates[0] * per_peak:.0%} of the peak"
+    return ["a step by part: ARITHMETIC, counted FLOPs and bytes at stated rates", *lines]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, Final
 from model.config import count_params, flops_per_token
 from shards.format import ROW_RECORD, token_dtype
 from tools.errors import ToolError
+from tools.roofline import step_parts
 from trainer.config.accelerators import ACCELERATORS, find_accelerator
 from trainer.config.config import RunConfig, configure
 from trainer.config.memory import checkpoint_bytes, fits, largest_micro_batch, memory_by_part
@@ -33,11 +34,12 @@ def plan_cost(
     tokens: float | None = None,
     days: float | None = None,
     mfu: float = ASSUMED_MFU,
+    roofline: bool = False,
 ) -> dict[str, Any]:
     """The requested run on paper, by name; None where the device's peak is not known.
 
-    `dollars_per_hour` is for one device; `tokens` or `days` or neither are given. ToolError where
-    the request is impossible.
+    `dollars_per_hour` is for one device; `tokens` or `days` or neither are given; with `roofline`,
+    a step's seconds by part. ToolError where the request is impossible.
     """
     _check(devices=devices, tokens=tokens, days=days, dollars_per_hour=dollars_per_hour, mfu=mfu)
     accelerator = find_accelerator(device)
@@ -57,6 +59,7 @@ def plan_cost(
     days = n_tokens / rate / _DAY_S if rate else None
     micro_batch = _micro_batch(config, devices, kind, limit)
     parts = memory_by_part(config, micro_batch, kind)
+    step = step_parts(config, accelerator, devices, micro_batch) if roofline and accelerator else []
     hours, price = (days or 0) * 24 * devices, dollars_per_hour
     return {
         "preset": preset,
@@ -80,6 +83,8 @@ def plan_cost(
         "checkpoints_kept": config.checkpoint.keep_last + 1,  # and the one being written
         "served_by": served_by(config.model),
         "mfu_is": "an assumption, not a measurement",
+        "roofline_s": {part.name: [part.fast_s, part.slow_s] for part in step},
+        "step_tokens": config.global_batch_tokens,
     }
 
 
