@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from tools.errors import ToolError
 from tools.generate import main
-from tools.generation import until
+from tools.generation import batch, until
+from tools.generation.batch import Batch, Text
 from tools.generation.generation import (
     Conversation,
     Generation,
@@ -22,6 +24,7 @@ from tools.generation.generation import (
     complete,
     draw,
     generate,
+    write,
 )
 from tools.generation.until import read_settings, write_until
 from tools.models.loading import LoadedModel
@@ -335,7 +338,7 @@ def test_repeats_of_a_question_are_drawn_with_other_seeds(loaded: LoadedModel) -
     settings = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12, "until": ["\n\n"]}
 
     def written(number: int) -> str:
-        return write_until(loaded, [1, 40, 50], *read_settings(settings, number, 100))
+        return write_until(loaded, [([1, 40, 50], *read_settings(settings, number, 100))], 1)[0]
 
     assert len({written(number) for number in range(4)}) == 4
     assert written(2) == written(2)
@@ -358,18 +361,67 @@ def test_settings_of_a_harness_are_read(name: str) -> None:
             read_settings(unknown, 0, 100)
 
 
+def asked_of(loaded: LoadedModel) -> list[until.Asked]:
+    """Eleven prompts of many lengths, greedy and drawn, most of which end early."""
+    greedy, stop = Generation(max_tokens=20, sampling=Sampling(temperature=0)), ["e"]
+    drawn = [Generation(max_tokens=12, sampling=Sampling(seed=n)) for n in range(5)]
+    prompts = [list(range(3, 4 + 7 * n)) for n in range(6)]
+    return [
+        *((prompt, greedy, stop if n % 2 else []) for n, prompt in enumerate(prompts)),
+        *((prompt, each, stop) for prompt, each in zip(prompts, drawn, strict=False)),
+    ]
+
+
+def test_texts_written_at_once_are_those_written_one_by_one(loaded: LoadedModel) -> None:
+    asked = asked_of(loaded)
+    alone = []
+    for prompt, options, stops in asked:
+        text = write(loaded, prompt, options, opens_text=False).text
+        ends = [text.find(stop) for stop in stops if stop in text]
+        alone.append(text[: min(ends, default=None)])
+    assert len(set(alone)) > 6
+    for size in (1, 3, 16):
+        assert write_until(loaded, asked, size) == alone
+
+
+def test_a_text_that_ends_makes_room_and_the_others_go_on(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "_BLOCK", 8)  # the cache grows again and again
+    sizes, draw_all = [], Batch._draw
+
+    def counted(self: Batch, tokens: Any, positions: Any, rows: Any) -> None:
+        sizes.append(len(rows))
+        draw_all(self, tokens, positions, rows)
+
+    monkeypatch.setattr(Batch, "_draw", counted)
+    asked = asked_of(loaded)
+    texts = [Text(prompt, options, lambda drawn: False) for prompt, options, _ in asked]
+    batch.write_all(loaded, texts, 3)
+    for text, (prompt, options, _) in zip(texts, asked, strict=True):
+        assert text.ids == generate(loaded, prompt, options)
+    assert max(sizes) == 3 and sum(sizes) < sum(len(text.ids) + 1 for text in texts) + 1
+
+
+def test_a_prompt_that_fills_the_context_leaves_the_others_alone(loaded: LoadedModel) -> None:
+    full = [5] * 20_000
+    writing = Batch(loaded, 2)
+    text = Text([3, 4], Generation(max_tokens=3), lambda drawn: False)
+    writing.add(text)
+    with pytest.raises(ToolError, match="the prompt has 20,000 tokens and this model is exact up"):
+        writing.add(Text(full, Generation(), lambda drawn: False))
+    assert writing.texts == [text]
+
+
 def test_drawing_ends_where_a_stop_text_is_complete(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = list[int]()
-
-    def write(model: Any, prompt: Any, options: Any, on_text: Any, *, opens_text: bool) -> None:
-        for number, text in enumerate(["one t", "wo STO", "P three", " four"]):
-            drawn.append(number)
-            on_text(text)
-
-    monkeypatch.setattr(until, "write", write)
-    options = Generation()
-    assert write_until(loaded, [1], options, ["END", "STOP"]) == "one two "
-    assert drawn == [0, 1, 2]
-    assert write_until(loaded, [1], options, []) == "one two STOP three four"
+    pieces = ["one t", "wo STO", "P three", " four"]
+    stream = SimpleNamespace(feed=lambda drawn: pieces[drawn], finish=lambda: "")
+    monkeypatch.setattr(until, "TextStream", lambda *_, **__: stream)
+    answer = until._Answer(loaded, ["END", "STOP"])
+    assert [answer.feed(drawn) for drawn in range(3)] == [False, False, True]
+    assert answer.finish() == "one two "
+    answer = until._Answer(loaded, [])
+    assert not any(answer.feed(drawn) for drawn in range(4))
+    assert answer.finish() == "one two STOP three four"

@@ -35,10 +35,11 @@ from tools.errors import EvaluationError
 from tools.evaluation.multiple_choice import pair_window
 from tools.evaluation.protocols import Protocol, plan_windows
 from tools.evaluation.scoring import Scorer, check_context, score
-from tools.generation.until import read_settings, write_until
+from tools.generation.until import Asked, read_settings, write_until
 from tools.models.loading import ModelSpec, Precision, load
 
 Pair = tuple[tuple[str, str], list[int], list[int]]  # texts and ids of context and continuation
+_AT_ONCE = 8  # texts, where the harness names no number of its own: 1 is its default
 DEFAULT_DEVICE = "cuda:0"  # what the harness passes where its user names none
 
 
@@ -66,7 +67,9 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         check_context(self.loaded, self.max_length)
         self.batch_tokens = int(options.pop("batch_tokens", 8192))
         self.add_bos_token = str(options.pop("add_bos_token", False)).lower() == "true"
-        if left := options.keys() - {"batch_size", "max_batch_size"}:
+        size = str(options.pop("batch_size", _AT_ONCE))
+        self.batch_size = int(size) if size.isdigit() and int(size) > 1 else _AT_ONCE
+        if left := options.keys() - {"max_batch_size"}:
             raise EvaluationError(
                 f"model_args {', '.join(sorted(left))}: summerlm has no such argument"
             )
@@ -118,16 +121,17 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context, up to a stop text; a seed for each request."""
-        return [self._complete(number, *each.args) for number, each in enumerate(requests)]
+        asked = [self._prompt(number, *each.args) for number, each in enumerate(requests)]
+        return write_until(self.loaded, asked, self.batch_size)
 
-    def _complete(self, number: int, context: str, settings: Mapping[str, Any]) -> str:
+    def _prompt(self, number: int, context: str, settings: Mapping[str, Any]) -> Asked:
         options, stops = read_settings(settings, number, self.max_length - 1)
         ids = self.tok_encode(context)[options.max_tokens - self.max_length :]
         if not ids:
             if self.prefix_token_id is None:
                 raise EvaluationError("this tokenizer has no BOS to start an empty context with")
             ids = [self.prefix_token_id]
-        return write_until(self.loaded, ids, options, stops)
+        return ids, options, stops
 
 
 @one_line_failures(ModelError)

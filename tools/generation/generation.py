@@ -78,7 +78,7 @@ def generate(
     `on_token` is called with each as it is drawn: tokens that stand for text, and EOS.
     """
     model, ids = loaded.model, list(prompt)
-    room = _room(loaded, len(ids), options.max_tokens)
+    room = room_for(loaded, len(ids), options.max_tokens)
     cache = None
     if options.use_cache:
         length, dtype = len(ids) + room, DTYPES[loaded.dtype]
@@ -100,7 +100,7 @@ def generate(
     return ids[len(prompt) :]
 
 
-def _room(loaded: LoadedModel, n_prompt: int, max_tokens: int) -> int:
+def room_for(loaded: LoadedModel, n_prompt: int, max_tokens: int) -> int:
     """Tokens that may follow a prompt; ToolError if it fills the context already."""
     limit = max_context(loaded.model.config)
     if limit is None:

@@ -4,16 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tools.errors import ToolError
-from tools.generation.generation import Generation, Sampling, write
+from tools.generation.batch import Text, write_all
+from tools.generation.generation import Generation, Sampling, TextStream
 from tools.models.loading import LoadedModel
 
 _LENGTHS: Final = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _NEUTRAL: Final = {"repetition_penalty": 1.0, "num_beams": 1, "use_cache": True}
 """What is computed as if it were not there, if it has this value."""
-
-
-class _StopFoundError(Exception):
-    """The text has all that is wanted of it."""
 
 
 def read_settings(
@@ -43,20 +40,44 @@ def read_settings(
     return options, tuple(filter(None, stops))
 
 
-def write_until(
-    loaded: LoadedModel, prompt: Sequence[int], options: Generation, stops: Sequence[str]
-) -> str:
-    """What the model writes after the prompt, up to the first stop text, which ends the drawing."""
-    text = ""
+Asked = tuple[Sequence[int], Generation, Sequence[str]]
+"""A prompt's tokens, how to go on, and the texts that end it."""
 
-    def look(more: str) -> None:
-        nonlocal text
-        text += more
-        if any(stop in text for stop in stops):
-            raise _StopFoundError
 
-    try:
-        write(loaded, prompt, options, look, opens_text=False)
-    except _StopFoundError:
-        text = text[: min(text.find(stop) for stop in stops if stop in text)]
-    return text
+def write_until(loaded: LoadedModel, asked: Sequence[Asked], size: int) -> list[str]:
+    """What the model writes after each prompt, up to the first stop text, `size` of them at once.
+
+    The longest prompts first: then the cache need not grow.
+    """
+    answers = [_Answer(loaded, stops) for _, _, stops in asked]
+    texts = [
+        Text(prompt, options, answer.feed)
+        for (prompt, options, _), answer in zip(asked, answers, strict=True)
+    ]
+    write_all(loaded, sorted(texts, key=lambda text: -len(text.prompt)), size)
+    return [answer.finish() for answer in answers]
+
+
+class _Answer:
+    """The text of tokens as they come, up to a stop text."""
+
+    def __init__(self, loaded: LoadedModel, stops: Sequence[str]) -> None:
+        self._stream = TextStream(loaded.vocabulary, opens_text=False)
+        self._stops, self._text = stops, ""
+        self._end: int | None = None
+
+    def feed(self, drawn: int) -> bool:
+        """Whether the text has all that is wanted of it, with this token."""
+        return self._look(self._stream.feed(drawn))
+
+    def finish(self) -> str:
+        """The text, without the stop text and what follows it."""
+        if self._end is None:
+            self._look(self._stream.finish())
+        return self._text[: self._end]
+
+    def _look(self, more: str) -> bool:
+        self._text += more
+        found = [self._text.find(stop) for stop in self._stops if stop in self._text]
+        self._end = min(found, default=None)
+        return self._end is not None
