@@ -27,11 +27,14 @@ MAY_IMPORT = {
     "tools": {
         *LAYERS, "torch", "numpy", "click", "rich", "pyarrow", "zstandard", "sentencepiece",
         "xxhash", "jinja2", "safetensors", "huggingface_hub", "transformers", "tokenizers",
-        "lm_eval",
+        "lm_eval", "starlette", "uvicorn",
     },
 }  # fmt: skip
 
-ONLY_IN = {"ray": {"pipeline/units/cluster.py"}}
+ONLY_IN = {
+    "ray": {"pipeline/units/cluster.py"}, "uvicorn": {"tools/serve.py"},
+    "starlette": {"tools/serving/api.py"},
+}  # fmt: skip
 
 
 def imports(path: Path) -> set[tuple[str, int]]:
@@ -113,8 +116,8 @@ def test_library_code_neither_prints_nor_exits() -> None:
 
 
 TOOL_COMMANDS = (
-    "evaluate", "generate", "trace", "convert", "plan", "doctor", "report", "rehearse", "demo",
-    "environment", "command",
+    "evaluate", "generate", "trace", "convert", "plan", "doctor", "report", "rehearse", "serve",
+    "demo", "environment", "command",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.text.tokenizer import CHAT_PIECES
 from tools.errors import ToolError
 from tools.generate import main
 from tools.generation import batch, until
@@ -249,16 +250,15 @@ def test_a_conversation_is_the_chat_template(
     talk = Conversation(loaded, Generation(), system="Be brief.")
     assert talk.ask("Is it?") == "Yes."
     assert talk.ask("[INST] really?") == "Yes."
-    chat = VOCABULARY.chat
-    assert chat is not None
-    first = [chat.inst_id, *VOCABULARY.encode("Be brief.\n\nIs it?"), chat.end_inst_id]
-    second = [chat.inst_id, *VOCABULARY.encode("[INST] really?"), chat.end_inst_id]
+    begin, end = map(sample_tokenizer().id_of, CHAT_PIECES)
+    first = [begin, *VOCABULARY.encode("Be brief.\n\nIs it?"), end]
+    second = [begin, *VOCABULARY.encode("[INST] really?"), end]
     assert prompts == [[1, *first], [1, *first, *reply, 2, *second]]
 
 
 def test_without_markers_there_is_no_conversation(loaded: LoadedModel) -> None:
     plain = dataclasses.replace(loaded.vocabulary, chat=None)
-    with pytest.raises(ToolError, match="no chat markers"):
+    with pytest.raises(ToolError, match="no chat template"):
         Conversation(dataclasses.replace(loaded, vocabulary=plain), Generation())
 
 
@@ -419,9 +419,12 @@ def test_drawing_ends_where_a_stop_text_is_complete(
     pieces = ["one t", "wo STO", "P three", " four"]
     stream = SimpleNamespace(feed=lambda drawn: pieces[drawn], finish=lambda: "")
     monkeypatch.setattr(until, "TextStream", lambda *_, **__: stream)
-    answer = until._Answer(loaded, ["END", "STOP"])
-    assert [answer.feed(drawn) for drawn in range(3)] == [False, False, True]
-    assert answer.finish() == "one two "
-    answer = until._Answer(loaded, [])
-    assert not any(answer.feed(drawn) for drawn in range(4))
-    assert answer.finish() == "one two STOP three four"
+    answer = until.StoppedText(loaded, ["END", "STOP"], opens_text=False)
+    assert [answer.feed(drawn) for drawn in range(3)] == ["one t", "wo ", ""]
+    assert answer.stopped and answer.finish() == ""
+    answer = until.StoppedText(loaded, ["STOPS"], opens_text=False)
+    assert [answer.feed(drawn) for drawn in range(4)] == ["one t", "wo ", "STOP three", " four"]
+    assert not answer.stopped and answer.finish() == ""
+    answer = until.StoppedText(loaded, ["OX"], opens_text=False)
+    assert [answer.feed(drawn) for drawn in range(2)] == ["one t", "wo ST"]
+    assert answer.finish() == "O"

@@ -21,16 +21,20 @@ from tools.models.loading import DTYPES, LoadedModel
 _BLOCK = 256  # tokens by which the cache grows
 
 
-@dataclass
+@dataclass(eq=False)
 class Text:
     """A prompt's tokens and what follows them, to be drawn as `options` say.
 
     `on_token` is called with each token that stands for text, as it is drawn; True ends the text.
+    With `top`, `logprobs` has the log-probability of each token and of the `top` likeliest ones
+    in its place, whatever the temperature.
     """
 
     prompt: Sequence[int]
     options: Generation
     on_token: Callable[[int], bool]
+    top: int | None = None
+    logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     left: int = field(init=False)  # tokens that may still be drawn
     generator: torch.Generator = field(init=False)
@@ -105,6 +109,11 @@ class Batch:
                 continue
             text.ids.append(drawn)
             text.left -= 1
+            if text.top is not None:
+                nats = scores.double().log_softmax(dim=0)
+                best = nats.topk(text.top)
+                likeliest = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+                text.logprobs.append((float(nats[drawn]), likeliest))
             if text.on_token(drawn) or not text.left:
                 ended.append(row)
         for row in reversed(ended):

@@ -163,20 +163,21 @@ class Conversation:
     def __init__(self, loaded: LoadedModel, options: Generation, system: str = "") -> None:
         if loaded.vocabulary.chat is None:
             raise ToolError(
-                f"the tokenizer {loaded.vocabulary.name} has no chat markers: leave --chat out, "
+                f"the tokenizer {loaded.vocabulary.name} has no chat template: leave --chat out, "
                 "or use a model fine-tuned on conversations"
             )
         self._loaded, self._options, self._template = loaded, options, loaded.vocabulary.chat
-        self._ids = [self._template.bos_id]
-        self._before = f"{system}\n\n" if system else ""
+        self._messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, question: str, on_text: OnText | None = None) -> str:
         """The model's answer, which is part of the conversation from now on."""
-        template, vocabulary = self._template, self._loaded.vocabulary
-        turn = [template.inst_id, *vocabulary.encode(self._before + question), template.end_inst_id]
-        prompt = self._ids + turn
+        self._messages.append({"role": "user", "content": question})
+        prompt = self._template(self._messages)
         answer = write(self._loaded, prompt, self._options, on_text, opens_text=True)
-        self._ids, self._before = [*prompt, *answer.ids, template.eos_id], ""
+        if answer.text.strip():
+            self._messages.append({"role": "assistant", "content": answer.text})
+        else:  # no turn: as if nothing had been asked
+            self._messages.pop()
         return answer.text
 
 

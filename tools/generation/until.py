@@ -1,6 +1,7 @@
 """What a harness asks of a generated answer, read into our own options; and stopping at a text."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from tools.errors import ToolError
@@ -49,35 +50,52 @@ def write_until(loaded: LoadedModel, asked: Sequence[Asked], size: int) -> list[
 
     The longest prompts first: then the cache need not grow.
     """
-    answers = [_Answer(loaded, stops) for _, _, stops in asked]
+    answers = ["" for _ in asked]
+    streams = [StoppedText(loaded, stops, opens_text=False) for _, _, stops in asked]
+
+    def feed(number: int, drawn: int) -> bool:
+        answers[number] += streams[number].feed(drawn)
+        return streams[number].stopped
+
     texts = [
-        Text(prompt, options, answer.feed)
-        for (prompt, options, _), answer in zip(asked, answers, strict=True)
+        Text(prompt, options, partial(feed, number))
+        for number, (prompt, options, _) in enumerate(asked)
     ]
     write_all(loaded, sorted(texts, key=lambda text: -len(text.prompt)), size)
-    return [answer.finish() for answer in answers]
+    return [text + stream.finish() for text, stream in zip(answers, streams, strict=True)]
 
 
-class _Answer:
-    """The text of tokens as they come, up to a stop text."""
+class StoppedText:
+    """Tokens in, text out, up to a stop text: what may be the beginning of one is held back."""
 
-    def __init__(self, loaded: LoadedModel, stops: Sequence[str]) -> None:
-        self._stream = TextStream(loaded.vocabulary, opens_text=False)
-        self._stops, self._text = stops, ""
-        self._end: int | None = None
+    def __init__(self, loaded: LoadedModel, stops: Sequence[str], *, opens_text: bool) -> None:
+        self.stopped = False
+        self._stream = TextStream(loaded.vocabulary, opens_text=opens_text)
+        self._stops, self._held = stops, ""
 
-    def feed(self, drawn: int) -> bool:
-        """Whether the text has all that is wanted of it, with this token."""
-        return self._look(self._stream.feed(drawn))
+    def feed(self, drawn: int) -> str:
+        """The text that this token completes; empty once it is `stopped`."""
+        self._look(self._stream.feed(drawn))
+        ends = [
+            n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])
+        ]
+        return self._release(len(self._held) - max(ends, default=0))
 
     def finish(self) -> str:
-        """The text, without the stop text and what follows it."""
-        if self._end is None:
-            self._look(self._stream.finish())
-        return self._text[: self._end]
+        """What is left, when no token follows."""
+        self._look(self._stream.finish())
+        return self._release(len(self._held))
 
-    def _look(self, more: str) -> bool:
-        self._text += more
-        found = [self._text.find(stop) for stop in self._stops if stop in self._text]
-        self._end = min(found, default=None)
-        return self._end is not None
+    def _look(self, more: str) -> None:
+        if self.stopped:
+            return
+        self._held += more
+        found = [self._held.find(stop) for stop in self._stops if stop in self._held]
+        if found:
+            self.stopped, self._held = True, self._held[: min(found)]
+
+    def _release(self, end: int) -> str:
+        if self.stopped:
+            end = len(self._held)
+        text, self._held = self._held[:end], self._held[end:]
+        return text

@@ -8,22 +8,26 @@ dummy prefix in front, and the merges are ordered by the scores that SentencePie
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
 from pipeline.errors import TokenizerError
-from pipeline.text.chat import ChatTemplate
+from pipeline.text.chat import BadConversationError, ChatTemplate, render
 from pipeline.text.json_tokenizer import JsonTokenizer, piece_bytes
 from pipeline.text.tokenizer import CHAT_PIECES, Tokenizer
 from shards.files import json_bytes
 from shards.format import TOKENIZER_CONFIG, TOKENIZER_JSON
-from tools.errors import ConversionError
+from tools.errors import ConversionError, ToolError
 
 SPACE: Final = "▁"
 _MOST_FILLED_UP: Final = 1024
 """Weights are padded to a round number of entries, never by more; else they are another's."""
+
+Message = Mapping[str, Any]
+"""A turn of a conversation: `role` and `content`."""
 
 _CHAT: Final = Path(__file__).with_name("chat.jinja")
 """pipeline/text/chat.py for transformers. There markers are put in by id and texts stay text; here
@@ -36,9 +40,9 @@ class Vocabulary:
 
     `pieces` holds the UTF-8 bytes that each id stands for in a text; ids that are not text (BOS,
     EOS, other control pieces, `<unk>`) stand for none. With `space_first` a text's first piece
-    begins with a space that is not in the text (SentencePiece's dummy prefix). `chat` holds the
-    ids of the chat template's markers, None where the vocabulary has none. `end_ids` are further
-    ids that end a text, besides `eos_id`.
+    begins with a space that is not in the text (SentencePiece's dummy prefix). `chat` gives the
+    ids of a conversation up to where the next answer begins, None where there is no template.
+    `end_ids` are further ids that end a text, besides `eos_id`.
     """
 
     name: str
@@ -49,7 +53,7 @@ class Vocabulary:
     eos_id: int | None
     sha256: str
     space_first: bool
-    chat: ChatTemplate | None
+    chat: Callable[[Sequence[Message]], list[int]] | None
     end_ids: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
@@ -69,7 +73,7 @@ class Vocabulary:
         """The vocabulary of a tokenizer of shards."""
         chat = None
         with contextlib.suppress(TokenizerError):
-            chat = ChatTemplate.of(tokenizer)
+            chat = partial(_chat_ids, ChatTemplate.of(tokenizer), tokenizer.encode)
         return cls(
             name=tokenizer.name,
             encode=tokenizer.encode,
@@ -111,8 +115,42 @@ class Vocabulary:
             eos_id=tokenizer.eos_token_id,
             sha256=hashlib.sha256(raw).hexdigest(),
             space_first=pieces[encode("a")[0]].startswith(b" "),
-            chat=None,
+            chat=partial(_folders_chat_ids, tokenizer) if tokenizer.chat_template else None,
         )
+
+
+def _chat_ids(
+    template: ChatTemplate, encode: Callable[[str], Sequence[int]], messages: Sequence[Message]
+) -> list[int]:
+    """The ids of a conversation that ends with a question, markers put in by id, as in training."""
+    try:
+        *texts, _ = render([*messages, {"role": "assistant", "content": "."}])
+    except BadConversationError as error:
+        raise ToolError(f"the conversation has no place in the template: {error}") from error
+    ids = [template.bos_id]
+    for place, text in enumerate(texts):
+        turn = encode(text)
+        asks = place % 2 == 0
+        ids += [template.inst_id, *turn, template.end_inst_id] if asks else [*turn, template.eos_id]
+    return ids
+
+
+def _folders_chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The same by the template that comes with a folder; a text that spells a marker is an error.
+
+    transformers looks for markers in the text that the template gives, and would take it for one.
+    """
+    markers = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for text in (str(message.get("content")) for message in messages):
+        if spelled := next((marker for marker in markers if marker in text), None):
+            raise ToolError(f"a turn spells {spelled}, which would become that marker")
+    try:
+        ids = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=False
+        )
+    except Exception as error:  # the template may raise what it likes
+        raise ToolError(f"the folder's chat template rejects the conversation: {error}") from error
+    return [int(each) for each in ids]
 
 
 def filled_up(vocabulary: Vocabulary, n_ids: int) -> Vocabulary:
