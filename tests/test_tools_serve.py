@@ -3,11 +3,14 @@
 import asyncio
 import http.client
 import json
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +28,8 @@ openai = pytest.importorskip("openai")
 from tools.serving.api import make_app  # noqa: E402
 from tools.serving.engine import BusyError, Engine, Reply  # noqa: E402
 
-TOKEN = "sésame"
+TOKEN = "open sesame"
+CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -213,8 +217,8 @@ def test_strangers_and_floods_are_turned_away(port: int, guarded: int) -> None:
     assert send(guarded, good, Authorization="Bearer wrong")[0] == 401
     with pytest.raises(openai.AuthenticationError):
         client(guarded).models.list()
-    token = TOKEN.encode().decode("latin-1")
-    assert send(guarded, good, Authorization=f"Bearer {token}")[0] in (200, 401)
+    assert client(guarded, TOKEN).models.list().data[0].id == "sample"
+    assert send(guarded, good, Authorization=f"Bearer {TOKEN}")[0] == 200
     connection = http.client.HTTPConnection("127.0.0.1", guarded, timeout=20)
     connection.request("GET", "/")
     answer = connection.getresponse()
@@ -245,6 +249,21 @@ def test_a_connection_that_is_closed_ends_its_drawing(
     while events[-1:] != [None] and time.monotonic() < ends_at:
         time.sleep(0.02)
     assert events[-1] is None and len(events) < 200
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_shows_the_model_in_a_browser(port: int, tmp_path: Path) -> None:
+    assert CHROMIUM is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+             "--no-first-run", "--disable-background-networking", "--disable-component-update",
+             "--disable-sync",
+             f"--user-data-dir={tmp_path}", "--virtual-time-budget=3000", "--dump-dom"]  # fmt: skip
+    seen = subprocess.run(
+        [CHROMIUM, *flags, f"http://127.0.0.1:{port}/"], capture_output=True, text=True, timeout=60
+    )
+    assert '<h1 id="name">sample</h1>' in seen.stdout
+    assert 'placeholder="Ask something"' in seen.stdout
+    assert "CONSOLE" not in seen.stderr
 
 
 def test_the_queue_is_bounded_and_a_failure_leaves_the_engine_running(

@@ -38,15 +38,17 @@ def main(host: str, port: int, token: str, batch: int, waiting: int, **options: 
         from tools.serving.api import make_app
     except ImportError as error:
         raise ToolError(f"{error}: pip install 'summerlm[serve]'") from error
-    from tools.models.loading import ModelSpec, load
+    from tools.models.loading import ModelSpec, has_conversed, load
     from tools.serving.engine import Engine
 
     with _listening(host, port) as listener:
-        engine = Engine(load(ModelSpec(**options)), batch, waiting)
+        loaded = load(ModelSpec(**options))
+        chat = loaded.checkpoint is None or has_conversed(loaded.checkpoint)
+        engine = Engine(loaded, batch, waiting)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         hosts = ["localhost", "127.0.0.1", "[::1]", host] if _is_loopback(host) else ["*"]
-        app = make_app(engine, hosts=hosts, token=token)
-        click.echo(f"{engine.loaded.name}: {address} (API at {address}/v1); Ctrl-C ends it")
+        app = make_app(engine, hosts=hosts, token=token, chat=chat)
+        click.echo(f"{loaded.name}: {address} (API at {address}/v1); Ctrl-C ends it")
         settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
         try:
             uvicorn.Server(settings).run(sockets=[listener])

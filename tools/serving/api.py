@@ -67,21 +67,26 @@ class Asked:
     opens_text: bool
 
 
-def make_app(engine: Engine, *, hosts: Sequence[str], token: str = "") -> Starlette:
-    """The server; only for these Host headers, and with a token only for who knows it."""
+def make_app(
+    engine: Engine, *, hosts: Sequence[str], token: str = "", chat: bool = True
+) -> Starlette:
+    """The server; only for these Host headers, and with a token only for who knows it.
+
+    Without `chat` the page has the model write on: it has read no conversations.
+    """
 
     async def models(request: Request) -> Response:
         _check_token(request, token)
         loaded = engine.loaded
         entry = {"id": loaded.name, "object": "model", "created": 0, "owned_by": "summerlm",
                  "max_model_len": loaded.trained_context,
-                 "chat": loaded.vocabulary.chat is not None}  # fmt: skip
+                 "chat": chat and loaded.vocabulary.chat is not None}  # fmt: skip
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def answer(request: Request) -> Response:
         _check_token(request, token)
-        chat = request.url.path.startswith("/v1/chat")
-        asked = read_request(await _body_of(request), engine.loaded, chat=chat)
+        in_turns = request.url.path.startswith("/v1/chat")
+        asked = read_request(await _body_of(request), engine.loaded, chat=in_turns)
         reply = engine.submit(asked.prompt, asked.options, asked.top)
         answer = ApiAnswer(engine.loaded, asked, reply)
         if asked.stream:
