@@ -3,9 +3,12 @@
 import asyncio
 import http.client
 import json
+import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +20,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from conftest import REPOSITORY
 from tools.generation.generation import Generation, Sampling, generate
 from tools.models.loading import LoadedModel
 from tools.serve import main
-from tools_samples import sample_loaded
+from tools_samples import sample_loaded, write_run
 
 uvicorn = pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
@@ -294,6 +298,27 @@ def test_the_queue_is_bounded_and_a_failure_leaves_the_engine_running(
             engine.submit([3], options, None)
 
     asyncio.run(main())
+
+
+def test_a_signal_ends_what_is_being_written(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    command = [sys.executable, "-m", "tools.serve", "--run", str(tmp_path / "run"), "--port", "0"]
+    for number, code in ((signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)):
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+        ) as process:
+            assert process.stdout is not None and process.stderr is not None
+            found = re.search(r"http://\S+", process.stdout.readline())
+            assert found is not None
+            with openai.OpenAI(base_url=f"{found[0]}/v1", api_key="x", max_retries=0) as api:
+                asked = {"model": "x", "prompt": "a", "max_tokens": 10_000}
+                stream = api.completions.create(**asked, stream=True)
+                next(stream)
+                process.send_signal(number)
+                for _ in stream:
+                    pass
+            assert process.wait(20) == code
+            assert "Traceback" not in process.stderr.read()
 
 
 def test_others_on_the_network_need_a_token() -> None:

@@ -7,8 +7,10 @@ summer-serve --run runs/summer-1b --host 0.0.0.0 --token "$TOKEN"
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
+from types import FrameType
 from typing import Any
 
 import click
@@ -49,9 +51,17 @@ def main(host: str, port: int, token: str, batch: int, waiting: int, **options: 
         hosts = ["localhost", "127.0.0.1", "[::1]", host] if _is_loopback(host) else ["*"]
         app = make_app(engine, hosts=hosts, token=token, chat=chat)
         click.echo(f"{loaded.name}: {address} (API at {address}/v1); Ctrl-C ends it")
-        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        ends = server.handle_exit
+
+        def handle_exit(number: int, frame: FrameType | None) -> None:
+            engine.end()  # uvicorn waits for answers that are being written
+            ends(number, frame)
+
+        vars(server).update(handle_exit=handle_exit)
         try:
-            uvicorn.Server(settings).run(sockets=[listener])
+            with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again
+                server.run(sockets=[listener])
         finally:
             engine.stop()
 

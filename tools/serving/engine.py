@@ -72,12 +72,24 @@ class Engine:
             raise BusyError from None
         return reply
 
-    def stop(self) -> None:
-        """End the thread after the token that it is at."""
+    def end(self) -> None:
+        """End every answer, and the thread, after the token that it is at."""
         self._ended.set()
+
+    def stop(self) -> None:
+        """End, and wait for that."""
+        self.end()
         self._thread.join()
 
     def _run(self) -> None:
+        self._write_all()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._writing.append(self._waiting.get_nowait())
+        for reply in self._writing:
+            reply.put(None)
+
+    def _write_all(self) -> None:
         while not self._ended.is_set():
             try:
                 self._admit()
