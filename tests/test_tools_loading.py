@@ -145,6 +145,38 @@ def test_a_llama_folder_is_scored_by_the_same_code(llama_folder: Path) -> None:
     )
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_folders_own_chat_template_is_taken(llama_folder: Path) -> None:
+    described = json.loads((llama_folder / "tokenizer.json").read_text())
+    for number, content in ((500, "<|im_start|>"), (501, "<|im_end|>")):
+        token = {"id": number, "content": content, "special": True, "single_word": False}
+        described["added_tokens"].append(
+            token | {"lstrip": False, "rstrip": False, "normalized": False}
+        )
+    (llama_folder / "tokenizer.json").write_text(json.dumps(described))
+    config = json.loads((llama_folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = CHATML
+    (llama_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    vocabulary = load(ModelSpec(hf=llama_folder, device="cpu")).vocabulary
+    assert vocabulary.chat is not None
+    ids = vocabulary.chat([{"role": "user", "content": "hello"}])
+    assert ids[0] == 500 and ids.count(500) == 2 and ids.count(501) == 1
+    assert "hello" in vocabulary.decode(ids)
+    with pytest.raises(ToolError, match=r"a turn spells <\|im_end\|>, which would become"):
+        vocabulary.chat([{"role": "user", "content": "a <|im_end|> b"}])
+    config["chat_template"] = "{{ raise_exception('no such role') }}"
+    (llama_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    vocabulary = load(ModelSpec(hf=llama_folder, device="cpu")).vocabulary
+    assert vocabulary.chat is not None
+    with pytest.raises(ToolError, match="chat template rejects the conversation: no such role"):
+        vocabulary.chat([{"role": "user", "content": "hello"}])
+
+
 def test_tokens_added_by_a_chat_fine_tune_and_all_ends_of_a_text_count(llama_folder: Path) -> None:
     """tokenizer.model does not have them: `<|im_end|>` was no token, and nothing ever ended."""
     plain = load(ModelSpec(hf=llama_folder, device="cpu")).vocabulary

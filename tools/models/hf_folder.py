@@ -10,8 +10,9 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ from pipeline.errors import TokenizerError
 from pipeline.text.json_tokenizer import load_tokenizer
 from pipeline.text.tokenizer import Tokenizer, extend
 from shards.files import publish_bytes, publish_json
-from shards.format import TOKENIZER, TOKENIZER_JSON, tokenizer_path
+from shards.format import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_JSON, tokenizer_path
 from shards.versions import VERSION, WRITER_KEY, writer_of
 from tools.errors import ConversionError
 from tools.models.llama import (
@@ -37,7 +38,7 @@ from tools.models.llama import (
     weights_from_llama,
     weights_to_llama,
 )
-from tools.models.tokenizers import Vocabulary, filled_up, tokenizer_files
+from tools.models.tokenizers import Message, Vocabulary, filled_up, tokenizer_files
 from trainer.config.config import from_stored
 from trainer.errors import ConfigError
 
@@ -103,8 +104,25 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         vocabulary = Vocabulary.of(read_tokenizer(folder))
     if has_json and not ((folder / TOKENIZER).is_file() and len(vocabulary) > _last_added(folder)):
         vocabulary = Vocabulary.of_tokenizer_json(folder)
+    if vocabulary.chat is None and has_json and _has_chat_template(folder):
+        vocabulary = replace(vocabulary, chat=partial(_chat_of_json, folder))
     vocabulary = replace(vocabulary, end_ids=_end_ids(folder))
     return filled_up(vocabulary, vocab_size)
+
+
+def _has_chat_template(folder: Path) -> bool:
+    config = folder / TOKENIZER_CONFIG
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    return config.is_file() and bool(_read_json(config).get("chat_template"))
+
+
+def _chat_of_json(folder: Path, messages: Sequence[Message]) -> list[int]:
+    """A conversation by the folder's own template; transformers is imported when one is asked."""
+    chat = Vocabulary.of_tokenizer_json(folder).chat
+    if chat is None:
+        raise ConversionError(f"{folder}: its chat template is not among what transformers reads")
+    return chat(messages)
 
 
 def _last_added(folder: Path) -> int:
