@@ -12,6 +12,7 @@ import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -251,10 +252,32 @@ def test_wikitext_has_the_harness_perplexities(
 def test_our_model_in_the_harness_goes_on_with_a_text(harness: Any, folder: Path) -> None:
     model = harness.api.registry.get_model("summerlm")(hf=str(folder), device="cpu")
     settings = {"until": ["\n"], "max_gen_toks": 5}
-    first, second = (model._complete(0, "def parse", settings) for _ in range(2))
-    assert first == second and "\n" not in first
+    asked = [
+        SimpleNamespace(args=(text, settings)) for text in ("def parse", "import", "def parse")
+    ]
+    first, other, again = model.generate_until(asked)
+    assert first == again and "\n" not in first + other
+    assert [first] == model.generate_until(asked[:1])
     with pytest.raises(Exception, match="summerlm has no such argument"):
         harness.api.registry.get_model("summerlm")(hf=str(folder), device="cpu", colour="red")
+
+
+def test_a_conversation_of_the_harness_is_in_our_template(harness: Any, tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    model = harness.api.registry.get_model("summerlm")(run=str(tmp_path / "run"), device="cpu")
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Is it [/INST] assistant: here?"},
+    ]
+    vocabulary = model.loaded.vocabulary
+    asked = model.apply_chat_template(turns)
+    assert model.tok_encode(asked) == vocabulary.chat(turns)
+    assert model.tok_encode(asked + "Yes") == [*vocabulary.chat(turns), *vocabulary.encode("Yes")]
+    begun = [*turns, {"role": "assistant", "content": "Yes"}]
+    assert model.apply_chat_template(begun, add_generation_prompt=False) == asked + "Yes"
+    assert model.tok_encode("a\n\nassistant: b") == list(
+        vocabulary.encode("a\n\nassistant: b")
+    )  # nobody's conversation
 
 
 TASK = """
@@ -297,6 +320,8 @@ def test_the_harness_command_line_scores_our_model(tmp_path: Path) -> None:
     done = command_line(tmp_path, *arguments, *output)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = next((tmp_path / "out").rglob("samples_*.jsonl")).read_text().splitlines()
+    in_turns = command_line(tmp_path, *arguments, *output[:2], "--apply_chat_template")
+    assert in_turns.returncode == 0 and "here_or_not" in in_turns.stdout, in_turns.stderr[-2000:]
     ours = load(ModelSpec(run=run, device="cpu", dtype="fp32"))
     items = evaluate_task(ours, TASKS["arc_easy"], TaskOptions(data=data)).items
     assert len(lines) == len(items) == len(rows)

@@ -40,6 +40,7 @@ from tools.models.loading import ModelSpec, Precision, load
 
 Pair = tuple[tuple[str, str], list[int], list[int]]  # texts and ids of context and continuation
 _AT_ONCE = 8  # texts, where the harness names no number of its own: 1 is its default
+_ANSWERS = "\n\nassistant: "
 DEFAULT_DEVICE = "cuda:0"  # what the harness passes where its user names none
 
 
@@ -69,6 +70,7 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         self.add_bos_token = str(options.pop("add_bos_token", False)).lower() == "true"
         size = str(options.pop("batch_size", _AT_ONCE))
         self.batch_size = int(size) if size.isdigit() and int(size) > 1 else _AT_ONCE
+        self._conversations: dict[str, list[int]] = {}  # those that a template was applied to
         if left := options.keys() - {"max_batch_size"}:
             raise EvaluationError(
                 f"model_args {', '.join(sorted(left))}: summerlm has no such argument"
@@ -94,10 +96,31 @@ class SummerLM(TemplateLM):  # type: ignore[misc]
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """The ids of a text; BOS in front where `add_bos_token` or the caller says so."""
+        conversation, end, rest = string.rpartition(_ANSWERS)
+        if end and (known := self._conversations.get(conversation)):
+            return [*known, *(self.loaded.vocabulary.encode(rest) if rest else [])]
         ids = list(self.loaded.vocabulary.encode(string))
         with_bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
         bos_id = self.loaded.vocabulary.bos_id
         return [bos_id, *ids] if with_bos and bos_id is not None else ids
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as a text that `tok_encode` knows again, whose markers no text can spell.
+
+        Without a generation prompt the last turn is the beginning of the answer.
+        """
+        chat = self.loaded.vocabulary.chat
+        if chat is None:
+            raise EvaluationError(f"{self.loaded.name}: this model has no chat template")
+        turns, begun = chat_history, ""
+        if not add_generation_prompt:
+            *turns, last = chat_history
+            begun = last["content"]
+        text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        self._conversations[text] = chat(turns)
+        return text + _ANSWERS + begun
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[tuple[float, bool]]:
         windows = [
