@@ -24,13 +24,14 @@ from conftest import REPOSITORY
 from tools.generation.generation import Generation, Sampling, generate
 from tools.models.loading import LoadedModel
 from tools.serve import main
-from tools_samples import sample_loaded, write_run
+from tools_samples import SEQ_LEN, sample_loaded, write_run
 
 uvicorn = pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 
 from tools.serving.api import make_app  # noqa: E402
 from tools.serving.engine import BusyError, Engine, Reply  # noqa: E402
+from tools.serving.requests import BadRequestError, read_request  # noqa: E402
 
 TOKEN = "open sesame"
 CHROMIUM = shutil.which("chromium")
@@ -201,13 +202,23 @@ def send(port: int, body: Any, path: str = "/v1/completions", **headers: str) ->
         ({"prompt": "a", "logprobs": 1000}, "logprobs must be a number from 0 to 20"),
         ({"prompt": "a", "n": 3}, "n is not computed here"),
         ({"prompt": "a", "logit_bias": {"5": 100}}, "logit_bias is not computed here"),
-        ({"prompt": "word " * 20_000}, "this model is exact up to"),
+        ({"prompt": "word " * 20_000}, "tokens, of 16,448 at most"),
     ],
 )
 def test_a_request_that_cannot_be_answered_is_named(port: int, body: Any, words: str) -> None:
     status, answer = send(port, body)
     assert status == 400 and words in answer["error"]["message"], answer
     assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_no_request_takes_memory_for_what_it_does_not_write() -> None:
+    """Without ALiBi nothing bounds the context: 10^12 tokens were made room for."""
+    plain = sample_loaded(alibi=False)
+    for asked in (10**12, SEQ_LEN, 5):
+        found = read_request({"prompt": [3, 4], "max_tokens": asked}, plain, chat=False)
+        assert found.options.max_tokens == min(asked, SEQ_LEN - 2)
+    with pytest.raises(BadRequestError, match=f"the prompt has {SEQ_LEN} tokens, of {SEQ_LEN} at"):
+        read_request({"prompt": [3] * SEQ_LEN}, plain, chat=False)
 
 
 def test_strangers_and_floods_are_turned_away(port: int, guarded: int) -> None:

@@ -57,7 +57,7 @@ class Batch:
         row, n = len(self.texts), len(text.prompt)
         text.left = room_for(self.loaded, n, text.options.max_tokens)
         text.generator = text.options.sampling.generator()
-        self._make_room(n + text.left)
+        self._make_room(n)
         self.texts.append(text)
         positions = self.loaded.model.positions(0, n)
         read = torch.tensor([list(text.prompt)], device=self.loaded.device)
@@ -76,6 +76,7 @@ class Batch:
         n, device = len(self.texts), self.loaded.device
         lengths = [len(text.prompt) + len(text.ids) - 1 for text in self.texts]  # read so far
         at, end = torch.tensor(lengths, device=device), max(lengths) + 1
+        self._make_room(end)
         tables = self.loaded.model.positions(0, end)
         entries = (None if table is None else table[at[:, None]] for table in tables)
         mask = torch.arange(end, device=device) <= at[:, None, None, None]

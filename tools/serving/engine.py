@@ -9,7 +9,6 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from shards.errors import SummerError
 from tools.generation.batch import Batch, Text
 from tools.generation.generation import Generation, room_for
 from tools.models.loading import LoadedModel
@@ -112,7 +111,7 @@ class Engine:
                 continue
             try:
                 self._batch.add(reply.text)
-            except SummerError as error:
+            except Exception as error:  # of memory, say: this prompt's own
                 reply.put(error)
             else:
                 self._writing.append(reply)

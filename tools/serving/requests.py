@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from tools.errors import ToolError
 from tools.generation.generation import Generation, Sampling
-from tools.models.loading import LoadedModel
+from tools.models.loading import LoadedModel, max_context
 
 _STOPS, _STOP_CHARACTERS, _MOST_TOP = 16, 200, 20
 _LENGTHS: Final = ("max_completion_tokens", "max_tokens")
@@ -56,6 +56,9 @@ def read_request(body: Mapping[str, Any], loaded: LoadedModel, *, chat: bool) ->
         prompt, opens_text = _prompt(given.get("prompt", ""), loaded)
     length = next((key for key in _LENGTHS if key in given), "max_tokens")
     most = int(_number(given, length, loaded.trained_context if chat else 16))
+    limit = max_context(loaded.model.config) or loaded.trained_context
+    if len(prompt) >= limit:
+        raise BadRequestError(f"the prompt has {len(prompt):,} tokens, of {limit:,} at most")
     sampling = Sampling(
         temperature=_number(given, "temperature", 1.0),
         top_p=_number(given, "top_p", 1.0),
@@ -66,7 +69,7 @@ def read_request(body: Mapping[str, Any], loaded: LoadedModel, *, chat: bool) ->
     return Asked(
         chat=chat,
         prompt=prompt,
-        options=Generation(max_tokens=most, sampling=sampling),
+        options=Generation(max_tokens=min(most, limit - len(prompt)), sampling=sampling),
         stops=_stops(given.get("stop", ())),
         top=_top(given, chat=chat),
         stream=given.get("stream") is True,
