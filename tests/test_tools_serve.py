@@ -336,6 +336,8 @@ def test_others_on_the_network_need_a_token() -> None:
     result = CliRunner().invoke(main, ["--host", "0.0.0.0"])
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
     assert "others could reach it; give --token TEXT too" in result.stderr
+    result = CliRunner().invoke(main, ["--run", "nowhere", "--port", "0"])
+    assert result.exit_code == 1 and result.stderr.startswith("error: nowhere: no config.json")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = CliRunner().invoke(main, ["--port", str(taken.getsockname()[1])])
     assert result.exit_code == 1 and "cannot be listened on" in result.stderr

@@ -34,17 +34,17 @@ def main(host: str, port: int, token: str, batch: int, waiting: int, **options: 
         raise ToolError(
             f"--host {host}: others could reach it; give --token TEXT too (or SUMMER_TOKEN)"
         )
-    try:
-        import uvicorn
-
-        from tools.serving.api import make_app
-    except ImportError as error:
-        raise ToolError(f"{error}: pip install 'summerlm[serve]'") from error
     from tools.models.loading import ModelSpec, has_conversed, load
-    from tools.serving.engine import Engine
 
     with _listening(host, port) as listener:
         loaded = load(ModelSpec(**options))
+        try:
+            import uvicorn
+
+            from tools.serving.api import make_app
+            from tools.serving.engine import Engine
+        except ImportError as error:
+            raise ToolError(f"{error}: pip install 'summerlm[serve]'") from error
         chat = loaded.checkpoint is None or has_conversed(loaded.checkpoint)
         engine = Engine(loaded, batch, waiting)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
