@@ -187,7 +187,9 @@ def send(port: int, body: Any, path: str = "/v1/completions", **headers: str) ->
         ({"prompt": [-1]}, "ids from 0 to 511"),
         ({"prompt": [10**9]}, "ids from 0 to 511"),
         ({"prompt": [True]}, "ids from 0 to 511"),
-        (b'{"prompt": "\\ud800"}', "no UTF-8"),
+        (b'{"prompt": "\\ud800"}', "half a character"),
+        ({"prompt": "a", "stream": "yes"}, "stream must be true or false"),
+        ({"prompt": "a", "stream_options": 5}, "stream_options an object"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens -1: choose 1 or more"),
         ({"prompt": "a", "max_tokens": 1.5}, "max_tokens must be a whole number"),
         ({"prompt": "a", "max_tokens": 10**400}, "max_tokens is too large"),
@@ -209,6 +211,27 @@ def test_a_request_that_cannot_be_answered_is_named(port: int, body: Any, words:
     status, answer = send(port, body)
     assert status == 400 and words in answer["error"]["message"], answer
     assert answer["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a character"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is not text"),
+        ({"messages": [{"role": "user", "content": 5}]}, "not a conversation"),
+        ({"messages": {}}, "messages must be a list of turns"),
+        ({"logprobs": 5}, "logprobs must be true where top_logprobs is given"),
+        ({"top_logprobs": 5}, "logprobs must be true where top_logprobs is given"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must be a number from 0 to 20"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not computed here"),
+    ],
+)
+def test_a_chat_that_cannot_be_answered_is_named(
+    port: int, changes: dict[str, Any], words: str
+) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}]} | changes
+    status, answer = send(port, body, path="/v1/chat/completions")
+    assert status == 400 and words in answer["error"]["message"], answer
 
 
 def test_no_request_takes_memory_for_what_it_does_not_write() -> None:

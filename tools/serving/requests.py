@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,10 @@ class Asked:
 def read_request(body: Mapping[str, Any], loaded: LoadedModel, *, chat: bool) -> Asked:
     """What is asked for; BadRequestError names the key that cannot be."""
     given = {key: value for key, value in body.items() if value is not None}
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRequestError(f"the body holds half a character: {error}") from error
     for key, value in given.items():
         if key not in _READ and value and value != _NEUTRAL.get(key):
             raise BadRequestError(f"{key} is not computed here: leave it out", key)
@@ -65,15 +70,17 @@ def read_request(body: Mapping[str, Any], loaded: LoadedModel, *, chat: bool) ->
         top_k=int(_number(given, "top_k", 0)),
         seed=int(_number(given, "seed", secrets.randbits(31))),
     )
-    stream_options = given.get("stream_options", {})
+    stream, stream_options = given.get("stream", False), given.get("stream_options", {})
+    if not isinstance(stream, bool) or not isinstance(stream_options, dict):
+        raise BadRequestError("stream must be true or false, stream_options an object", "stream")
     return Asked(
         chat=chat,
         prompt=prompt,
         options=Generation(max_tokens=min(most, limit - len(prompt)), sampling=sampling),
         stops=_stops(given.get("stop", ())),
         top=_top(given, chat=chat),
-        stream=given.get("stream") is True,
-        with_usage=isinstance(stream_options, dict) and bool(stream_options.get("include_usage")),
+        stream=stream,
+        with_usage=bool(stream_options.get("include_usage")),
         opens_text=opens_text,
     )
 
@@ -100,10 +107,6 @@ def _prompt(prompt: Any, loaded: LoadedModel) -> tuple[list[int], bool]:
         return prompt, False
     if not isinstance(prompt, str):
         raise BadRequestError("prompt must be one text, or a list of ids", "prompt")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise BadRequestError(f"prompt is no UTF-8: {error}", "prompt") from error
     start = [] if vocabulary.bos_id is None else [vocabulary.bos_id]
     ids = start + list(vocabulary.encode(prompt) if prompt else [])
     if not ids:
@@ -135,6 +138,8 @@ def _top(given: Mapping[str, Any], *, chat: bool) -> int | None:
     """How many of the likeliest tokens are shown in each place; None: no probabilities at all."""
     wanted, key = given.get("logprobs"), "logprobs"
     if chat:
+        if not isinstance(wanted, bool | None) or (not wanted and "top_logprobs" in given):
+            raise BadRequestError("logprobs must be true where top_logprobs is given", "logprobs")
         wanted, key = (given.get("top_logprobs", 0), "top_logprobs") if wanted else (None, key)
     if wanted is None or wanted is False:
         return None
