@@ -17,7 +17,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import socket
@@ -163,52 +162,6 @@ def read_json(path: Path, limit: int = _LARGEST_TEXT) -> Any:
         return json.loads(read_plain(path, limit))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-
-
-def check_shape(value: object, shape: object, name: str = "it") -> None:
-    """ValueError, naming the place, where a JSON value has not the shape.
-
-    A shape is a type (float takes whole numbers too, and neither NaN nor infinity), a list of the
-    one shape of all items, a tuple of one for each, a set of alternatives, or a dict: of a shape
-    for each key that may be there, or under "*" of the one shape of all values. Whole numbers are
-    not negative and fit 8 bytes.
-    """
-    if isinstance(shape, frozenset):
-        if not any(_has_shape(value, one) for one in shape):
-            raise ValueError(f"{name} is {_short(value)}")
-    elif isinstance(shape, (list, tuple)):
-        n = len(value) if isinstance(value, list) else -1
-        shapes = shape * n if isinstance(shape, list) else shape
-        if n != len(shapes):
-            raise ValueError(f"{name} is {_short(value)}")
-        for i, (item, one) in enumerate(zip(value, shapes, strict=True)):  # type: ignore[call-overload]
-            check_shape(item, one, f"{name}[{i}]")
-    elif isinstance(shape, dict):
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} is {_short(value)}")
-        for key, item in value.items():
-            if (one := shape.get(key, shape.get("*"))) is not None:
-                check_shape(item, one, f"{name}.{key}")
-    elif not _is(value, shape):
-        raise ValueError(f"{name} is {_short(value)}")
-
-
-def _has_shape(value: object, shape: object) -> bool:
-    with contextlib.suppress(ValueError):
-        check_shape(value, shape)
-        return True
-    return False
-
-
-def _is(value: object, kind: object) -> bool:
-    if kind is float and type(value) in (int, float):
-        return math.isfinite(value)  # type: ignore[arg-type]
-    return type(value) is kind and (kind is not int or 0 <= value < 1 << 63)  # type: ignore[operator]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def sha256_file(path: Path) -> str:

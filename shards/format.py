@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import xxhash
 
 from shards.errors import ShardError, VersionError
+from shards.shape import build
 from shards.versions import FORMAT_KEY, SHARDS, check_format
 
 MANIFEST: Final = "manifest.json"
@@ -37,6 +38,9 @@ before each text is not the text's own. So targets `ids` that follow `before` ad
 EXCLUDED: Final = "excluded.ngrams"
 """Only with --exclude: the list of sequences whose documents were left out."""
 
+MAX_SEQ_LEN: Final = 1 << 20
+MAX_VOCAB: Final = 1 << 24
+
 Split = Literal["train", "val"]
 Packing = Literal["concat", "concat+mask"]
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # [n, seq_len], uint16 or uint32
@@ -48,16 +52,7 @@ ROW_RECORD: Final = np.dtype([("xxh3", "<u8"), ("part", "<u4"), ("record", "<u4"
 """One row's sidecar entry: its digest, and the part and record its first token comes from."""
 
 T = TypeVar("T")
-
-_SPELLED: Final = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "str | None": (str, type(None)),
-    "Split": (str,),
-    "Mapping[str, int]": (dict,),
-}
-"""What JSON may hold for a field of a type; a field of another type is built by its own class."""
+L = TypeVar("L", "UnitRecord", "Manifest")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -149,8 +144,7 @@ class UnitRecord:
     def from_json(cls, value: Any) -> UnitRecord:
         """The record that a JSON object spells; ShardError if it spells none."""
         value = _known_format(value, "the unit record")
-        shards = tuple(_shard(shard) for shard in value.get("shards", ()))
-        return _build(cls, {**value, "shards": shards})
+        return _checked(_built(cls, value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,12 +202,9 @@ class Manifest:
     def from_json(cls, value: Any) -> Manifest:
         """The manifest that a JSON object spells; ShardError if none, or if `root` differs."""
         value = _known_format(value, "the manifest")
-        tokenizer = _build(ManifestTokenizer, value.get("tokenizer"))
-        facts = _build(Facts, {**value, "tokenizer": tokenizer})
-        parts = tuple(_build(Part, part) for part in value.get("parts", ()))
-        shards = tuple(_shard(shard) for shard in value.get("shards", ()))
-        manifest = _build(cls, {**value, "facts": facts, "parts": parts, "shards": shards})
-        if manifest != summarise(facts, parts, shards, manifest.rejected):
+        manifest = _checked(_built(cls, {**value, "facts": value}))
+        listed = (manifest.parts, manifest.shards, manifest.rejected)
+        if manifest != summarise(facts_of(value), *listed):
             raise ShardError("its counts or its dataset hash (`root`) do not fit what it lists")
         return manifest
 
@@ -278,27 +269,32 @@ def _known_format(value: Any, what: str) -> dict[str, Any]:
     return value
 
 
-def _shard(value: Any) -> ShardInfo:
-    shard = _build(ShardInfo, value)
-    if not re.fullmatch(r"[\w-][\w.-]*\.npy", str(shard.file)):
-        raise ShardError(f"{shard.file!r} is no name of a shard in its own folder")
-    return shard
+def facts_of(value: object) -> Facts:
+    """The facts in a plan or a manifest; ShardError if it has none, or impossible ones."""
+    facts = _built(Facts, value)
+    tokenizer = facts.tokenizer
+    ends = max(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    for what, is_possible in {
+        f"dtype {facts.dtype}": facts.dtype in ("uint16", "uint32"),
+        f"seq_len {facts.seq_len}": 2 <= facts.seq_len <= MAX_SEQ_LEN,
+        f"val_fraction {facts.val_fraction}": 0 <= facts.val_fraction <= 1,
+        f"special tokens up to {ends}": ends < tokenizer.vocab_size <= MAX_VOCAB,
+    }.items():
+        if not is_possible:
+            raise ShardError(f"{what} cannot be")
+    return facts
 
 
-def _build(cls: type[T], value: Any) -> T:
-    """A dataclass from the fields of the same names in a JSON object; other keys are left alone.
+def _built(cls: type[T], value: object) -> T:
+    try:
+        return build(cls, value)
+    except ValueError as error:
+        raise ShardError(str(error).lstrip(". ")) from error
 
-    A field with a default may be absent: a later version has added it.
-    """
-    if not isinstance(value, dict):
-        raise ShardError(f"{value!r} where a {cls.__name__} should be")
-    every = fields(cls)  # type: ignore[arg-type]
-    needed = [each.name for each in every if each.default is each.default_factory is MISSING]
-    if absent := [name for name in needed if name not in value]:
-        raise ShardError(f"{cls.__name__} lacks {', '.join(absent)}")
-    given = [each for each in every if each.name in value]
-    for each in given:
-        wanted = _SPELLED.get(str(each.type))
-        if wanted is not None and type(value[each.name]) not in wanted:
-            raise ShardError(f"{cls.__name__} has {each.name} {value[each.name]!r}")
-    return cls(**{each.name: value[each.name] for each in given})
+
+def _checked(listing: L) -> L:
+    """ShardError if what lists shards names a file that can be none of its own folder."""
+    for shard in listing.shards:
+        if not re.fullmatch(r"[\w-][\w.-]*\.npy", shard.file):
+            raise ShardError(f"{shard.file!r} is no name of a shard in its own folder")
+    return listing

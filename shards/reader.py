@@ -166,6 +166,12 @@ class ShardReader:
         shard, row = self._find(index)
         records = shard.records()
         part, record = int(records["part"][row]), int(records["record"][row])
+        if part >= len(self.manifest.parts):
+            raise ShardError(
+                f"{self.folder / MANIFEST} lists {len(self.manifest.parts)} parts, and row "
+                f"{index} is of part {part}: delete it and run the same `summer-prep tokenize` "
+                "again: it is made from the plan"
+            )
         return self.manifest.parts[part].file, part, record
 
     def _find(self, index: int) -> tuple[_Shard, int]:

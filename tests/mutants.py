@@ -51,7 +51,8 @@ TESTS: Final = {
     "trainer.faults.guard": "reference_training trainer_guard trainer_optimizer",
     "trainer.data.mixture": "trainer_mixture trainer_loader trainer_plan",
     "trainer.data.batches": "trainer_loader trainer_mixture trainer_guard",
-    "trainer.session.network": "reference_training trainer_parallel trainer_sharded trainer_train",
+    "trainer.session.network": "reference_training trainer_parallel trainer_sharded trainer_train "
+    "trainer_determinism trainer_distributed",
     "trainer.train": "reference_training trainer_train trainer_guard trainer_resume "
     "trainer_validation",
     "pipeline.text.columnar": "pipeline_columnar",

@@ -228,11 +228,14 @@ def half_the_gradient(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> T
     return attend(q, (k + k.detach()) / 2, v, config)
 
 
-def test_a_kernel_with_a_wrong_gradient_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_with_a_wrong_gradient_is_rejected(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     """Its scores are right."""
     monkeypatch.setattr(model.self_test, "attend", half_the_gradient)
     with pytest.raises(ModelError, match=r"gradients of attention .* are off by 0\.5 of fp32"):
-        self_test("cpu", torch.float32, CONFIG)
+        self_test("cpu", dtype, CONFIG)
 
 
 def dropping(rate: float, *, again: bool = False, backward: bool = True) -> Callable[..., Tensor]:

@@ -1,5 +1,6 @@
 """`summer-prep` killed with SIGKILL: at each point of a run, at random moments, beside another."""
 
+import csv
 import itertools
 import json
 import lzma
@@ -18,7 +19,8 @@ import pytest
 
 import crash_process
 from conftest import REPOSITORY
-from pipeline_samples import TEXTS, contents, tokenizer, write_jsonl
+from pipeline.text.exclude import Exclusion
+from pipeline_samples import TEXTS, byte_level, contents, tokenizer, write_jsonl
 from shards.files import is_temporary
 
 TURNS = [[{"from": "human", "value": text}, {"from": "gpt", "value": "yes, so"}] for text in TEXTS]
@@ -28,8 +30,8 @@ NEVER = -1
 class Stage:
     """`summer-prep tokenize` of one small source, in processes forked from a warm one."""
 
-    def __init__(self, place: Path, *options: str) -> None:
-        self.place, self.options = place, options
+    def __init__(self, place: Path, tokenizer: Path, *options: str) -> None:
+        self.place, self.tokenizer, self.options = place, tokenizer, options
         self.limited = "--max-documents" in options
         self.outs = (place / f"{n}" for n in itertools.count())
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'tests'}:{REPOSITORY}"}
@@ -50,7 +52,7 @@ class Stage:
         return int(self.server.stdout.readline())
 
     def arguments(self, out: Path, workers: int) -> list[str]:
-        fixed = ["--tokenizer", self.place / "small.model", "--seq-len", 64, "--val-fraction", 0.3]
+        fixed = ["--tokenizer", self.tokenizer, "--seq-len", 64, "--val-fraction", 0.3]
         chosen = ["--out", out, "--workers", workers, "--check-encoding", 1]
         return ["tokenize", *map(str, [*fixed, *chosen]), *self.options]
 
@@ -101,33 +103,53 @@ def required_by(name: str, names: Any) -> set[str]:
         return set()
     unit = name.removesuffix(".json")
     mine = {other for other in names if other.startswith((f"{unit}-", f"{unit}."))}
-    return {*mine, "units.json", "tokenizer.model"} - {name}
+    common = {"units.json", "tokenizer.model", "tokenizer.json", "excluded.ngrams"}
+    return ({*mine, *common} & set(names) | {"units.json"}) - {name}
 
 
 def make_stage(place: Path, kind: str) -> Iterator[Stage]:
-    (place / "small.model").write_bytes(tokenizer().model)
     chat = kind == "chat"
     for number in range(2 if chat else 5):
         rows: list[Any] = [*(TURNS if chat else TEXTS)[number * 20 :][: 10 if chat else 20], 7]
         name = place / "in" / f"{number}.jsonl"
         write_jsonl(name, rows[number == 1 :], "conversations" if chat else "text")
-        if number == 4 and kind == "formats":  # other formats are killed, too
-            name.with_suffix(".jsonl.xz").write_bytes(lzma.compress(name.read_bytes()))
-            name.unlink()
-        elif number == 0 and kind == "formats":
-            records = [json.loads(line) for line in name.read_text().splitlines()]
-            name.with_suffix(".json").write_text(json.dumps(records))
-            name.unlink()
+    vocabulary = place / "small.model"
+    vocabulary.write_bytes(tokenizer().model)
     options = {"chat": ["--loss-mask"], "limited": ["--max-documents", "47"]}.get(kind, [])
-    source = "slimorca" if chat else "mine"
-    made = Stage(place, "--source", source, "--data-files", str(place / "in"), *options)
+    if kind == "formats":
+        vocabulary, options = other_formats(place)
+    source = ["--source", "slimorca" if chat else "mine", "--data-files", str(place / "in")]
+    made = Stage(place, vocabulary, *source, *options)
     if kind != "formats":
         assert "00001.rejected.jsonl" in made.expected and "00001-val-000.npy" in made.expected
+    else:
+        assert b"shares 13 words with tale" in b"".join(made.expected.values())
     assert ("00001-000.mask.npy" in made.expected) == chat
     with made.server:
         yield made
         assert made.server.stdin is not None
         made.server.stdin.close()
+
+
+def other_formats(place: Path) -> tuple[Path, list[str]]:
+    """An array of JSON, csv and xz among the files; a tokenizer.json and a list to leave out."""
+    array, table, packed = (place / "in" / f"{number}.jsonl" for number in (0, 2, 4))
+    records = [json.loads(line) for line in array.read_text().splitlines()]
+    array.with_suffix(".json").write_text(json.dumps(records))
+    with table.with_suffix(".csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerows(
+            [["text"], *([json.loads(line)["text"]] for line in table.read_text().splitlines())]
+        )
+    packed.with_suffix(".jsonl.xz").write_bytes(lzma.compress(packed.read_bytes()))
+    for path in (array, table, packed):
+        path.unlink()
+    vocabulary, listed = place / "tokenizer.json", place / "tale.ngrams"
+    vocabulary.write_bytes(byte_level("llama3"))
+    front, _, behind = TEXTS[41].partition(", number 41.")
+    item = " ".join([*front.split()[-6:], "number", "41", *behind.split()[:6]])
+    listed.write_bytes(Exclusion.of({"tale": [item]}).data)
+    return vocabulary, ["--exclude", str(listed)]
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +165,7 @@ def limited(tmp_path_factory: Any) -> Iterator[Stage]:
 
 @pytest.fixture(scope="module")
 def formats(tmp_path_factory: Any) -> Iterator[Stage]:
-    """Lines, lines in xz, and an array of JSON."""
+    """Lines, lines in xz, csv, an array of JSON; a tokenizer.json; documents left out."""
     yield from make_stage(tmp_path_factory.mktemp("formats"), "formats")
 
 

@@ -134,6 +134,16 @@ def test_a_bound_of_one_holds_out_what_hashes_to_zero() -> None:
     assert held_out(texts[:0], 1).tolist() == []
 
 
+def test_how_much_of_a_part_has_been_read(tmp_path: Path) -> None:
+    """From almost nothing to all of it, and never more."""
+    pq.write_table(pa.table({"text": ["text"] * 40_000}), tmp_path / "a.parquet")
+    inputs, source = local_inputs((str(tmp_path / "a.parquet"),)), TEXT
+    maker = DocumentMaker(source, 0.0)
+    parts = enumerate(weighed.part for weighed in cut_into_parts(inputs, source))
+    shares = [maker.shares[0] for _ in maker.read(inputs, parts)]
+    assert 0 < shares[0] < 0.9 and shares == sorted(shares) and shares[-1] == 1.0
+
+
 def test_what_is_above_the_largest_record_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "MAX_RECORD_BYTES", 5)
     maker = DocumentMaker(find("slimorca"), 0.0)

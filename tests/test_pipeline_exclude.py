@@ -16,7 +16,6 @@ from pipeline.checks.repair import repair
 from pipeline.checks.verify import find_damage
 from pipeline.cli import main
 from pipeline.errors import PrepareError
-from pipeline.text import exclude
 from pipeline.text.exclude import Exclusion, read_exclusion
 from pipeline.text.ngrams import N_WORDS
 from pipeline.units.executors import Executor
@@ -53,9 +52,7 @@ def test_documents_that_share_a_sequence_are_found_and_no_others(
         begin = data.draw(st.integers(0, len(item)))
         piece = item[begin : begin + data.draw(st.integers(0, len(item)))]
         texts.insert(data.draw(st.integers(0, len(texts))), f"a, {piece.upper()}; b")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exclude, "_WINDOW", 16)
-        found = listed.screen(pa.array(texts, pa.large_string()))
+    found = listed.screen(pa.array(texts, pa.large_string()))
     tasks = {"one": sequences(first), "two": sequences(second)}
     wanted = {}
     for place, text in enumerate(texts):

@@ -22,6 +22,7 @@ from pipeline_samples import (
     write_jsonl,
     write_parquet,
 )
+from shards.reader import read_manifest
 
 DRIVER = """
 import json, sys
@@ -159,6 +160,24 @@ def test_every_source_of_the_hub_is_read_from_there(repos: dict[str, Repo], plac
     assert len(documents(place / "shards" / "slimorca")) == 50
     mine = json.loads((place / "shards" / "mine" / "manifest.json").read_text())
     assert mine["licence"] == "cc0-1.0"  # a corpus of one's own: what its card says
+
+
+def test_files_of_any_repository_by_their_addresses(place: Path) -> None:
+    """hf://, through fsspec: a file, a pattern, a folder; and what is none."""
+    data = write_jsonl(place / "x" / "x.jsonl", TEXTS).read_bytes()
+    repo = "hf://datasets/org/name"
+    asked = [f"{repo}/a/x.jsonl", f"{repo}/a/*", f"{repo}/", repo, f"{repo}/a/y.jsonl"]
+    common = ["--tokenizer", place / "small.model", "--seq-len", 64, "--workers", 1]
+    start = ["tokenize", "--source", "mine", *common, "--out"]
+    commands = [[*start, place / "x" / str(n), "--data-files", url] for n, url in enumerate(asked)]
+    with HubServer({"org/name": Repo({"a/x.jsonl": data})}) as hub:
+        *good, folder, absent = summer_prep(hub.environment(place), *commands)
+    assert [code for code, _ in good] == [0, 0, 0], good
+    assert folder == (1, f"error: {repo}: a folder: name it as {repo}/: check the address (a "
+                         "folder's ends in /) and whether you are logged in\n")  # fmt: skip
+    assert absent[0] == 1 and "y.jsonl: check the address" in absent[1]
+    made = [read_manifest(place / "x" / str(n) / "mine") for n in range(3)]
+    assert {manifest.root for manifest in made} == {made[0].root} and made[0].n_documents == 300
 
 
 def test_what_cannot_be_had_says_so_in_a_line(repos: dict[str, Repo], place: Path) -> None:

@@ -236,7 +236,8 @@ def test_a_text_file_above_the_largest_record_is_cut(
     path.write_text("<|end|>\n".join(texts))
     cut = Source(name="m", about="", licence="", separator="<|end|>\n")
     assert read(path, cut) == (texts[:77] + texts[78:], [(77, "above 128 MiB")])
-    assert read(path) == ([], [(0, "above 128 MiB")])
+    said = "above 128 MiB: --separator or --shape lines makes documents of it"
+    assert read(path) == ([], [(0, said)])
     path.write_bytes(b"one\r\ntwo\n\n \nthree")
     lines = find("m", SourceOverrides(data_files=(str(path),), shape="lines"))
     assert read(path, lines) == (["one", "two", "three"], [])

@@ -108,7 +108,7 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     again = read_plan(tmp_path)
     assert again is not None and again == plan and again.sha256 == plan.sha256
     (tmp_path / PLAN).write_bytes(plan.to_bytes().replace(b'"licence"', b'"license"'))
-    with pytest.raises(PrepareError, match=r"no plan of this version \('licence'\)"):
+    with pytest.raises(PrepareError, match=r"no plan of this version \(licence is missing\)"):
         read_plan(tmp_path)
     (tmp_path / PLAN).write_bytes(b'{"format": "other/9"}')
     with pytest.raises(PrepareError, match=r"units\.json is no plan of this version"):

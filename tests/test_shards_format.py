@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
-from shards.format import Manifest, row_digests, token_dtype
+from shards.format import Manifest, row_digests, token_dtype, tokenizer_path
 from shards.reader import read_manifest, read_unit_record
 from shards_samples import make_source
 
@@ -35,6 +36,20 @@ def root_by_hand(folder: Path) -> str:
 def test_root_from_the_files_alone(tmp_path: Path, masked: bool) -> None:
     manifest = make_source(tmp_path / "s", masked=masked)
     assert manifest.root == root_by_hand(tmp_path / "s")
+
+
+def test_which_file_is_the_tokenizer(tmp_path: Path) -> None:
+    """Where there are both, the model: some folders of a tokenizer.model have the other too."""
+    assert tokenizer_path(tmp_path) == tmp_path / "tokenizer.model"
+    (tmp_path / "tokenizer.json").touch()
+    assert tokenizer_path(tmp_path) == tmp_path / "tokenizer.json"
+    (tmp_path / "tokenizer.model").touch()
+    assert tokenizer_path(tmp_path) == tmp_path / "tokenizer.model"
+
+
+def test_facts_of_a_version_that_did_not_write_the_shape_are_the_same(tmp_path: Path) -> None:
+    facts = make_source(tmp_path / "s").facts
+    assert replace(facts, shape="chat") == facts != replace(facts, source="other")
 
 
 def test_row_digest_is_xxh3_of_row_then_mask() -> None:
@@ -72,11 +87,11 @@ UNFIT = "its counts or its dataset hash .* do not fit"
         ({"seq_len": 8}, UNFIT),
         ({"root": "0" * 64}, UNFIT),
         ({"shards": []}, UNFIT),
-        ({"tokenizer": None}, "None where a ManifestTokenizer should be"),
-        ({"shards": [3]}, "3 where a ShardInfo should be"),
-        ({"tokenizer": {"name": "t"}}, "ManifestTokenizer lacks sha256, vocab_size, bos_id"),
-        ({"val_fraction": "many"}, "Facts has val_fraction 'many'"),
-        ({"n_rows": True}, "Manifest has n_rows True"),
+        ({"tokenizer": None}, "facts.tokenizer is None"),
+        ({"shards": [3]}, "shards is 3"),
+        ({"tokenizer": {"name": "t"}}, "facts.tokenizer.sha256 is missing"),
+        ({"val_fraction": "many"}, "facts.val_fraction is 'many'"),
+        ({"n_rows": True}, "n_rows is True"),
         ({"n_tokens": 7}, UNFIT),
     ],
 )

@@ -115,6 +115,19 @@ def test_the_shard_that_was_read_longest_ago_is_closed_first(
         reader.rows(np.array([1]))
 
 
+def test_a_shard_that_was_opened_again_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.reader.most_open_shards", lambda: 1)
+    make_source(tmp_path / "s", n_rows=2, n_units=2)
+    reader = ShardReader(tmp_path / "s")
+    reader.rows(np.array([0, 1, 0]))
+    opened: list[object] = []
+    monkeypatch.setattr("shards.reader.RowFile.open", opened.append)
+    reader.rows(np.array([0, 0, 0]))
+    assert opened == []
+
+
 def test_a_row_that_is_none_is_an_index_error(tmp_path: Path) -> None:
     make_source(tmp_path / "s", n_rows=4, n_val_rows=0)
     reader = ShardReader(tmp_path / "s")

@@ -213,6 +213,10 @@ def test_limit_and_tail_are_reported() -> None:
     assert (result["windows"], result["limit"]) == (2, 2)
     assert result["tail_dropped"] == n_ids % SEQ_LEN
     assert result["text_tokens"] == n_ids
+    said = "note      with a limit each protocol scores another stretch of the text"
+    assert said in result.notes
+    result = measure_perplexity(loaded, text, Protocol(context=SEQ_LEN))
+    assert said not in result.notes
     with pytest.raises(EvaluationError, match="the text is empty"):
         measure_perplexity(loaded, EvaluationText("", ""), Protocol(context=SEQ_LEN))
 

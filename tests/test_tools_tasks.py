@@ -146,6 +146,9 @@ def test_windows_end_with_the_continuation_and_lose_ids_on_the_left() -> None:
     (alone,), *_ = windows_of(vocabulary, [("", "a word")], 100)
     assert alone.inputs[0] == vocabulary.bos_id
     assert IGNORED not in alone.targets
+    assert windows_of(vocabulary, [pair], n_scored)[0][0].targets.tolist() == ids[-n_scored:]
+    with pytest.raises(EvaluationError, match=f"a choice of {n_scored} tokens is longer"):
+        windows_of(vocabulary, [pair], n_scored - 1)
     for context, lost in ((len(ids) - 1, 0), (len(ids) - 2, 1)):  # its last id is not fed
         assert windows_of(vocabulary, [pair, pair], context)[1] == 2 * lost
     with pytest.raises(EvaluationError, match="nothing to score of '' behind 'a word'"):
@@ -254,6 +257,8 @@ def test_log_likelihoods_are_the_models_own(arc_file: Path, num_fewshot: int) ->
         assert item["log_likelihoods"] == pytest.approx(expected, abs=1e-4)
     assert (result["items"], result["truncated"]) == (5, 0)
     assert result["acc"] == np.mean([item["right"] for item in result.items])
+    assert list(result.samples) == ["acc", "acc_norm"]  # what has a value for each item
+    assert sum(result.samples["acc"]) == pytest.approx(result["acc"])
 
 
 def test_the_answers_do_not_depend_on_the_batch_and_cut_pairs_are_counted(arc_file: Path) -> None:

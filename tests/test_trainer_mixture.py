@@ -115,6 +115,15 @@ def test_small_permutations_are_all_there_and_equally_often(n: int) -> None:
         assert chi_square < 1 + 5 * math.sqrt(2) / (n - 1)  # five standard deviations
 
 
+@pytest.mark.parametrize(
+    ("n", "first"), [(4096, [553, 1055, 3236, 1481]), (4097, [2018, 2420, 768, 572])]
+)
+def test_the_order_where_sorting_ends_is_that_of_every_version(n: int, first: list[int]) -> None:
+    permutation = Permutation(n, 7)
+    assert permutation(np.arange(4)).tolist() == first
+    assert permutation.inverse(np.array(first)).tolist() == [0, 1, 2, 3]
+
+
 def test_a_network_of_three_elements_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why small permutations are sorts: a Feistel network on three has three orders of six."""
     monkeypatch.setattr(mixture, "_SORTED", 0)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from trainer.errors import ConfigError
@@ -56,6 +58,17 @@ def test_an_anneal_is_a_line_from_its_first_rate_to_the_least() -> None:
 def test_a_rate_is_a_number_above_zero(lr: float) -> None:
     with pytest.raises(ConfigError, match="must be a number above 0"):
         OptimConfig(lr=lr)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"beta1": 1.0}, {"beta1": -0.1}, {"beta2": 1.0}, {"beta2": -0.1}, {"warmup_steps": -1},
+     {"decay_steps": -1}, {"weight_decay": -0.1}, {"eps": -1e-9}, {"grad_clip": -1.0}],
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_named(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=rf"optim\..*{name}="):
+        OptimConfig(**wrong)
 
 
 def test_the_least_rate_may_be_the_rate() -> None:

@@ -47,6 +47,7 @@ MISSING: Final = "field missing"
 WRONG_TYPE: Final = "wrong type"
 BAD_UTF8: Final = "invalid UTF-8"
 LARGE: Final = "above 128 MiB"
+CUT: Final = "--separator or --shape lines makes documents of it"
 
 _TEXT_TYPES: Final = (
     pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
@@ -503,6 +504,6 @@ def _read_whole(stream: BinaryIO) -> Iterator[Records]:
         chunks.append(data)
         size += len(data)
     if size > MAX_RECORD_BYTES:
-        yield Records(0, pa.nulls(1, pa.large_binary()), {0: LARGE})
+        yield Records(0, pa.nulls(1, pa.large_binary()), {0: f"{LARGE}: {CUT}"})
     else:
         yield Records(0, pa.array([b"".join(chunks)], pa.large_binary()))

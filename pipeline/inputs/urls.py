@@ -127,6 +127,8 @@ def _behind(pattern: str) -> dict[str, dict[str, Any]]:
             infos = system.find(path, detail=True)
         else:
             infos = {path: system.info(path)}
+            if infos[path]["type"] == "directory":
+                raise IsADirectoryError(f"a folder: name it as {pattern}/")
         files = {name: info for name, info in infos.items() if info.get("type") == "file"}
         return {system.unstrip_protocol(name): info for name, info in files.items()}
     except ImportError as error:

@@ -45,8 +45,8 @@ _PROBE: Final = 4  # words
 _STRIDE: Final = N_WORDS - _PROBE + 1
 _PREFIX: Final = 8  # bytes of a word
 _ONES: Final = np.uint64(0x0101010101010101)
-_LOWER: Final = np.uint64(0x2020202020202020)
-_WINDOW: Final = 1 << 16
+_SPACES: Final = _ONES * np.uint64(ord(" "))
+_HIGHEST: Final = _ONES << np.uint64(7)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Exclusion:
         owners = np.repeat([n for n, _ in found], [len(hashes) for _, hashes in found])
         grams, first = np.unique(joined, return_index=True)
         numbers = owners[first].astype(np.uint8)  # of several tasks, the first
-        words = [_signatures(*_words(item)) for _, item in every]
+        placed = [_words(item) for _, item in every]
+        words = [_signatures(text[begins]) for text, begins in placed]
         words = [each for each in words if len(each) >= N_WORDS]
         spans, probes = (
             np.unique(np.concatenate([np.empty(0, np.uint64), *(_joined(w, n) for w in words)]))
@@ -127,17 +128,17 @@ class Exclusion:
             pa.array([0, len(texts)], pa.int32()), texts.cast(pa.binary())
         )
         data = pc.binary_join(listed, b" ")[0].as_buffer()
-        text, begins, flags = _words(data)
+        text, begins = _words(data)
         probed = np.arange(0, len(begins) - _PROBE + 1, _STRIDE)
         hashes = np.zeros(len(probed), np.uint64)
         for word in range(_PROBE):
-            hashes = (hashes + _signatures(text, begins[probed + word], flags)) * BASE
+            hashes = (hashes + _signatures(text[begins[word::_STRIDE][: len(probed)]])) * BASE
         probed = probed[self.probes.holds(hashes)]
         if not len(probed):
             return {}
         around = probed[:, None] + np.arange(1 - _STRIDE, N_WORDS)
-        words = _signatures(text, begins[np.clip(around, 0, len(begins) - 1)].ravel(), flags)
-        spans = _joined(words.reshape(around.shape), N_WORDS)
+        words = _signatures(text[begins[np.clip(around, 0, len(begins) - 1)]])
+        spans = _joined(words, N_WORDS)
         probed = probed[self.spans.holds(spans.ravel()).reshape(spans.shape).any(axis=1)]
         ends = np.cumsum(np.asarray(pc.binary_length(texts)) + 1)
         # words in front of the probe, and behind it, may be another document's
@@ -178,30 +179,20 @@ def read_exclusion(path: Path, sha256: str = "") -> Exclusion:
     return found
 
 
-def _words(joined: Any) -> tuple[npt.NDArray[Any], Places, npt.NDArray[Any]]:
-    """The text as overlapping numbers of 8 bytes, where its words begin, and for each byte whether
-    it is of a word, in the same form. A word is of the bytes that ngrams.py says."""
-    n = len(joined)
-    text, flags = np.full(n + _PREFIX, 0x20, np.uint8), np.zeros(n + _PREFIX + 1, np.bool_)
-    text[:n] = np.frombuffer(joined, np.uint8)
-    found = []
-    for here in range(0, n, _WINDOW):
-        window, is_word = text[here : here + _WINDOW], flags[here + 1 : here + 1 + _WINDOW]
-        is_word = is_word[: len(window)]
-        np.less((window | 0x20) - np.uint8(ord("a")), 26, out=is_word)
-        is_word |= window - np.uint8(ord("0")) < 10
-        is_word |= window >= 0x80
-        found.append(here + np.flatnonzero(is_word > flags[here : here + len(window)]))
-    begins = np.concatenate(found) if found else np.empty(0, np.int64)
-    views = (np.ndarray((n + 1,), "<u8", each, 0, (1,)) for each in (text, flags[1:]))
-    return next(views), begins, next(views)
+def _words(joined: Any) -> tuple[Hashes, Places]:
+    """The text, normalised, as overlapping numbers of 8 bytes, and where its words begin."""
+    text = normalised(b"".join((b" ", joined, b" " * _PREFIX)))
+    in_word = np.frombuffer(text, np.uint8) != ord(" ")
+    begins = np.flatnonzero(in_word[1:] > in_word[:-1]) + 1
+    return np.ndarray((len(text) - _PREFIX + 1,), "<u8", text, 0, (1,)), begins
 
 
-def _signatures(text: npt.NDArray[Any], begins: Places, flags: npt.NDArray[Any]) -> Hashes:
-    """The first 8 bytes of each word, lower-cased. [n]"""
-    outside = (flags[begins] & _ONES) ^ _ONES
-    within = (outside & (~outside + np.uint64(1))) - np.uint64(1)  # below the first byte outside
-    return np.asarray((text[begins] | _LOWER) & within, np.uint64)
+def _signatures(eights: Hashes) -> Hashes:
+    """The first 8 bytes of each word, given with what follows it; zeros behind its end. [n]"""
+    spaces_zero = eights ^ _SPACES
+    zeros = (spaces_zero - _ONES) & ~spaces_zero & _HIGHEST  # right up to the first zero byte
+    within = ((zeros & (~zeros + np.uint64(1))) >> np.uint64(7)) - np.uint64(1)
+    return np.asarray((eights | _SPACES) & within, np.uint64)
 
 
 def _joined(words: Hashes, n: int) -> Hashes:

@@ -54,6 +54,10 @@ SPLITTERS: Final = frozenset({_GPT2, _CL100K % r"\p{N}{1,3}", _CL100K % r"\p{N}"
 """GPT-2's and SmolLM's; Llama 3's; Qwen's."""
 
 
+_MOST_UNUSED: Final = 1 << 17
+"""Ids that no token has: a table has a row for each, so there must be an end to them."""
+
+
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json and its facts. `model` holds the file's bytes.
 
@@ -72,18 +76,25 @@ class JsonTokenizer(Tokenizer):
         self.model, self.name = model, name
         try:
             self._fast = FastTokenizer.from_str(model.decode())
-        except Exception as error:  # which is all that it says of its type
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # all that it says of its type, and a panic is no Exception
             raise TokenizerError(
                 f"{name} is no tokenizer.json ({one_line(error)}): fetch it again"
             ) from error
         self._fast.no_truncation()
         self._fast.no_padding()
         self._fast.encode_special_tokens = True
+        pieces = self._fast.get_vocab()
+        n_ids = 1 + max(pieces.values(), default=0)
+        if n_ids > len(pieces) + _MOST_UNUSED:
+            raise TokenizerError(
+                f"{name} has {len(pieces):,} tokens and ids up to {n_ids - 1:,}: fetch it again"
+            )
         self._described: dict[str, Any] = json.loads(self._fast.to_str())
         self._check_byte_level()
         added = self._described["added_tokens"]
         self._special = {each["content"]: each["id"] for each in added if each["special"]}
-        n_ids = 1 + max(self._fast.get_vocab().values())
         named = {"bos": None, "eos": None, "pad": None, **(ends or {})}
         self.eos_id = self._end_id("eos", named["eos"])
         self.bos_id = self._end_id("bos", named["bos"], self.eos_id)

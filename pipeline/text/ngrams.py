@@ -99,6 +99,7 @@ class HashSet:
         found: npt.NDArray[np.bool_] = (bits & 1).astype(np.bool_)
         maybe = np.flatnonzero(found)
         if len(maybe):
+            maybe = maybe[np.argsort(hashes[maybe])]  # in order: half of the cache misses
             place = np.minimum(np.searchsorted(self.hashes, hashes[maybe]), len(self.hashes) - 1)
             found[maybe] = self.hashes[place] == hashes[maybe]
         return found

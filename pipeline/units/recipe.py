@@ -19,11 +19,10 @@ from pipeline.text.exclude import Exclusion
 from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.job import CHECKED_DOCUMENTS, NO_LIMIT, Limit
 from pipeline.units.units import LEAST_UNIT_BYTES, UNIT_BYTES, UNITS_WANTED, PreparePlan
-from shards.format import token_dtype
+from shards.format import MAX_SEQ_LEN, token_dtype
 
 TYPICAL_DOCUMENT_BYTES: Final = 2500
 TYPICAL_TOKEN_BYTES: Final = 4
-MAX_SEQ_LEN: Final = 1 << 20
 """Longer than any model's context; a mistyped number would take all memory."""
 OPTIONAL: Final = ("separator", "exclude")
 """Keys that a recipe has only if they are given."""

@@ -16,7 +16,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,9 +34,10 @@ from pipeline.inputs.reading import (
     overlaps_itself,
 )
 from pipeline.inputs.sources import Source
-from shards.errors import SummerError
+from shards.errors import ShardError, SummerError, one_line
 from shards.files import json_bytes
-from shards.format import PLAN, Facts, ManifestTokenizer, Part, parse_json
+from shards.format import PLAN, Facts, Part, facts_of, parse_json
+from shards.shape import build, check_shape
 from shards.versions import FORMAT_KEY, UNITS, check_format
 
 UNIT_BYTES: Final = 256 << 20
@@ -97,10 +98,8 @@ class PreparePlan:
 
     @functools.cached_property
     def facts(self) -> Facts:
-        """What the manifest and every shard need to know; KeyError if the recipe lacks it."""
-        values = {each.name: self.recipe[each.name] for each in fields(Facts)
-                  if each.name in self.recipe or each.name != "exclude"}  # fmt: skip
-        return Facts(**{**values, "tokenizer": ManifestTokenizer(**self.recipe["tokenizer"])})
+        """What the manifest and every shard need to know; ShardError if the recipe lacks it."""
+        return facts_of(self.recipe)
 
     @functools.cached_property
     def source(self) -> Source:
@@ -120,14 +119,39 @@ class PreparePlan:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
+@dataclass(frozen=True)
+class _ListedFile:
+    path: str
+    bytes: int
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """What a plan lists; all else in it is the recipe."""
+
+    files: tuple[_ListedFile, ...]
+    parts: tuple[Part, ...]
+    units: tuple[Unit, ...]
+
+
+_NUMBER: Final = frozenset((int, type(None)))
+_RECIPE: Final = {
+    **dict.fromkeys(("config", "split", "separator", "text_column"), str),
+    "max_documents": _NUMBER,
+    "max_tokens": _NUMBER,
+    "unit_bytes": int,
+}
+
+
 def _spelled(file: InputFile) -> dict[str, Any]:
     """A file in the plan; the plans of 0.2.0 and before have no versions of files."""
     version = {"version": file.version} if file.version else {}
     return {"path": file.path, "bytes": file.bytes, **version}
 
 
-def _read_file(path: str, bytes: int, version: str = "") -> InputFile:
-    return listed(path, bytes, version)
+def _file(file: _ListedFile) -> InputFile:
+    return listed(file.path, file.bytes, file.version)
 
 
 def read_plan(folder: Path) -> PreparePlan | None:
@@ -138,22 +162,35 @@ def read_plan(folder: Path) -> PreparePlan | None:
         return None
     try:
         value = parse_json(data)
-    except SummerError as error:
+    except ShardError as error:
         raise PrepareError(
             f"{folder / PLAN} is damaged ({error}): delete it, and the same command goes on"
         ) from error
     try:
         check_format(value, UNITS, PLAN)
-        del value[FORMAT_KEY]
-        files = tuple(_read_file(**file) for file in value.pop("files"))
-        parts = tuple(Part(**part) for part in value.pop("parts"))
-        plan = PreparePlan(value, files, parts, tuple(Unit(**u) for u in value.pop("units")))
-        _ = plan.facts  # KeyError if the recipe lacks one
+        listed = build(_Listed, value)
+        kept = {k: v for k, v in value.items() if k not in (FORMAT_KEY, *_Listed.__annotations__)}
+        check_shape(kept, _RECIPE, "the recipe")
+        plan = PreparePlan(kept, tuple(map(_file, listed.files)), listed.parts, listed.units)
+        _ = plan.facts, plan.source
+        _check_order(plan)
         return plan
-    except (KeyError, TypeError, AttributeError, SummerError) as error:
+    except (KeyError, TypeError, ValueError, SummerError) as error:
         raise PrepareError(
-            f"{folder / PLAN} is no plan of this version ({error}): delete {folder}, prepare again"
+            f"{folder / PLAN} is no plan of this version ({one_line(error).lstrip('.')}): "
+            f"delete {folder}, prepare again"
         ) from error
+
+
+def _check_order(plan: PreparePlan) -> None:
+    """ValueError unless units are consecutive parts, all of them, of files that are listed."""
+    order = sorted(plan.units, key=lambda unit: unit.first)
+    ends = [0, *(unit.last for unit in order)]
+    if [unit.first for unit in order] != ends[:-1] or ends[-1] != len(plan.parts):
+        raise ValueError("its units are not all of its parts")
+    names = {file.path for file in plan.files}
+    if unknown := [part.file for part in plan.parts if part.file not in names]:
+        raise ValueError(f"it lists no file {unknown[0]!r}")
 
 
 def make_plan(

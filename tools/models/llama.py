@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig, ModelError
-from shards.files import check_shape
+from shards.shape import check_shape
 from tools.errors import ConversionError
 
 FAMILY: Final = ("llama", "mistral")

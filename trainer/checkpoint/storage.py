@@ -35,7 +35,6 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 
 from shards.files import (
-    check_shape,
     fsync_folder,
     json_bytes,
     open_plain,
@@ -43,6 +42,7 @@ from shards.files import (
     read_plain,
     sha256_file,
 )
+from shards.shape import check_shape
 from shards.versions import CHECKPOINT, STAMP, check_format, check_keys, stamp, writer_of
 from trainer.checkpoint.runs import RECORD, checkpoint_path, record_path
 from trainer.distributed.world import World, local_tensor

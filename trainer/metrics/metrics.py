@@ -14,7 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from shards.files import check_shape, publish_bytes
+from shards.files import publish_bytes
+from shards.shape import check_shape
 from trainer.checkpoint.runs import EVENTS, METRICS
 
 Values = Mapping[str, Any]
