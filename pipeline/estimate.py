@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import PrepareError, SourceError
 from pipeline.inputs.inputs import Inputs
-from pipeline.inputs.reading import MISSING
+from pipeline.inputs.records import MISSING
 from pipeline.text.chat import ChatTemplate
 from pipeline.text.documents import DocumentMaker, Documents, in_batches
 from pipeline.text.encode import Encoder, encode_documents

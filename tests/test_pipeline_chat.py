@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.checks.repair import repair
-from pipeline.inputs.reading import Records, parse_lines
+from pipeline.inputs.lines import parse_lines
+from pipeline.inputs.records import Records
 from pipeline.inputs.sources import Source, SourceOverrides, find
 from pipeline.text.chat import ChatTemplate, render
 from pipeline.text.documents import DocumentMaker

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.inputs.listing import local_inputs
-from pipeline.inputs.reading import PartReader, Records
+from pipeline.inputs.reading import PartReader
+from pipeline.inputs.records import Records
 from pipeline.inputs.sources import find
 from pipeline.text import documents
 from pipeline.text.documents import DocumentMaker, held_out, in_batches

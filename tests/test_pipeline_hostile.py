@@ -15,7 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import SourceError
-from pipeline.inputs import reading
+from pipeline.inputs import lines as text_lines
+from pipeline.inputs import records
 from pipeline.inputs.inputs import ENDINGS
 from pipeline.inputs.sources import find
 from pipeline.text.chat import spell
@@ -81,9 +82,9 @@ def chosen(records: Any, n: int) -> Any:
 @example([[{"from": "human", "value": "\ud800"}, {"from": "gpt", "value": "a"}]])
 def test_conversations_of_every_wrong_type_are_rejected(values: list[Any]) -> None:
     lines = "".join(json.dumps({"conversations": value}) + "\n" for value in values).encode()
-    good, rejected = chosen(reading.parse_lines(lines, 0, CHAT), len(values))
+    good, rejected = chosen(text_lines.parse_lines(lines, 0, CHAT), len(values))
     assert sorted(good) == [n for n, value in enumerate(values) if is_conversation(value)]
-    slowly = reading._parse_slowly(lines, 0, CHAT)
+    slowly = text_lines._parse_slowly(lines, 0, CHAT)
     assert chosen(slowly, len(values)) == (good, rejected)  # pyarrow's way and the other
     assert all(spell(texts) for texts in good.values())
 
@@ -93,8 +94,8 @@ def test_conversations_of_every_wrong_type_are_rejected(values: list[Any]) -> No
     {"from": st.none() | st.sampled_from(["human", "gpt", "tool"]),
      "value": st.none() | st.text(max_size=2)}), max_size=4), min_size=1, max_size=4))  # fmt: skip
 def test_conversations_in_columns_are_rejected_alike(values: list[Any]) -> None:
-    column = pa.array(values, pa.list_(reading.turn_type()))
-    good, _ = chosen(reading.Records(0, column), len(values))
+    column = pa.array(values, pa.list_(records.turn_type()))
+    good, _ = chosen(records.Records(0, column), len(values))
     assert sorted(good) == [n for n, value in enumerate(values) if is_conversation(value)]
 
 
@@ -128,7 +129,7 @@ LARGE = (pa.large_string(), pa.large_binary())
 def test_a_late_odd_value_costs_itself_alone(
     tmp_path: Path, odd: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(text_lines, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(units, "LEAST_UNIT_BYTES", 1 << 14)
     lines = [json.dumps({"text": f"line {n}", "n": n}) for n in range(3000)]
     text = "\n".join([*lines[:-1], odd, lines[-1]])  # and no line end at the end

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 import pipeline_samples
 from pipeline.errors import SourceError
+from pipeline.inputs import lines as text_lines
 from pipeline.inputs import reading
+from pipeline.inputs.lines import line_blocks
 from pipeline.inputs.listing import local_inputs
-from pipeline.inputs.reading import line_blocks
 from pipeline.inputs.sources import Source, SourceOverrides, find
 from pipeline_samples import TEXT, is_unicode, write_jsonl, write_parquet
 from shards.format import Part
@@ -86,8 +87,8 @@ def test_ranges_of_lines_share_none_and_lose_none(
 
 
 def test_lines_longer_than_a_block_and_than_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "BLOCK_BYTES", 16)
-    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 100)
+    monkeypatch.setattr(text_lines, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(text_lines, "MAX_RECORD_BYTES", 100)
     text = b"a\n" + b"b" * 60 + b"\n" + b"c" * 500 + b"\nd\n" + b"e" * 300
     blocks = list(line_blocks(io.BytesIO(text), 0, None))
     assert blocks.count(None) == 2
@@ -146,7 +147,7 @@ JSON = st.recursive(
 @example([{"text": "a"}, None])
 def test_records_of_any_json_are_read_as_json_does(values: list[Any]) -> None:
     block = "".join(json.dumps(value) + "\n" for value in values).encode()
-    records = reading.parse_lines(block, 0, TEXT)
+    records = text_lines.parse_lines(block, 0, TEXT)
     assert len(records.values) == len(values)
     for place, value in enumerate(values):
         found = records.values[place].as_py()
@@ -213,13 +214,13 @@ def test_texts_between_separators_are_those_of_split(data: Any) -> None:
     pieces = st.sampled_from([ending, ending[:-1], ending[1:], b"a", b"b", b"text", b" ", b"\n"])
     content = b"".join(data.draw(st.lists(pieces, max_size=40)))
     cuts = {0, len(content)}
-    if not reading.overlaps_itself(ending):
+    if not text_lines.overlaps_itself(ending):
         places = st.integers(len(ending), max(len(ending), len(content)))
         cuts |= {place for place in data.draw(st.sets(places, max_size=3)) if place < len(content)}
     found = []
-    parse = functools.partial(reading.split_texts, ending=ending)
+    parse = functools.partial(text_lines.split_texts, ending=ending)
     for first, last in itertools.pairwise(sorted(cuts)):
-        for records in reading._read_lines(Dripping(content), first, last, parse, ending):
+        for records in text_lines.read_lines(Dripping(content), first, last, parse, ending):
             found += [value.as_py() for value in records.values]
     assert found == [text for text in content.split(ending) if text.strip()]
 
@@ -228,8 +229,8 @@ def test_a_text_file_above_the_largest_record_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only a document above the limit is rejected; lines end with or without a carriage return."""
-    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 1 << 10)
-    monkeypatch.setattr(reading, "BLOCK_BYTES", 1 << 8)
+    monkeypatch.setattr(text_lines, "MAX_RECORD_BYTES", 1 << 10)
+    monkeypatch.setattr(text_lines, "BLOCK_BYTES", 1 << 8)
     texts = [f"document {n}\nof two lines" for n in range(200)]
     texts[77] = "x" * 5000
     path = tmp_path / "a.txt"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
-from shards.format import Manifest, row_digests, token_dtype, tokenizer_path
+from shards.format import Manifest, facts_of, row_digests, token_dtype, tokenizer_path
 from shards.reader import read_manifest, read_unit_record
 from shards_samples import make_source
 
@@ -50,6 +51,31 @@ def test_which_file_is_the_tokenizer(tmp_path: Path) -> None:
 def test_facts_of_a_version_that_did_not_write_the_shape_are_the_same(tmp_path: Path) -> None:
     facts = make_source(tmp_path / "s").facts
     assert replace(facts, shape="chat") == facts != replace(facts, source="other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"val_fraction": 1.0}, ""),
+        ({"val_fraction": 1.01}, "val_fraction 1.01"),
+        ({"seq_len": 1 << 20}, ""),
+        ({"seq_len": (1 << 20) + 1}, "seq_len 1048577"),
+        ({"seq_len": 2}, ""),
+        ({"seq_len": 1}, "seq_len 1"),
+        ({"dtype": "uint8"}, "dtype uint8"),
+        ({"pad_id": 99, "vocab_size": 100}, ""),
+        ({"pad_id": 100, "vocab_size": 100}, "special tokens up to 100"),
+        ({"vocab_size": 1 << 24}, ""),
+        ({"vocab_size": (1 << 24) + 1}, "special tokens up to"),
+    ],
+)
+def test_facts_that_cannot_be(tmp_path: Path, changes: dict[str, object], wrong: str) -> None:
+    spelled = make_source(tmp_path / "s").to_json()
+    for key, value in changes.items():
+        part = spelled if key in spelled else spelled["tokenizer"]
+        part[key] = value  # type: ignore[index]
+    with pytest.raises(ShardError, match=f"{wrong}.* cannot be") if wrong else nullcontext():
+        facts_of(spelled)
 
 
 def test_row_digest_is_xxh3_of_row_then_mask() -> None:

@@ -19,11 +19,10 @@ import pyarrow as pa
 import zstandard
 
 from pipeline.errors import SourceError
-from pipeline.inputs.inputs import COMPRESSIONS, InputFile, Inputs
+from pipeline.inputs.inputs import BLOCK_BYTES, COMPRESSIONS, InputFile, Inputs
 from shards.errors import one_line
 
 HEAD_BYTES: Final = 1 << 16
-BLOCK_BYTES: Final = 8 << 20
 MAX_ELEMENT: Final = 128 << 20
 """Characters of one element of a JSON array."""
 TABLE_ROWS: Final = 1000

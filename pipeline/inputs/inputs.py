@@ -33,6 +33,9 @@ ENDINGS: Final[dict[str, Kind]] = {
     ".arrow": "table",
     ".xml": "text",
 }
+BLOCK_BYTES: Final = 8 << 20
+"""What is read, and made into records, at a time."""
+
 LOCAL: Final = "local files"
 INTERPRETER: Final = "the Python interpreter"
 COMPRESSIONS: Final = {

@@ -7,8 +7,9 @@ dropped, and so is a last question without an answer. Each turn is encoded on it
 are inserted by id, so that no text can spell one. With one question, as in SlimOrca, the ids are
 those of mistral-common (which with several puts the system turn before the last).
 
-Turns are read in both of the field's spellings; one more is a row of SCHEMAS, another name of a
-role a row of ROLES. Content may be a list of parts of type text, joined by a blank line.
+Turns are read in both of the field's spellings; one more is a row of SCHEMAS (inputs/records.py),
+another name of a role a row of ROLES. Content may be a list of parts of type text, joined by a
+blank line.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.inputs.records import SCHEMAS
 from pipeline.text.tokenizer import CHAT_PIECES, Tokenizer
 from shards.format import Flags, Tokens
 
@@ -30,9 +32,6 @@ EMPTY_TURN: Final = "empty turn"
 NO_ANSWER: Final = "no answer"
 TOOL: Final = "tool turn"
 NO_TEXT_PART: Final = "part that is not text"
-
-SCHEMAS: Final = (("from", "value"), ("role", "content"))
-"""How a turn is spelled: the keys of its role and of its text."""
 
 ROLES: Final = {
     "system": "system", "developer": "system",

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipeline.inputs.inputs import Inputs
-from pipeline.inputs.reading import BAD_UTF8, LARGE, MAX_RECORD_BYTES, MISSING, PartReader, Records
+from pipeline.inputs.reading import PartReader
+from pipeline.inputs.records import BAD_UTF8, LARGE, MAX_RECORD_BYTES, MISSING, Records
 from pipeline.inputs.sources import Source
 from pipeline.text.chat import BadConversationError, render, spell
 from shards.format import Flags, Ordinals, Part

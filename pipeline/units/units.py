@@ -26,13 +26,8 @@ import xxhash
 from pipeline.errors import PrepareError, SourceError
 from pipeline.inputs.formats import check_kind, is_array
 from pipeline.inputs.inputs import INTERPRETER, InputFile, Inputs, listed
-from pipeline.inputs.reading import (
-    check_column,
-    column_bytes,
-    damaged,
-    open_parquet,
-    overlaps_itself,
-)
+from pipeline.inputs.lines import overlaps_itself
+from pipeline.inputs.records import check_column, column_bytes, damaged, open_parquet
 from pipeline.inputs.sources import Source
 from shards.errors import ShardError, SummerError, one_line
 from shards.files import json_bytes
@@ -264,7 +259,7 @@ def _row_groups(inputs: Inputs, source: Source, file: InputFile) -> list[Weighed
             schema, metadata = parquet.schema_arrow, parquet.metadata
     except (OSError, pa.ArrowException) as error:
         raise damaged(file.path, error) from error
-    check_column(schema, file.path, source)
+    check_column(schema, file.path, source.text_column, chat=source.shape == "chat")
     # a page may run on from one row group into the next
     step = max(1, metadata.num_row_groups) if source.shape == "lines" else 1
     parts = []

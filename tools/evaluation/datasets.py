@@ -13,7 +13,7 @@ from pipeline.inputs.formats import decompressed
 from pipeline.inputs.hub import hub_inputs
 from pipeline.inputs.inputs import Inputs, layout_of
 from pipeline.inputs.listing import local_inputs
-from pipeline.inputs.reading import open_parquet
+from pipeline.inputs.records import open_parquet
 from pipeline.inputs.sources import Source
 from tools.errors import EvaluationError
 from tools.evaluation.tasks import HubTable, Question, Record, Task
