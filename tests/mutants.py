@@ -56,6 +56,7 @@ TESTS: Final = {
     "trainer.train": "reference_training trainer_train trainer_guard trainer_resume "
     "trainer_validation",
     "pipeline.text.columnar": "pipeline_columnar",
+    "pipeline.text.slices": "pipeline_columnar pipeline_rejections",
     "pipeline.text.encode": "reference_packing pipeline_encode pipeline_columnar",
     "pipeline.text.pack": "reference_packing pipeline_pack",
     "pipeline.text.documents": "reference_packing pipeline_documents pipeline_chat "

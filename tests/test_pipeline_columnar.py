@@ -20,9 +20,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.text import columnar
-from pipeline.text.columnar import ColumnarEncoder, SlicedEncoder, unfit_reason
+from pipeline.text import columnar, slices
+from pipeline.text.columnar import ColumnarEncoder, unfit_reason
 from pipeline.text.encode import PlainEncoder
+from pipeline.text.slices import SlicedEncoder
 from pipeline.text.tokenizer import Tokenizer, extend, train
 from pipeline_samples import TEXTS
 from pipeline_samples import tokenizer as small_tokenizer
@@ -162,8 +163,8 @@ def test_the_table_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pair of bytes too many where text may be cut, and the comparison above notices."""
     tokenizer = Tokenizer.default()
     encoder = ColumnarEncoder(tokenizer)
-    encoder._table = encoder._table.copy()
-    encoder._table[ord("t") + 256 * ord("h")] = True
+    encoder.table = encoder.table.copy()
+    encoder.table[ord("t") + 256 * ord("h")] = True
     with pytest.raises(AssertionError, match="texts differ"):
         assert_same(encoder, tokenizer, ["the other one"])
 
@@ -203,8 +204,9 @@ LONG = "".join(
 
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columnar, "SLICE_BYTES", 40)
-    monkeypatch.setattr(columnar, "_WINDOW", 16)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 40)
+    for module in (slices, columnar):
+        monkeypatch.setattr(module, "WINDOW", 16)
 
 
 @pytest.mark.parametrize("vocabulary", [Tokenizer.default(), small_tokenizer()])
@@ -266,10 +268,10 @@ def test_a_word_too_long_is_named_and_no_other(text: str, limit: int) -> None:
     encoder = SlicedEncoder(small_tokenizer())
     data = np.frombuffer(text.encode(), np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columnar, "_WINDOW", 4)
+        patch.setattr(slices, "WINDOW", 4)
         words = encoder._encoder._cut(np.concatenate([[255], data]).astype(np.uint8))
         wanted = max((len(word.as_py()) for word in words if word.as_py() != b"\xff"), default=0)
         assert encoder._longest(data) == wanted
-        patch.setattr(columnar, "LONGEST_WORD", limit)
+        patch.setattr(slices, "LONGEST_WORD", limit)
         found = encoder.unfit(pa.array(["a b", text], pa.large_string()))
         assert found == ({1: "a word above 4 MiB"} if wanted > limit else {})

@@ -9,8 +9,8 @@ import pytest
 from pipeline.errors import TokenizerError
 from pipeline.text import encode
 from pipeline.text.chat import Encoded
-from pipeline.text.columnar import SlicedEncoder
 from pipeline.text.encode import CheckedEncoder, PlainEncoder, make_encoder
+from pipeline.text.slices import SlicedEncoder
 from pipeline.text.tokenizer import Tokenizer
 from pipeline_samples import TEXTS, tokenizer
 

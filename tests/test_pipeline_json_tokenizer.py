@@ -19,7 +19,7 @@ from pipeline.checks.repair import repair
 from pipeline.checks.verify import find_damage
 from pipeline.cli import main
 from pipeline.errors import TokenizerError
-from pipeline.text import columnar
+from pipeline.text import slices
 from pipeline.text.encode import PlainEncoder, make_encoder
 from pipeline.text.json_tokenizer import JsonTokenizer, load_tokenizer
 from pipeline.units.executors import Executor
@@ -83,13 +83,13 @@ def test_ids_on_text_of_every_kind(style: str, shared: Path) -> None:
 def test_a_long_text_in_slices_and_a_splitter_that_is_not_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(columnar, "SLICE_BYTES", 100)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 100)
     text = " ".join(TEXTS) + "x" * 999 + " \u00a0 end"
     for special in ((), TWO_ENDS):
         tokenizer = JsonTokenizer(byte_level("llama3", *[special] * bool(special)), "l")
         begin, end = [tokenizer.bos_id], [tokenizer.eos_id] * bool(special)
         wanted = [[*begin, *tokenizer.encode(each), *end] for each in (text, "", "short")]
-        assert documents(columnar.SlicedEncoder(tokenizer), [text, "", "short"]) == wanted
+        assert documents(slices.SlicedEncoder(tokenizer), [text, "", "short"]) == wanted
     other = JsonTokenizer(byte_level("other"), "o")
     assert make_encoder(other).note == "plain tokenizers, slowly: its splitter is not known"
     assert documents(make_encoder(other), ["a b"]) == [[other.bos_id, *other.encode("a b")]]

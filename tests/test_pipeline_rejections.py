@@ -14,7 +14,7 @@ import pytest
 from pipeline.errors import PrepareError, SourceError, TokenizerError
 from pipeline.estimate import PrepareListener, check_disk_space
 from pipeline.prepare import prepare
-from pipeline.text import columnar
+from pipeline.text import slices
 from pipeline.text.tokenizer import Tokenizer
 from pipeline.units.executors import Executor
 from pipeline.units.job import Limit
@@ -168,7 +168,7 @@ def test_a_word_that_would_take_too_much_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: Any
 ) -> None:
     """Its record is listed; its neighbours and the other words of its file stay."""
-    monkeypatch.setattr(columnar, "LONGEST_WORD", 1000)
+    monkeypatch.setattr(slices, "LONGEST_WORD", 1000)
     texts = ["one", "a" * 900, "a" * 1001, "a " * 900, "last"]
     rows: list[Any] = texts
     if shape == "chat":

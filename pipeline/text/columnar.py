@@ -16,24 +16,13 @@ The marker 0xFF is a word too, with the ids EOS BOS: documents come out separate
 
 The table comes from the model, on bytes: conservative where characters share bytes, never wrong.
 Nothing here makes a Python string of a document.
-
-Long texts are encoded a slice at a time, so that memory does not grow with a document. A slice may
-end where text may be cut, but the next one is encoded as a text of its own, with a dummy prefix
-that the whole text does not have there. Two kinds of places allow for it:
-
-    in front of a space      the space is left out: the dummy prefix takes its place
-    in front of a character  that no piece joins to a space: the prefix is a token by itself, and
-                             that token is left out
-
-A text without any such place for megabytes is encoded in one slice, however long. A word, which
-has no place to cut at all, is encoded up to 4 MiB; a document with a longer one is rejected.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -46,19 +35,15 @@ from pipeline.text.json_tokenizer import JsonTokenizer
 from pipeline.text.tokenizer import Tokenizer, processor
 from shards.format import Flags, Tokens, token_dtype
 
-SLICE_BYTES: Final = 8 << 20
 SPACE: Final = "\u2581"  # what a space is inside a model
-_BLANK: Final = 0x20
 _MARKER: Final = b"\xff"
-LONG_WORD: Final = "a word above 4 MiB"
 _NO_DUMMY_PREFIX: Final = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
-LONGEST_WORD: Final = 4 << 20  # encoding one takes 70 to 130 times its size
 _CACHED_WORD_BYTES: Final = 64  # longer ones rarely come twice
 _CACHED_WORDS: Final = 1 << 17  # are kept; more only if few batches have so many of their own, as
 _MOST_WORDS: Final = 1 << 20  # in text of many languages, for all are hashed again in every batch
 _BATCHES: Final = 4
 _COUNTED: Final = 8  # of so many words one is counted: which are common shows all the same
-_WINDOW: Final = 1 << 16  # bytes cut at a time: what is made of them stays in the cache
+WINDOW: Final = 1 << 16  # bytes cut at a time: what is made of them stays in the cache
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -82,7 +67,7 @@ def unfit_reason(tokenizer: Tokenizer) -> str | None:
         return "it treats spaces in another way"
     if any(piece.type == piece.USER_DEFINED for piece in proto.pieces):
         return "it has user-defined symbols"
-    if any(SPACE in piece.lstrip(SPACE) for piece in _matched_pieces(tokenizer)):
+    if any(SPACE in piece.lstrip(SPACE) for piece in matched_pieces(tokenizer)):
         return "a space stands inside a piece"
     return None
 
@@ -100,7 +85,7 @@ def _pair_table(tokenizer: Tokenizer) -> Flags:
         return tokenizer.cut_table()
     table = np.ones((256, 256), np.bool_)
     table[:, 0x80:0xC0] = False  # inside a character
-    pieces = _MARKER.join(piece.encode() for piece in _matched_pieces(tokenizer))
+    pieces = _MARKER.join(piece.encode() for piece in matched_pieces(tokenizer))
     for spelling in (pieces, pieces.replace(SPACE.encode(), b" ")):
         data = np.frombuffer(spelling, np.uint8)
         table[data[:-1], data[1:]] = False
@@ -119,7 +104,7 @@ def _word_encoder(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]
     return encode
 
 
-def _matched_pieces(tokenizer: Tokenizer) -> list[str]:
+def matched_pieces(tokenizer: Tokenizer) -> list[str]:
     """The pieces that text can become: not control, byte or unknown ones."""
     kinds = tokenizer.proto.SentencePiece
     special = (kinds.CONTROL, kinds.BYTE, kinds.UNKNOWN)
@@ -137,7 +122,7 @@ class ColumnarEncoder:
             raise ValueError(f"{tokenizer.name} cannot be encoded in columns: {reason}")
         self.dtype = token_dtype(tokenizer.vocab_size)
         self._encode = _word_encoder(tokenizer)
-        self._table = cut_table(tokenizer)
+        self.table = cut_table(tokenizer)
         self._head = _MARKER + b" " * tokenizer.space_first
         self._closing, self._eos = tokenizer.closing, tokenizer.eos_id
         self._words = pa.array([_MARKER], pa.binary())
@@ -186,12 +171,12 @@ class ColumnarEncoder:
         """The words of the text, an Arrow binary array over its bytes."""
         offsets = np.empty(len(text) + 2, np.int32)  # pages that are never written cost nothing
         offsets[0], n = 0, 1
-        flags = np.empty(_WINDOW, np.bool_)  # flags[i]: between bytes i and i+1 of the window
-        for first in range(0, len(text) - 1, _WINDOW):
-            window = text[first : first + _WINDOW + 1]
+        flags = np.empty(WINDOW, np.bool_)  # flags[i]: between bytes i and i+1 of the window
+        for first in range(0, len(text) - 1, WINDOW):
+            window = text[first : first + WINDOW + 1]
             for parity in (0, 1):
                 pairs = window[parity : len(window) - (len(window) - parity) % 2].view("<u2")
-                flags[parity : parity + 2 * len(pairs) : 2] = self._table.take(pairs, mode="clip")
+                flags[parity : parity + 2 * len(pairs) : 2] = self.table.take(pairs, mode="clip")
             cuts = np.flatnonzero(flags[: len(window) - 1])
             np.add(cuts, first + 1, out=offsets[n : n + len(cuts)], casting="unsafe")
             n += len(cuts)
@@ -232,100 +217,6 @@ def _room(places: npt.NDArray[np.int32]) -> int:
     """How many words may be kept after a batch of these."""
     distinct = int(np.count_nonzero(np.bincount(places)))
     return max(_CACHED_WORDS, min(_MOST_WORDS, _BATCHES * distinct))
-
-
-class SlicedEncoder:
-    """The columnar encoder, given at most about 8 MiB at a time."""
-
-    note = "columnar encoder"
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._encoder = ColumnarEncoder(tokenizer)
-        self._cuts = self._encoder._table.reshape(256, 256).T  # [prev, next]
-        self._prefixed, self._closing = tokenizer.space_first, tokenizer.closing
-        self._has_space = self._prefixed and SPACE in _matched_pieces(tokenizer)
-
-    def encode(self, texts: pa.Array) -> Encoded:
-        """`BOS doc EOS BOS doc EOS ...` of the texts, and where each BOS stands."""
-        if texts.nbytes <= 2 * SLICE_BYTES:
-            return self._encoder.encode(texts)
-        streams = list(self._streams(texts))
-        lengths = np.cumsum([0, *(len(stream.tokens) for stream in streams)])
-        starts = [stream.starts + length for stream, length in zip(streams, lengths, strict=False)]
-        return Encoded(np.concatenate([s.tokens for s in streams]), np.concatenate(starts))
-
-    def unfit(self, texts: pa.Array) -> dict[int, str]:
-        """The texts that would take too much memory: those with a word above 4 MiB."""
-        long = np.flatnonzero(np.asarray(pc.binary_length(texts)) > LONGEST_WORD).tolist()
-        words = {n: self._longest(np.frombuffer(texts[n].as_buffer(), np.uint8)) for n in long}
-        return {n: LONG_WORD for n, size in words.items() if size > LONGEST_WORD}
-
-    def _longest(self, text: Bytes) -> int:
-        """Bytes of the longest word."""
-        longest = last = 0
-        for here in range(1, len(text), _WINDOW):
-            window = text[here - 1 : here + _WINDOW]
-            places = here + np.flatnonzero(self._cuts[window[:-1], window[1:]])
-            if len(places):
-                longest = max(longest, int(np.diff(places, prepend=last).max()))
-                last = int(places[-1])
-        return max(longest, len(text) - last)
-
-    def _streams(self, texts: pa.Array) -> Iterator[Encoded]:
-        """The streams of neighbouring texts, short ones together."""
-        ends = np.cumsum(np.asarray(pc.binary_length(texts)), dtype=np.int64)
-        first = 0
-        while first < len(texts):
-            done = ends[first - 1] if first else 0
-            last = max(first + 1, int(np.searchsorted(ends, done + SLICE_BYTES, side="right")))
-            if ends[last - 1] - done <= 2 * SLICE_BYTES:
-                yield self._encoder.encode(texts[first:last])
-            else:
-                yield self._long(texts[first])
-            first = last
-
-    def _long(self, text: pa.Scalar) -> Encoded:
-        data = text.as_buffer()
-        tokens: list[Any] = []
-        for first, last, left_out in self._slices(np.frombuffer(data, np.uint8)):
-            piece = pa.Array.from_buffers(
-                pa.large_binary(),
-                1,
-                [None, pa.py_buffer(np.array([first, last], np.int64)), data],
-            )
-            found = self._encoder.encode(piece).tokens
-            if not tokens:
-                tokens.append(found[:1])  # BOS
-            tokens.append(found[1 + left_out : len(found) - self._closing])
-        tokens.append(found[len(found) - self._closing :])  # EOS
-        return Encoded(np.concatenate(tokens), np.zeros(1, np.int64))
-
-    def _slices(self, text: Bytes) -> Iterator[tuple[int, int, int]]:
-        """(first byte, end, tokens to leave out) of each slice."""
-        first = left_out = 0
-        while len(text) - first > 2 * SLICE_BYTES:
-            end = self._place(text, first + SLICE_BYTES)
-            if end is None:
-                break
-            yield first, end, left_out
-            if not self._prefixed:
-                first = end
-            else:
-                first, left_out = (end + 1, 0) if text[end] == _BLANK else (end, 1)
-        yield first, len(text), left_out
-
-    def _place(self, text: Bytes, at: int) -> int | None:
-        """The first place from `at` on where a slice may end."""
-        for here in range(at, len(text) - 1, _WINDOW):
-            window = text[here - 1 : here + _WINDOW]
-            before, behind = window[:-1], window[1:]
-            joined = (behind == _BLANK) | (not self._prefixed)
-            if self._has_space:
-                joined |= self._cuts[_BLANK, behind]
-            places = np.flatnonzero(self._cuts[before, behind] & joined)
-            if len(places):
-                return here + int(places[0])
-        return None
 
 
 def _joined(texts: Any, head: bytes) -> Bytes:

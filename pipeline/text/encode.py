@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 
 from pipeline.errors import TokenizerError
 from pipeline.text.chat import ChatTemplate, Encoded
-from pipeline.text.columnar import LONGEST_WORD, SlicedEncoder, unfit_reason
+from pipeline.text.columnar import unfit_reason
 from pipeline.text.documents import Documents
 from pipeline.text.json_tokenizer import JsonTokenizer
+from pipeline.text.slices import LONGEST_WORD, SlicedEncoder
 from pipeline.text.tokenizer import Tokenizer
 from shards.format import Flags, token_dtype
 
