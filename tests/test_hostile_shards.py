@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import random
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -27,12 +26,11 @@ from shards.errors import SummerError
 from shards.files import json_bytes
 from shards.format import Manifest, compute_root
 from shards.reader import ShardReader, find_sources, read_manifest
-from test_hostile_folders import mutated
+from test_hostile_folders import grown_bytes, mutated, resident_bytes
 from trainer.config.config import configure
 from trainer.config.resolve import make_plan
 
 N_CASES = int(os.environ.get("SUMMER_DAMAGES", "40"))  # of each kind
-MOST_BYTES = 2 << 30
 ITEM = "it was the best of times it was the worst of times it was the age"
 
 
@@ -128,6 +126,7 @@ def test_whatever_is_changed_is_read_or_is_one_line(
 ) -> None:
     logging.disable()
     request.addfinalizer(lambda: logging.disable(logging.NOTSET))
+    before = resident_bytes()
     for seed in range(N_CASES):
         out = tmp_path / str(seed)
         source = Path(shutil.copytree(wanted.out / "mine", out / "mine"))
@@ -151,4 +150,4 @@ def test_whatever_is_changed_is_read_or_is_one_line(
                 raise AssertionError(f"seed {seed}: {what}: {name}") from error
             assert time.monotonic() - began < 10, (what, name)
         shutil.rmtree(out)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < MOST_BYTES >> 10
+    assert grown_bytes(before) < 1 << 30

@@ -186,13 +186,15 @@ def _join(
 ) -> None:
     """Join the process group, under names of this start alone.
 
-    torchrun (2.13) keeps one store over its restarts, with the addresses of the former ranks, which
-    gloo would dial for 30 s.
+    A launcher that serves the ranks' store (torchrun 2.13) keeps it over its restarts, with the
+    addresses of the former ranks, which gloo would dial for 30 s. A store that rank 0 serves is new
+    each time, and its ranks may not count alike: a host that came back has started nothing before.
     """
     # its functions keep, as a default, the group that is there when it is first imported: none yet
     importlib.import_module("torch.distributed.nn.functional")
     store = meet_ranks(rank, one_machine)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
     named = PrefixStore(f"attempt-{attempt}", store)
     _wait_for_peers(named, world_size)
     timeout = max(default_pg_timeout, timedelta(seconds=2 * hang_timeout_s))
