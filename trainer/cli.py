@@ -49,6 +49,8 @@ def main(**options: Any) -> None:
     if "RANK" not in os.environ:
         find_sources(Path(options["shards"]))
 
+    # torch's C++ warns of each lost connection with a stack; what matters is said in a line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from trainer.start import Request, start
 
     flags = ("node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "max_restarts")

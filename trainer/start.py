@@ -21,6 +21,7 @@ from trainer.config.train_plan import TrainPlan
 from trainer.distributed import launch as launching
 from trainer.distributed.devices import check_devices, pick_device
 from trainer.distributed.launch import ASKED_TO_STOP, EXIT_REASON, Launch
+from trainer.distributed.machines import machine_counts
 from trainer.distributed.world import adopt_launcher, launched_by_torchrun
 from trainer.errors import ConfigError
 from trainer.faults.inject import parse_faults
@@ -74,10 +75,9 @@ def start(request: Request, stream: TextIO) -> int:
     kind = pick_device(configured.config.device)
     n_local = request.nproc or (torch.cuda.device_count() if kind == "cuda" else 1)
     check_devices(kind, n_local)
-    if not request.nnodes.isdigit() or int(request.nnodes) < 1:
-        raise ConfigError(f"--nnodes {request.nnodes}: give the number of machines")
+    _, machines = machine_counts(request.nnodes)
     earlier = _earlier(run, request)
-    plan = make_plan(configured, n_local * int(request.nnodes), n_local, earlier)
+    plan = make_plan(configured, n_local * machines, n_local, earlier)
     display = Display(stream)
     with contextlib.closing(display):
         if note:

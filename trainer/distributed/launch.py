@@ -26,6 +26,7 @@ from torch.distributed.run import config_from_args, get_args_parser
 
 from shards.errors import SummerError, one_line
 from trainer.config.deadline import SLOW_DISK, STARTED
+from trainer.distributed.machines import keep_meeting
 from trainer.distributed.rendezvous import MACHINES, ONE_MACHINE, local_address
 from trainer.errors import LostRankError, TrainingError
 
@@ -132,9 +133,16 @@ def _run_on_all(launch: Launch, arguments: Sequence[str]) -> None:
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):  # each has a level of its own
             logging.getLogger(name).setLevel(logging.CRITICAL)  # our messages say it better
-    try:
+
+    def launched() -> None:
         with contextlib.suppress(SignalException):
             elastic_launch(config=config, entrypoint=entrypoint)(*entry_args)
+
+    try:
+        if args.rdzv_backend == MACHINES:
+            keep_meeting(launched, args.rdzv_endpoint, args.max_restarts)
+        else:
+            launched()
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         raise TrainingError(

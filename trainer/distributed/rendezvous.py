@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from datetime import timedelta
 from typing import Final
 
 from torch import distributed as dist
@@ -27,6 +28,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from shards.errors import SummerError
+from trainer.distributed.machines import PORT
 
 ONE_MACHINE: Final = "summer-one-machine"
 """Name of a rendezvous, as --rdzv-backend takes it, of one launcher with itself."""
@@ -35,7 +37,9 @@ MACHINES: Final = "summer-machines"
 """torchrun's c10d, whose store listens on the address of --rdzv-endpoint alone."""
 
 _LOOPBACK: Final = "127.0.0.1"
-_PORT: Final = 29500  # torchrun's own
+_RANKS_S: Final = timedelta(seconds=300)
+_STORE_S: Final = timedelta(seconds=60)
+"""How long a launcher waits for the store that all meet at, which a cut link leaves silent."""
 
 
 def bound_store(host: str, port: int) -> TCPStore:
@@ -49,7 +53,7 @@ def bound_store(host: str, port: int) -> TCPStore:
         where = f"{host}:{port}"
         raise SummerError(f"{where}, where ranks meet: {error.strerror or error}") from error
     if listening is None:
-        return _client(host, port)
+        return _client(host, port, _STORE_S)
     port = listening.getsockname()[1]
     return TCPStore(
         host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
@@ -69,10 +73,10 @@ def meet_ranks(rank: int, one_machine: bool) -> TCPStore:
     return _client(master, port)
 
 
-def _client(host: str, port: int) -> TCPStore:
+def _client(host: str, port: int, timeout: timedelta = _RANKS_S) -> TCPStore:
     try:
-        return TCPStore(host, port, is_master=False)
-    except dist.DistError as error:  # after 300 s
+        return TCPStore(host, port, is_master=False, timeout=timeout)
+    except dist.DistError as error:
         raise SummerError(
             f"nobody answers at {host}:{port}, where ranks meet: start rank 0 there first"
         ) from error
@@ -87,7 +91,7 @@ def _use_one_interface(master: str, one_machine: bool) -> None:
 def local_address(master: str) -> str:
     """This machine's address on the way to `master`; "" where there is no way."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(master, _PORT, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, address = socket.getaddrinfo(master, PORT, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)  # of a datagram socket: nothing is sent
             return str(probe.getsockname()[0])
@@ -155,7 +159,7 @@ class _Machines(C10dRendezvousBackend):
 
 
 def _meet_machines(parameters: RendezvousParameters) -> RendezvousHandler:
-    host, port = parse_rendezvous_endpoint(parameters.endpoint, _PORT)
+    host, port = parse_rendezvous_endpoint(parameters.endpoint, PORT)
     backend = _Machines(store := bound_store(host, port), parameters.run_id)
     return create_handler(store, backend, parameters)
 

@@ -142,6 +142,8 @@ class Watchdog:
         who = f"rank {' and '.join(str(beat.rank) for beat in behind)} holds up the others"
         if len(behind) == len(beats):
             who = "all ranks wait for each other" if beats[1:] else "the loop makes no progress"
+            if len(hosts := sorted({beat.host for beat in beats})) > 1:
+                who += f" ({' and '.join(hosts)}: see whether they reach each other)"
         text = f"{who}, since {waited_s:.0f} s: step {behind[0].step}, {behind[0].doing}"
         self._report(0, text, lost=behind[0].rank, step=behind[0].step)
 
