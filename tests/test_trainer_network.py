@@ -1,21 +1,34 @@
 """Nobody outside reaches a job: what each command listens on; ranks end with their launcher."""
 
+import hashlib
+import hmac
 import os
+import pickle
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+from base64 import b64decode, b64encode
 from pathlib import Path
 
 import pytest
+from torch._C._distributed_c10d import HashStore
+from torch.distributed import DistStoreError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousStateError,
+    RendezvousTimeoutError,
+)
 
 from listening import family, listening
 from shards.errors import SummerError
 from test_trainer_processes import LIMIT_S, command, started, wait_for_step
 from trainer.checkpoint.runs import checkpoints
-from trainer.distributed.rendezvous import bound_store, local_address
+from trainer.distributed.machines import keep_meeting, machine_counts
+from trainer.distributed.rendezvous import _Machines, bound_store, local_address
+from trainer.errors import ConfigError, TrainingError
 from trainer.metrics.metrics import read_metrics
 from trainer_samples import free_ports, make_shards, set_texts
 
@@ -35,6 +48,77 @@ def test_a_store_listens_where_it_is_told_to(tmp_path: Path) -> None:
     assert bound_store("127.0.0.1", store.port).get("key") == b"value"  # taken: a client of it
     with pytest.raises(SummerError, match=r"nowhere\.invalid:29500, where ranks meet: "):
         bound_store("nowhere.invalid", 29500)
+
+
+class Spoiled:
+    """What a stranger would have unpickled: it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_what_machines_meet_with_is_sealed_by_the_name_of_the_job(tmp_path: Path) -> None:
+    """The name is not sent, and what was written without it is never unpickled."""
+    store = HashStore()
+    one, other = _Machines(store, "secret"), _Machines(store, "secret")
+    assert one.get_state() is None
+    written = one.set_state(b"state")
+    assert written is not None and written[0] == b"state" and written[2]
+    found = other.get_state()
+    assert found is not None and found[0] == b"state"
+    assert other.set_state(b"second", found[1]) is not None
+    late = one.set_state(b"third", written[1])  # another was quicker
+    assert late is not None and late[0] == b"second" and not late[2]
+    none_of_its = one.set_state(b"fourth", 7)
+    assert none_of_its is not None and not none_of_its[2]
+
+    key = f"torch.rendezvous.{hashlib.sha256(b'secret').hexdigest()}"
+    assert b64decode(store.get(key))[32:] == b"second"
+    for seal in (b"", bytes(32), hmac.digest(b"another", b"x", "sha256")):
+        store.set(key, b64encode(seal + pickle.dumps(Spoiled(tmp_path / "spoiled"))).decode())
+        with pytest.raises(RendezvousStateError, match="not of this --rdzv-id"):
+            one.get_state()
+    assert not (tmp_path / "spoiled").exists()
+
+
+@pytest.mark.parametrize("text", ["0", "", "2:1", "1:", "a", "-1", "1:2:3"])
+def test_a_number_of_machines_that_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="give a number of machines, or least:most as in 1:2"):
+        machine_counts(text)
+
+
+def test_numbers_of_machines() -> None:
+    assert (machine_counts("2"), machine_counts("1:4")) == ((2, 2), (1, 4))
+
+
+def test_a_launcher_tries_again_when_the_machine_where_all_meet_is_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainer.distributed.machines.RETURN_S", 3.0)
+    (port,) = free_ports(1)
+    where, lost = f"127.0.0.1:{port}", iter([RendezvousConnectionError(), DistStoreError()])
+
+    def launch() -> None:
+        for error in lost:
+            raise error
+
+    with pytest.raises(TrainingError, match=f"{where}, where .* did not come back within 0 min"):
+        keep_meeting(launch, where, 3)
+    with socket.create_server(("127.0.0.1", port)):
+        keep_meeting(launch, where, 3)
+        assert capsys.readouterr().err.count(f"! {where}, where the machines meet, was lost") == 2
+        lost = iter([RendezvousConnectionError()] * 9)
+        with pytest.raises(TrainingError, match="was lost 3 times: run the same command again"):
+            keep_meeting(launch, where, 2)
+        lost = iter([RendezvousTimeoutError()])
+        with pytest.raises(TrainingError, match="the other machines did not come to"):
+            keep_meeting(launch, where, 2)
+        lost = iter([RendezvousStateError("not of this --rdzv-id")])
+        with pytest.raises(TrainingError, match="not of this --rdzv-id: run the same command"):
+            keep_meeting(launch, where, 2)
 
 
 def test_a_name_that_only_this_machine_knows_is_no_place_to_meet(

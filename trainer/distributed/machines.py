@@ -60,7 +60,7 @@ def keep_meeting(launch: Callable[[], None], endpoint: str, restarts: int) -> No
             raise TrainingError(f"{one_line(error)}: run the same command again") from error
         if lost > restarts:
             raise TrainingError(f"{why} {lost} times: run the same command again")
-        print(f"! {why}; waiting up to {RETURN_S / 60:.0f} minutes for it", file=sys.stderr)
+        sys.stderr.write(f"! {why}; waiting up to {RETURN_S / 60:.0f} minutes for it\n")
         _wait_for(host, port)
 
 

@@ -2,28 +2,33 @@
 
 torch's stores listen on every interface of a machine, and whoever reaches one can write into it:
 what torchrun unpickles from there (2.13) is then a stranger's code. So each store here is given a
-socket that is bound already, and on one machine nothing is unpickled at all.
+socket that is bound already; on one machine nothing is unpickled at all, and among several only
+what is sealed with the name of the job.
 """
 
 from __future__ import annotations
 
+import copy
 import errno
+import hashlib
+import hmac
 import os
 import socket
 from datetime import timedelta
 from typing import Final
 
 from torch import distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
+    RendezvousStateError,
     rendezvous_handler_registry,
 )
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import Token, create_handler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
@@ -36,6 +41,7 @@ ONE_MACHINE: Final = "summer-one-machine"
 MACHINES: Final = "summer-machines"
 """torchrun's c10d, whose store listens on the address of --rdzv-endpoint alone."""
 
+_SEAL_BYTES: Final = 32
 _LOOPBACK: Final = "127.0.0.1"
 _RANKS_S: Final = timedelta(seconds=300)
 _STORE_S: Final = timedelta(seconds=60)
@@ -151,17 +157,48 @@ class _OneMachine(StaticTCPRendezvous):
 
 
 class _Machines(C10dRendezvousBackend):
-    """torchrun's own way to meet over a store."""
+    """torchrun's way to meet over a store; what is unpickled is of those who know --rdzv-id.
+
+    The name itself is never sent, only its hash.
+    """
+
+    def __init__(self, store: Store, secret: str) -> None:
+        self._secret = secret.encode()
+        super().__init__(store, hashlib.sha256(self._secret).hexdigest())
 
     @property
     def name(self) -> str:
         return MACHINES
 
+    def get_state(self) -> tuple[bytes, Token] | None:
+        found = super().get_state()
+        return None if found is None else (self._opened(found[0]), found[1])
+
+    def set_state(
+        self, state: bytes, token: Token | None = None
+    ) -> tuple[bytes, Token, bool] | None:
+        if token and not isinstance(token, bytes):  # never the one that is there
+            found = self.get_state()
+            return None if found is None else (*found, False)
+        written = super().set_state(self._seal(state) + state, token)
+        return None if written is None else (self._opened(written[0]), *written[1:])
+
+    def _seal(self, state: bytes) -> bytes:
+        return hmac.digest(self._secret, state, "sha256")
+
+    def _opened(self, sealed: bytes) -> bytes:
+        seal, state = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
+        if not hmac.compare_digest(seal, self._seal(state)):
+            raise RendezvousStateError("what the machines meet with is not of this --rdzv-id")
+        return state
+
 
 def _meet_machines(parameters: RendezvousParameters) -> RendezvousHandler:
     host, port = parse_rendezvous_endpoint(parameters.endpoint, PORT)
     backend = _Machines(store := bound_store(host, port), parameters.run_id)
-    return create_handler(store, backend, parameters)
+    hidden = copy.copy(parameters)
+    hidden.run_id = hashlib.sha256(parameters.run_id.encode()).hexdigest()
+    return create_handler(store, backend, hidden)
 
 
 rendezvous_handler_registry.register(ONE_MACHINE, _OneMachine)
