@@ -141,7 +141,7 @@ class PrepareDisplay(PrepareListener):
             f"  licence    {facts.licence}",
             f"  to read    {decimal(ahead.read_bytes)} in {len(ahead.units):,} units of work"
             + ("" if ahead.limit == NO_LIMIT else ", as far as the limit reaches"),
-            f"  to write   about {ahead.tokens / 1e6:,.1f} M tokens, {decimal(ahead.disk_bytes)} "
+            f"  to write   about {_rounded(ahead.tokens)} tokens, {decimal(ahead.disk_bytes)} "
             f"into {job.folder}",
             f"  held out   {facts.val_fraction:.1%} of the documents",
             f"  tokenizer  {facts.tokenizer.name}, {facts.tokenizer.vocab_size:,} entries, {note}",
@@ -201,8 +201,12 @@ class PrepareDisplay(PrepareListener):
         done = estimator.done
         return (
             f"{len(estimator.ended):,}{of} units, {done.documents:,} documents, "
-            f"{done.tokens / 1e6:,.1f} M tokens, {rate / 1e6:,.1f} MB/s"
+            f"{_rounded(done.tokens)} tokens, {rate / 1e6:,.1f} MB/s"
         )
+
+
+def _rounded(number: int) -> str:
+    return f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number:,}"
 
 
 def duration(seconds: float) -> timedelta:
