@@ -177,7 +177,7 @@ def test_a_cable_that_is_cut_and_hosts_that_are_killed_cost_steps_and_no_more(ho
 
 @pytest.mark.parametrize("hosts", ["1:2"], indirect=True)
 def test_one_host_trains_alone_until_another_comes_and_when_it_has_gone(hosts: Hosts) -> None:
-    steps = 3000
+    steps = 2000
     one = hosts.start("a", steps)
     hosts.wait_for_step(100)
     hosts.start("b", steps)
