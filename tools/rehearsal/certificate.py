@@ -47,6 +47,12 @@ FAULTED: Final = (
               "the shard"),
     FaultCase("checkpoint damaged", 6, "", RunEvent.FALLBACK,
               "a flipped bit in the newest checkpoint: resumed from the one before"),
+    FaultCase("terminal closed", 7, "sighup:1", RunEvent.STOPPED, "SIGHUP: as SIGTERM"),
+    FaultCase("logs torn", 7, "", RunEvent.RESUME,
+              "a cut last line, and zeros behind it, in both logs: left out, which is said once"),
+    FaultCase("job suspended", 8, "", RunEvent.RESUME,
+              "SIGSTOP of the whole job for longer than the hang timeout, then SIGCONT: it goes "
+              "on, and no rank is blamed"),
 )  # fmt: skip
 GUARDED: Final = (
     FaultCase("gradient NaN", 0, "nan:1", RunEvent.SKIPPED,

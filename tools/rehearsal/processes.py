@@ -93,6 +93,34 @@ def train_with_faults(arguments: Sequence[str], run: Path, faults: str, limit_s:
             return -signal.SIGKILL
 
 
+def train_suspended(
+    arguments: Sequence[str], run: Path, step: int, seconds: float, limit_s: float
+) -> int:
+    """The exit code of a run whose processes are all stopped for a while after a step."""
+    with training_process(arguments, run) as process:
+        while process.poll() is None and last_step(run) < step:
+            time.sleep(POLL_S)
+        job = _family(process.pid)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in job:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            time.sleep(seconds if number == signal.SIGSTOP else 0)
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
+
+
+def _family(pid: int) -> list[int]:
+    """A process and its descendants (Linux)."""
+    found = [pid]
+    for one in found:
+        for children in Path("/proc").glob(f"{one}/task/*/children"):
+            found += map(int, children.read_text().split())
+    return found
+
+
 @contextlib.contextmanager
 def training_process(
     arguments: Sequence[str], run: Path, faults: str = ""

@@ -42,9 +42,10 @@ from tools.rehearsal.processes import (
     prepare_source,
     record_of,
     summer_prep,
+    train_suspended,
     train_with_faults,
 )
-from trainer.checkpoint.runs import EVENTS, newest_checkpoint
+from trainer.checkpoint.runs import EVENTS, METRICS, newest_checkpoint
 from trainer.checkpoint.storage import read_record
 from trainer.config.config import configure
 from trainer.metrics.metrics import RunEvent, read_events
@@ -56,6 +57,8 @@ TIMEOUT_S: Final = 15.0  # until a stopped rank is given up
 _LIMIT_S: Final = 600.0
 _MOST_BYTES: Final = 2 << 30
 _PATIENCE: Final = 2
+_BEYOND_S: Final = 8.0
+"""How much longer than the hang timeout the job is suspended: its watchdogs allow some seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,13 +188,21 @@ def run_faulted(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Fau
     report("faulted: another mixture, a full disk, a rank is stopped, Ctrl-C")
     sigint = launch("faulted", orders(FAULTED[3:7]), STOPPED_ON_REQUEST, second=True)
     report("faulted: a sequence is damaged, repaired, and the newest checkpoint is damaged")
-    stopped = launch("faulted", orders(FAULTED[7:]), 1, second=True)
+    stopped = launch("faulted", orders(FAULTED[7:9]), 1, second=True)
     advised = "summer-prep repair" in run.with_suffix(".log").read_text()
     for name in find_sources(rehearsal.out / "shards"):
         summer_prep("repair", str(rehearsal.out / "shards" / name))
     _flip_a_bit(newest_checkpoint(run))
-    launch("faulted", "", 0, second=True)
+    report("faulted: the terminal closes, the logs are torn, the whole job is suspended")
+    sighup = launch("faulted", orders(FAULTED[9:]), STOPPED_ON_REQUEST, second=True)
+    _tear_logs(run)
+    hung = _count(run, RunEvent.HUNG)
+    arguments, step = rehearsal.arguments(second=True), rehearsal.steps[FAULTED[-1].interval]
+    code = train_suspended(arguments, run, step - 1, TIMEOUT_S + _BEYOND_S, _LIMIT_S)
     also = {
+        "terminal closed": sighup,
+        "logs torn": "damaged lines left out" in run.with_suffix(".log").read_text(),
+        "job suspended": code == 0 and _count(run, RunEvent.HUNG) == hung,
         "SIGTERM": sigterm,
         "SIGINT": sigint,
         "sequence damaged": stopped and advised,
@@ -258,6 +269,17 @@ def _result(
         steps_lost=max(0, lost),
         identical=common is not None and compare_checkpoints(run, twin, common).identical,
     )
+
+
+def _count(run: Path, kind: str) -> int:
+    return sum(event["event"] == kind for event in read_events(run))
+
+
+def _tear_logs(run: Path) -> None:
+    """What a loss of power leaves: half a line, and zeros."""
+    for name in (EVENTS, METRICS):
+        with (run / name).open("ab") as log:
+            log.write(b'{"event": "res' + bytes(512))
 
 
 def _flip_a_bit(checkpoint: Path) -> None:

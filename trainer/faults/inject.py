@@ -26,13 +26,14 @@ KINDS: Final = {
     "spike": "the rank's gradient is 10,000 times too large",
     "sigterm": "the rank is asked to stop",
     "sigint": "the rank is asked to stop",
+    "sighup": "the rank is asked to stop, as by a terminal that closes",
     "sigkill": "the rank is killed",
     "sigstop": "the rank is stopped and stays so",
     "full-disk": "the rank can write no file beyond 4 KiB until a checkpoint has failed",
     "bit-flip": "a bit flips in the first row that the rank is about to read for the step",
     "worker": "one of the rank's loader workers is killed",
 }
-_SIGNALS: Final = {"sigterm", "sigint", "sigkill", "sigstop"}
+_SIGNALS: Final = {"sigterm", "sigint", "sighup", "sigkill", "sigstop"}
 _FACTORS: Final = {"nan": float("nan"), "spike": 1e4}
 _SMALL: Final = 4096
 _OLD_KINDS: Final = {"rot": "bit-flip"}  # as version 0.1 called it
