@@ -149,7 +149,7 @@ def invoke(*arguments: str) -> Result:
         ),
         (
             ["--preset", "tiny", "--nnodes", "two"],
-            "error: --nnodes two: give the number of machines",
+            "error: --nnodes two: give a number of machines, or least:most as in 1:2",
         ),
         (
             ["--preset", "tiny", "--resume", "nowhere"],
