@@ -49,7 +49,8 @@ FAULTED: Final = (
               "a flipped bit in the newest checkpoint: resumed from the one before"),
     FaultCase("terminal closed", 7, "sighup:1", RunEvent.STOPPED, "SIGHUP: as SIGTERM"),
     FaultCase("logs torn", 7, "", RunEvent.RESUME,
-              "a cut last line, and zeros behind it, in both logs: left out, which is said once"),
+              "a cut last line, and zeros behind it, in both logs: closed before the next line, "
+              "and left out"),
     FaultCase("job suspended", 8, "", RunEvent.RESUME,
               "SIGSTOP of the whole job for longer than the hang timeout, then SIGCONT: it goes "
               "on, and no rank is blamed"),

@@ -57,6 +57,8 @@ TIMEOUT_S: Final = 15.0  # until a stopped rank is given up
 _LIMIT_S: Final = 600.0
 _MOST_BYTES: Final = 2 << 30
 _PATIENCE: Final = 2
+_TORN: Final = b'{"event": "res' + bytes(512)
+"""What a loss of power leaves at the end of a log: half a line, and zeros."""
 _BEYOND_S: Final = 8.0
 """How much longer than the hang timeout the job is suspended: its watchdogs allow some seconds."""
 
@@ -201,7 +203,7 @@ def run_faulted(rehearsal: Rehearsal, report: Callable[[str], None]) -> list[Fau
     code = train_suspended(arguments, run, step - 1, TIMEOUT_S + _BEYOND_S, _LIMIT_S)
     also = {
         "terminal closed": sighup,
-        "logs torn": "damaged lines left out" in run.with_suffix(".log").read_text(),
+        "logs torn": not any(_goes_on_in_a_torn_line(run / name) for name in (EVENTS, METRICS)),
         "job suspended": code == 0 and _count(run, RunEvent.HUNG) == hung,
         "SIGTERM": sigterm,
         "SIGINT": sigint,
@@ -248,6 +250,8 @@ def _result(
     reports = [event for event in events if event["event"] == case.event]
     if case.event == RunEvent.SKIPPED:
         reports = [event for event in reports if event["step"] == step]
+    elif case.event == RunEvent.ROLLBACK:  # a run may have others, of its own
+        reports = [event for event in reports if event["step"] == step + _PATIENCE]
     lost, resumed = 0, starts
     if case.order in ("sigkill:1", "sigstop:1"):
         fault = run / "faults" / f"{case.order.replace(':', '-')}-{step}"
@@ -255,7 +259,7 @@ def _result(
         lost = step - 1 - (int(resumed[0]["step"]) if resumed else 0)
     elif case.event == "fallback":
         lost = step - 1 - int(starts[-1]["step"])
-    elif case.event == "rollback" and reports:
+    elif case.event == RunEvent.ROLLBACK and reports:
         also = len(reports) == 1
         lost = int(reports[0]["step"]) - int(reports[0]["to_step"])
     both = (s for s in range(step, end + 1)
@@ -276,10 +280,14 @@ def _count(run: Path, kind: str) -> int:
 
 
 def _tear_logs(run: Path) -> None:
-    """What a loss of power leaves: half a line, and zeros."""
     for name in (EVENTS, METRICS):
         with (run / name).open("ab") as log:
-            log.write(b'{"event": "res' + bytes(512))
+            log.write(_TORN)
+
+
+def _goes_on_in_a_torn_line(log: Path) -> bool:
+    _, torn, behind = log.read_bytes().partition(_TORN)
+    return bool(torn) and not behind.startswith(b"\n")
 
 
 def _flip_a_bit(checkpoint: Path) -> None:
