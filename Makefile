@@ -1,5 +1,5 @@
 # make demo    text -> shards -> a small model -> its score, in a few minutes on a CPU
-# make test    the whole test suite; JOBS=4 has four tests run at once, on a machine that can
+# make test    the whole test suite; JOBS=4 runs four files of tests at once, on a machine that can
 # make check   ruff and mypy
 # make golden VERSION=v0.2   tests/data/v0.2: what this version writes, for every later one to read
 # make mutants does a test notice each small change to the numerics? A sample, a quarter of an hour
@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 	$(RUN) -m tools.demo
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest $(if $(JOBS),-n $(JOBS) --dist worksteal)
+	$(RUN) -m pytest $(if $(JOBS),-n $(JOBS) --dist loadfile)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

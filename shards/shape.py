@@ -76,8 +76,8 @@ def _maker(kind: Any) -> Callable[[Any], Any]:
     if is_dataclass(kind):
         return lambda value: build(kind, value)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
-        makers = {one: _maker(one) for one in inner}
-        return lambda value: None if value is None else makers[inner[0]](value)
+        of_first = _maker(inner[0])  # the other is None
+        return lambda value: None if value is None else of_first(value)
     if origin is tuple:
         of_one = _maker(inner[0])
         return lambda value: tuple(map(of_one, _checked(value, list)))

@@ -5,16 +5,9 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from tools.rehearsal.processes import family
+
 _LISTEN = "0A"  # of /proc/net/tcp
-
-
-def family(pid: int) -> list[int]:
-    """A process and its descendants."""
-    found = [pid]
-    for one in found:
-        for children in Path("/proc").glob(f"{one}/task/*/children"):
-            found += map(int, children.read_text().split())
-    return found
 
 
 def listening(pid: int) -> set[str]:

@@ -1,5 +1,6 @@
 """Prepared folders that a stranger has changed: whatever reads them gives one clear line."""
 
+import contextlib
 import json
 import logging
 import os
@@ -118,6 +119,29 @@ def verify(source: Path) -> None:
 
 def plan_a_run(source: Path) -> None:
     make_plan(configure(preset="demo", shards=str(source.parent)), 1)
+
+
+@pytest.mark.parametrize("name", ["units.json", "manifest.json", "00000.json"])
+@pytest.mark.parametrize(
+    "data",
+    [b"[]", b"null", b"7", b'"x"', b"", b"{}", b"[" * 100_000, b"\xff\xfe", bytes(99),
+     b'{"format": 7}', b'{"format": ["a"]}', b'{"format": "summerlm-shards/1", "tokenizer": []}',
+     b'{"format": "summerlm-units/1", "files": {}}'],
+)  # fmt: skip
+def test_metadata_that_is_something_else_is_one_line(
+    name: str, data: bytes, wanted: PrepareRequest, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(wanted.out / "mine", tmp_path / "mine"))
+    (source / name).write_bytes(data)
+    for use in (
+        read_rows,
+        look,
+        plan_a_run,
+        verify,
+        lambda _: prepared(replace(wanted, out=tmp_path)),
+    ):
+        with contextlib.suppress(SummerError):
+            use(source)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,11 +22,12 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
-from listening import family, listening
+from listening import listening
 from shards.errors import SummerError
 from test_trainer_processes import LIMIT_S, command, started, wait_for_step
+from tools.rehearsal.processes import family
 from trainer.checkpoint.runs import checkpoints
-from trainer.distributed.machines import keep_meeting, machine_counts
+from trainer.distributed.machines import machine_counts, relaunch_after_loss
 from trainer.distributed.rendezvous import _Machines, bound_store, local_address
 from trainer.errors import ConfigError, TrainingError
 from trainer.metrics.metrics import read_metrics
@@ -60,7 +61,7 @@ class Spoiled:
         return Path.touch, (self.path,)
 
 
-def test_what_machines_meet_with_is_sealed_by_the_name_of_the_job(tmp_path: Path) -> None:
+def test_what_machines_meet_with_is_signed_with_the_name_of_the_job(tmp_path: Path) -> None:
     """The name is not sent, and what was written without it is never unpickled."""
     store = HashStore()
     one, other = _Machines(store, "secret"), _Machines(store, "secret")
@@ -77,8 +78,8 @@ def test_what_machines_meet_with_is_sealed_by_the_name_of_the_job(tmp_path: Path
 
     key = f"torch.rendezvous.{hashlib.sha256(b'secret').hexdigest()}"
     assert b64decode(store.get(key))[32:] == b"second"
-    for seal in (b"", bytes(32), hmac.digest(b"another", b"x", "sha256")):
-        store.set(key, b64encode(seal + pickle.dumps(Spoiled(tmp_path / "spoiled"))).decode())
+    for signature in (b"", bytes(32), hmac.digest(b"another", b"x", "sha256")):
+        store.set(key, b64encode(signature + pickle.dumps(Spoiled(tmp_path / "spoiled"))).decode())
         with pytest.raises(RendezvousStateError, match="not of this --rdzv-id"):
             one.get_state()
     assert not (tmp_path / "spoiled").exists()
@@ -106,19 +107,19 @@ def test_a_launcher_tries_again_when_the_machine_where_all_meet_is_back(
             raise error
 
     with pytest.raises(TrainingError, match=f"{where}, where .* did not come back within 0 min"):
-        keep_meeting(launch, where, 3)
+        relaunch_after_loss(launch, where, 3)
     with socket.create_server(("127.0.0.1", port)):
-        keep_meeting(launch, where, 3)
+        relaunch_after_loss(launch, where, 3)
         assert capsys.readouterr().err.count(f"! {where}, where the machines meet, was lost") == 2
         lost = iter([RendezvousConnectionError()] * 9)
         with pytest.raises(TrainingError, match="was lost 3 times: run the same command again"):
-            keep_meeting(launch, where, 2)
+            relaunch_after_loss(launch, where, 2)
         lost = iter([RendezvousTimeoutError()])
         with pytest.raises(TrainingError, match="the other machines did not come to"):
-            keep_meeting(launch, where, 2)
+            relaunch_after_loss(launch, where, 2)
         lost = iter([RendezvousStateError("not of this --rdzv-id")])
         with pytest.raises(TrainingError, match="not of this --rdzv-id: run the same command"):
-            keep_meeting(launch, where, 2)
+            relaunch_after_loss(launch, where, 2)
 
 
 def test_a_name_that_only_this_machine_knows_is_no_place_to_meet(

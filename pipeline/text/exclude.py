@@ -3,7 +3,7 @@
 A list, made by `summer-eval contamination --write`, holds the hashes of every 13 words in a row of
 the tasks' items (ngrams.py). Hashing every sequence of a text would take more than half of the time
 of preparation, so a text is looked at in three steps, each of which can only find too much; they
-take 30 % (web text against WikiText-2, ARC, MMLU, BoolQ and PIQA, one core):
+take 14 % (web text and books against WikiText-2, ARC, MMLU, BoolQ and PIQA, one core):
 
     probes   of every tenth word and the three behind it, the first 8 bytes of each; 13 words in a
              row hold one such place

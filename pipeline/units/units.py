@@ -162,6 +162,7 @@ def read_plan(folder: Path) -> PreparePlan | None:
             f"{folder / PLAN} is damaged ({error}): delete it, and the same command goes on"
         ) from error
     try:
+        check_shape(value, {})  # that it is an object at all
         check_format(value, UNITS, PLAN)
         listed = build(_Listed, value)
         kept = {k: v for k, v in value.items() if k not in (FORMAT_KEY, *_Listed.__annotations__)}

@@ -100,7 +100,7 @@ def train_suspended(
     with training_process(arguments, run) as process:
         while process.poll() is None and last_step(run) < step:
             time.sleep(POLL_S)
-        job = _family(process.pid)
+        job = family(process.pid)
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for pid in job:
                 with contextlib.suppress(ProcessLookupError):
@@ -112,7 +112,7 @@ def train_suspended(
             return -signal.SIGKILL
 
 
-def _family(pid: int) -> list[int]:
+def family(pid: int) -> list[int]:
     """A process and its descendants (Linux)."""
     found = [pid]
     for one in found:

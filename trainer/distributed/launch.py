@@ -26,7 +26,7 @@ from torch.distributed.run import config_from_args, get_args_parser
 
 from shards.errors import SummerError, one_line
 from trainer.config.deadline import SLOW_DISK, STARTED
-from trainer.distributed.machines import keep_meeting
+from trainer.distributed.machines import relaunch_after_loss
 from trainer.distributed.rendezvous import MACHINES, ONE_MACHINE, local_address
 from trainer.errors import LostRankError, TrainingError
 
@@ -140,7 +140,7 @@ def _run_on_all(launch: Launch, arguments: Sequence[str]) -> None:
 
     try:
         if args.rdzv_backend == MACHINES:
-            keep_meeting(launched, args.rdzv_endpoint, args.max_restarts)
+            relaunch_after_loss(launched, args.rdzv_endpoint, args.max_restarts)
         else:
             launched()
     except ChildFailedError as error:

@@ -39,7 +39,7 @@ def machine_counts(nnodes: str) -> tuple[int, int]:
     return least, most
 
 
-def keep_meeting(launch: Callable[[], None], endpoint: str, restarts: int) -> None:
+def relaunch_after_loss(launch: Callable[[], None], endpoint: str, restarts: int) -> None:
     """Launch, and launch again each time that the machine where all meet was lost and is back.
 
     TrainingError where it does not come back, or was lost more often than `restarts`.

@@ -3,7 +3,7 @@
 torch's stores listen on every interface of a machine, and whoever reaches one can write into it:
 what torchrun unpickles from there (2.13) is then a stranger's code. So each store here is given a
 socket that is bound already; on one machine nothing is unpickled at all, and among several only
-what is sealed with the name of the job.
+what is signed with the name of the job.
 """
 
 from __future__ import annotations
@@ -41,11 +41,10 @@ ONE_MACHINE: Final = "summer-one-machine"
 MACHINES: Final = "summer-machines"
 """torchrun's c10d, whose store listens on the address of --rdzv-endpoint alone."""
 
-_SEAL_BYTES: Final = 32
+_SIGNATURE_BYTES: Final = 32
 _LOOPBACK: Final = "127.0.0.1"
-_RANKS_S: Final = timedelta(seconds=300)
 _STORE_S: Final = timedelta(seconds=60)
-"""How long a launcher waits for the store that all meet at, which a cut link leaves silent."""
+"""How long a launcher waits for an answer of the store, which a cut link leaves silent."""
 
 
 def bound_store(host: str, port: int) -> TCPStore:
@@ -59,7 +58,8 @@ def bound_store(host: str, port: int) -> TCPStore:
         where = f"{host}:{port}"
         raise SummerError(f"{where}, where ranks meet: {error.strerror or error}") from error
     if listening is None:
-        return _client(host, port, _STORE_S)
+        (store := _client(host, port)).set_timeout(_STORE_S)
+        return store
     port = listening.getsockname()[1]
     return TCPStore(
         host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
@@ -79,10 +79,10 @@ def meet_ranks(rank: int, one_machine: bool) -> TCPStore:
     return _client(master, port)
 
 
-def _client(host: str, port: int, timeout: timedelta = _RANKS_S) -> TCPStore:
+def _client(host: str, port: int) -> TCPStore:
     try:
-        return TCPStore(host, port, is_master=False, timeout=timeout)
-    except dist.DistError as error:
+        return TCPStore(host, port, is_master=False)
+    except dist.DistError as error:  # after 300 s
         raise SummerError(
             f"nobody answers at {host}:{port}, where ranks meet: start rank 0 there first"
         ) from error
@@ -172,7 +172,7 @@ class _Machines(C10dRendezvousBackend):
 
     def get_state(self) -> tuple[bytes, Token] | None:
         found = super().get_state()
-        return None if found is None else (self._opened(found[0]), found[1])
+        return None if found is None else (self._verified(found[0]), found[1])
 
     def set_state(
         self, state: bytes, token: Token | None = None
@@ -180,15 +180,15 @@ class _Machines(C10dRendezvousBackend):
         if token and not isinstance(token, bytes):  # never the one that is there
             found = self.get_state()
             return None if found is None else (*found, False)
-        written = super().set_state(self._seal(state) + state, token)
-        return None if written is None else (self._opened(written[0]), *written[1:])
+        written = super().set_state(self._signature(state) + state, token)
+        return None if written is None else (self._verified(written[0]), *written[1:])
 
-    def _seal(self, state: bytes) -> bytes:
+    def _signature(self, state: bytes) -> bytes:
         return hmac.digest(self._secret, state, "sha256")
 
-    def _opened(self, sealed: bytes) -> bytes:
-        seal, state = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
-        if not hmac.compare_digest(seal, self._seal(state)):
+    def _verified(self, signed: bytes) -> bytes:
+        signature, state = signed[:_SIGNATURE_BYTES], signed[_SIGNATURE_BYTES:]
+        if not hmac.compare_digest(signature, self._signature(state)):
             raise RendezvousStateError("what the machines meet with is not of this --rdzv-id")
         return state
 
