@@ -137,6 +137,9 @@ def test_files_that_are_no_list_are_refused(tmp_path: Path) -> None:
             read_exclusion(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
         read_exclusion.cache_clear()
+    path.write_text('{"text": "records, given by mistake"}\n')
+    with pytest.raises(PrepareError, match=r"no list of .* \(it begins with no format\): make one"):
+        read_exclusion(path)
     path.unlink()
     named = ["tokenize", "--source", "python-docs", "--out", str(tmp_path), "--exclude", str(path)]
     result = CliRunner().invoke(main, named)

@@ -98,6 +98,8 @@ class Exclusion:
         head, _, body = data.partition(b"\n")
         try:
             described = json.loads(head)
+            if FORMAT_KEY not in described:
+                raise ValueError("it begins with no format")
             check_format(described, EXCLUDE, name)
             tasks = tuple(described["tasks"])
             known = {key: value for key, value in described.items() if key != "sha256"}
