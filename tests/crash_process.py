@@ -20,11 +20,13 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import shards.files
 import shards.writer
@@ -184,7 +186,17 @@ def _become_small() -> None:
     multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
 
 
+def _share_no_lock() -> None:
+    """tqdm, which `datasets` uses, has a lock among processes and a thread that takes it.
+
+    A child killed while it held that lock stopped all the children after it, for ever.
+    """
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
+
+
 if __name__ == "__main__":
+    _share_no_lock()
     with contextlib.redirect_stdout(sys.stderr):  # once, for all that is imported late
         cli.main(sys.argv[1:], standalone_mode=False)
     gc.freeze()  # what was made so far stays shared with the children
