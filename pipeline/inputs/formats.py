@@ -168,7 +168,7 @@ def array_lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
             break
         try:
             element, end = decoder.raw_decode(text, at)
-            complete = bool(text[_next(text, end) :])  # a number may go on
+            complete = _next(text, end) < len(text)  # a number may go on
         except ValueError:
             complete = False
         if complete:
@@ -199,7 +199,7 @@ def _next(text: str, at: int) -> int:
 
 def table_batches(inputs: Inputs, file: InputFile, column: str) -> Iterator[pa.Table]:
     """The rows of a file that one of the builders of `datasets` reads, as Arrow tables."""
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
 
     kind = PurePosixPath(_without_compression(file.path)).suffix[1:].lower()
     # text that reads `NA` or `12` is text
@@ -209,9 +209,9 @@ def table_batches(inputs: Inputs, file: InputFile, column: str) -> Iterator[pa.T
     url = url if "://" in url else glob.escape(url)
     builder = {"tsv": "csv"}.get(kind, kind)
     try:
-        rows: Any = load_dataset(
-            builder, data_files={"train": [url]}, split="train", streaming=True, **options
-        )
+        # not load_dataset: it takes a folder ./arrow that save_to_disk made for what is asked for
+        made = load_dataset_builder(builder, data_files={"train": [url]}, **options)
+        rows: Any = made.as_streaming_dataset(split="train")
         yield from rows.with_format("arrow").iter(batch_size=TABLE_ROWS)
     except (SourceError, OSError):
         raise
